@@ -1,0 +1,92 @@
+"""Tiny random checkpoints of every supported kind, made by transformers, and the command line as a user has it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, Family
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM
+
+ROWS = [
+    {"instruction": "Name a fruit that is green.", "input": "", "output": "A pear is green, and so is a lime."},
+    {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
+    {"instruction": "Say hello in three ways.", "input": "", "output": "hello\nhi\ngood morning to you and to all of you"},
+    {"instruction": "Which is heavier?", "input": "a feather or a stone", "output": "The stone."},
+    {"instruction": "Close the door.", "input": "", "output": "Done 🚪"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a small byte-level BPE tokenizer, as a Hub checkpoint has it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([" ".join(row.values()) for row in ROWS], trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -> Callable[..., Path]:
+    """Return a function that has transformers write a random checkpoint of a family, its tokenizer included."""
+
+    def make(family: Family, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
+        folder = tmp_path_factory.mktemp(family.name)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(family.config(), dtype=dtype)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for path in tokenizer_files.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.name)
+def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
+    """Return a random checkpoint of each family in turn."""
+    return make_checkpoint(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(make_checkpoint: Callable[..., Path]) -> Path:
+    """Return one random checkpoint, for what does not depend on the family."""
+    return make_checkpoint(FAMILIES[0])
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return prepared data of a few rows of very different lengths."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, rows in {"train": ROWS * 3, "val": ROWS[:3]}.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def litlora() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs a command as a user does."""
+
+    def run(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        command: Sequence[str] = [sys.executable, "-m", "litlora", *map(str, arguments)]
+        env = os.environ | {"PYTHONIOENCODING": "utf-8"} | environment
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, encoding="utf-8", env=env)
+
+    return run

@@ -1,0 +1,49 @@
+"""The kinds of network that litlora supports, as small as they come."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # far from linear, so that a wrong detail shows
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network by the keys in which its config differs from the small one."""
+
+    name: str
+    kind: type[PretrainedConfig]
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> PretrainedConfig:
+        return self.kind(**{**SMALL, **self.keys})
+
+
+FAMILIES = [
+    Family("llama", LlamaConfig),
+    Family("llama-gqa", LlamaConfig, {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
+    Family("llama-mqa-wide-heads", LlamaConfig, {"num_key_value_heads": 1, "head_dim": 16}),
+    Family("llama-3.2", LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    Family("mistral", MistralConfig, {"num_key_value_heads": 2, "sliding_window": 7}),
+    Family("mistral-no-window", MistralConfig, {"sliding_window": None, "head_dim": 4}),
+]
