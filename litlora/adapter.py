@@ -1,0 +1,159 @@
+"""What lies in an adapter directory, written and read as PEFT does, and how an adapter meets its base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litlora.checkpoint import fingerprint, first_three, open_safetensors
+from litlora.errors import LitLoraError
+from litlora.files import read_json
+from litlora.lora import LoRAConfig, add_lora, lora_parameters
+from litlora.model import GPT
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PROMPT_STYLE = "prompt_style.yaml"
+PREFIX = "base_model.model."
+BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
+FINGERPRINT = "base_sha256"
+# Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
+IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
+HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA …) change the base itself
+
+
+def is_adapter(directory: Path) -> bool:
+    """Tell an adapter directory from a checkpoint's."""
+    return (directory / CONFIG).is_file()
+
+
+def write_adapter(directory: Path, model: torch.nn.Module, lora: LoRAConfig, base_dir: Path, prompt_style: str) -> None:
+    """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on."""
+    config = {
+        "base_model_name_or_path": str(base_dir.resolve()),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.r,
+        "target_modules": lora.target_modules,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": lora.use_rslora,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", FINGERPRINT: fingerprint(base_dir)})
+    style = yaml.safe_dump({"prompt_style": prompt_style}, allow_unicode=True)
+    (directory / PROMPT_STYLE).write_text(style, encoding="utf-8")
+
+
+def read_lora_config(adapter_dir: Path) -> LoRAConfig:
+    """Read the shape and reach of an adapter; LitLoraError names a key that is not implemented."""
+    if not is_adapter(adapter_dir):
+        hint = f"train one with: litlora finetune_lora --out_dir {adapter_dir.parent}"
+        raise LitLoraError(f"no adapter in {adapter_dir} (expected {CONFIG}); {hint}")
+    path = adapter_dir / CONFIG
+    config = read_json(path)
+    _refuse_what_is_not_implemented(path, config)
+    lora = LoRAConfig(
+        r=_number(path, config, "r", int),
+        lora_alpha=_number(path, config, "lora_alpha", int | float),
+        lora_dropout=0.0,  # acts in training only
+        target_modules=_target_modules(path, config.get("target_modules")),
+        use_rslora=config.get("use_rslora") is True,
+    )
+    return lora
+
+
+def _refuse_what_is_not_implemented(path: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise LitLoraError(f'{path} has "peft_type": {config.get("peft_type")!r}, but only LORA is implemented')
+    for key, value in config.items():
+        harmless = key in IMPLEMENTED | WITHOUT_EFFECT or value in NEUTRAL
+        if not harmless and not (key == "init_lora_weights" and value in HARMLESS_STARTS):
+            raise LitLoraError(f'{path} has "{key}": {value!r}, which litlora does not implement')
+
+
+def _number(path: Path, config: dict[str, Any], key: str, kind: Any) -> Any:
+    value = config.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
+        raise LitLoraError(f'{path} has "{key}": {value!r}, but it must be a number above 0')
+    return value
+
+
+def _target_modules(path: Path, value: object) -> tuple[str, ...] | str:
+    if value == "all-linear":
+        return r"model\.layers\..*"  # PEFT leaves the head out
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    if isinstance(value, str):
+        return value
+    raise LitLoraError(f'{path} has "target_modules": {value!r}, but it must be a list of layer names')
+
+
+def read_prompt_style(adapter_dir: Path) -> str | None:
+    """Return the prompt style that an adapter was trained on, or None where it does not say."""
+    path = adapter_dir / PROMPT_STYLE
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        raise LitLoraError(f"{path} is not valid YAML") from error
+    if not isinstance(content, dict) or not isinstance(content.get("prompt_style"), str):
+        raise LitLoraError(f"{path} must hold one key, prompt_style, with a text")
+    return str(content["prompt_style"])
+
+
+def find_base(adapter_dir: Path, base_dir: Path | None) -> Path:
+    """Return the folder of an adapter's base: the given one, or the one that the adapter names."""
+    named = read_json(adapter_dir / CONFIG).get("base_model_name_or_path") if base_dir is None else str(base_dir)
+    if not isinstance(named, str) or not Path(named).is_dir():
+        hint = "say where it is with --base_dir"
+        raise LitLoraError(f"the base of the adapter {adapter_dir} is not there ({named}); {hint}")
+    return Path(named)
+
+
+def load_adapter(model: GPT, adapter_dir: Path, base_dir: Path) -> None:
+    """Add an adapter to the model of its base, strictly."""
+    add_lora(model, read_lora_config(adapter_dir))
+    load_matrices(model, adapter_dir, base_dir)
+
+
+def load_matrices(model: GPT, adapter_dir: Path, base_dir: Path) -> None:
+    """Fill the matrices of a model with LoRA from an adapter's."""
+    matrices = read_matrices(model, adapter_dir, base_dir)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            parameter.copy_(matrices[name])
+
+
+def read_matrices(model: GPT, adapter_dir: Path, base_dir: Path) -> dict[str, Tensor]:
+    """Read the matrices of an adapter, which must be exactly those of the model with LoRA, in name and shape."""
+    handle = open_safetensors(adapter_dir / WEIGHTS)
+    trained_on = (handle.metadata() or {}).get(FINGERPRINT)
+    if trained_on is not None and trained_on != fingerprint(base_dir):
+        raise LitLoraError(f"the adapter {adapter_dir} was trained on another base than {base_dir}")
+    expected = lora_parameters(model)
+    found = {name.removeprefix(PREFIX) for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118
+    misfit = f"the adapter {adapter_dir} does not fit the base {base_dir}"
+    if found != set(expected) or not found:
+        raise LitLoraError(f"{misfit}: they differ in {first_three(sorted(found ^ set(expected))) or 'every layer'}")
+    matrices: dict[str, Tensor] = {name: handle.get_tensor(PREFIX + name) for name in expected}
+    for name, matrix in matrices.items():
+        if matrix.shape != expected[name].shape:
+            raise LitLoraError(f"{misfit}: {name} is {tuple(matrix.shape)}, not {tuple(expected[name].shape)}")
+    return matrices

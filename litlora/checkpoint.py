@@ -1,0 +1,158 @@
+"""What lies in a checkpoint directory, and how it is read: config, weights, and what tells it from another."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from litlora.config import GPTConfig
+from litlora.errors import LitLoraError
+from litlora.files import read_json
+from litlora.model import GPT
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SAMPLES, SAMPLE = 64, 1 << 16
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+DERIVED = ".rotary_emb.inv_freq"  # old Llama checkpoints store it, but it follows from the config
+
+
+def load_config(checkpoint_dir: Path) -> GPTConfig:
+    """Read the shape of a checkpoint's model."""
+    return GPTConfig.from_hub(read_hub_config(checkpoint_dir))
+
+
+def read_hub_config(checkpoint_dir: Path) -> dict[str, Any]:
+    """Read a checkpoint's config.json as it stands."""
+    if not checkpoint_dir.is_dir():
+        hint = "fetch one with: litlora download --repo_id ORG/NAME"
+        raise LitLoraError(f"there is no checkpoint folder {checkpoint_dir}; {hint}")
+    if not (checkpoint_dir / "config.json").is_file():
+        raise LitLoraError(f"{checkpoint_dir} has no config.json, so it is not a checkpoint as the Hub serves them")
+    return read_json(checkpoint_dir / "config.json")
+
+
+def check_checkpoint(checkpoint_dir: Path) -> GPT:
+    """Refuse a checkpoint whose weights are not exactly those of its config; return its model without weights."""
+    with torch.device("meta"):
+        model = GPT(load_config(checkpoint_dir))
+    Weights(checkpoint_dir).check(model)
+    return model
+
+
+def load_model(checkpoint_dir: Path, dtype: torch.dtype, device: torch.device) -> GPT:
+    """Build the model of a checkpoint with its weights.
+
+    The weights are memory-mapped and go to the device one tensor at a time; on a CPU in the checkpoint's own dtype
+    they are not copied at all. Raises LitLoraError unless names and shapes are exactly those of the config.
+    """
+    model = check_checkpoint(checkpoint_dir)
+    state = {name: weight.to(device, dtype) for name, weight in Weights(checkpoint_dir).items()}
+    tied = model.config.tie_word_embeddings
+    if tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.to(device)
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, memory-mapped from one or several safetensors files."""
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        self.checkpoint_dir = checkpoint_dir
+        self.files = weight_files(checkpoint_dir)
+        self._where: dict[str, Any] = {}
+        for path in self.files:
+            handle = open_safetensors(path)
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                if name in self._where:
+                    raise LitLoraError(f"{checkpoint_dir} holds the tensor {name} twice; download it again")
+                if not name.endswith(DERIVED):
+                    self._where[name] = handle
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def check(self, model: GPT) -> None:
+        """Refuse weights whose names or shapes are not exactly the model's."""
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        self._check_names(set(expected), optional=tied)
+        for name, handle in self._where.items():
+            shape = tuple(handle.get_slice(name).get_shape())
+            if shape != expected[name]:
+                found = f"{name} has the shape {shape}, but config.json means {expected[name]}"
+                raise LitLoraError(f"{self.checkpoint_dir}: {found}")
+        if tied & set(self) and not torch.equal(self["lm_head.weight"], self["model.embed_tokens.weight"]):
+            fault = 'config.json has "tie_word_embeddings": true, but lm_head.weight is not model.embed_tokens.weight'
+            raise LitLoraError(f"{self.checkpoint_dir}: {fault}")
+
+    def _check_names(self, expected: set[str], optional: set[str]) -> None:
+        missing = sorted(expected - optional - set(self))
+        surplus = sorted(set(self) - expected)
+        if missing:
+            raise LitLoraError(f"{self.checkpoint_dir} lacks {first_three(missing)}; download it again")
+        if surplus:
+            fault = f"has tensors that config.json does not mean: {first_three(surplus)}"
+            raise LitLoraError(f"{self.checkpoint_dir} {fault}")
+
+
+def first_three(names: Sequence[str]) -> str:
+    """Name the first three, and say how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def weight_files(checkpoint_dir: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, as its index names them where it has one."""
+    if (checkpoint_dir / WEIGHTS).is_file():
+        return [checkpoint_dir / WEIGHTS]
+    if not (checkpoint_dir / INDEX).is_file():
+        pickled = any(path.suffix in PICKLED for path in checkpoint_dir.iterdir())
+        reason = "pickled weights are never read, since a pickle can run code" if pickled else f"expected {WEIGHTS}"
+        raise LitLoraError(f"{checkpoint_dir} has no safetensors weights ({reason})")
+    weight_map = read_json(checkpoint_dir / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LitLoraError(f"{checkpoint_dir / INDEX} has no weight_map that names its files")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not (checkpoint_dir / name).is_file():
+            raise LitLoraError(f"{checkpoint_dir / INDEX} names {name}, which is not a file of {checkpoint_dir}")
+    return [checkpoint_dir / name for name in names]
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file as a memory map."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        hint = "it is cut or not a safetensors file; download it again"
+        raise LitLoraError(f"{path} cannot be read ({error}): {hint}") from error
+
+
+def fingerprint(checkpoint_dir: Path) -> str:
+    """Tell this checkpoint's weights from others' of the same shape, at the price of a few megabytes read.
+
+    A SHA-256 over the names, shapes and places of all tensors, and over samples of the data of every file.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(checkpoint_dir):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""Cross-entropy at supervised positions only, in chunks, without keeping logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+CHUNK = 128
+"""Rows of logits that exist at one time: enough for an efficient product, few enough to stay in a CPU's cache."""
+
+
+def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies at the supervised positions, a float32 scalar.
+
+    hidden is (T, hidden), labels (T,) holds the id of the next token, or IGNORE_INDEX where none is supervised.
+    The gradients are computed along the way, chunk by chunk, so memory does not grow with T x vocabulary.
+    """
+    kept = labels != IGNORE_INDEX
+    hidden, labels = hidden[kept], labels[kept]
+    if not torch.is_grad_enabled():
+        return _summed(hidden, labels, head)
+    trainable = [p for p in head.parameters() if p.requires_grad]
+    loss: Tensor = _ChunkedLoss.apply(hidden, labels, head, *trainable)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _summed(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    losses = [
+        _chunk_loss(*chunk, head) for chunk in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _chunk_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trainable: nn.Parameter) -> Tensor:
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        gradients = [torch.zeros_like(p) for p in trainable]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            with torch.enable_grad():
+                chunk = hidden[rows].detach().requires_grad_(hidden_gradient is not None)
+                loss = _chunk_loss(chunk, labels[rows], head)
+                sources = [chunk, *trainable] if hidden_gradient is not None else list(trainable)
+                found = list(torch.autograd.grad(loss, sources))
+            total += loss.detach()
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = found.pop(0)
+            for gradient, part in zip(gradients, found, strict=True):
+                gradient += part
+        ctx.save_for_backward(hidden_gradient, *gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, *gradients = ctx.saved_tensors
+        scaled = None if hidden_gradient is None else hidden_gradient * scale.to(hidden_gradient.dtype)
+        return (scaled, None, None, *(g * scale for g in gradients))
