@@ -1,0 +1,283 @@
+"""What the flags and YAML keys of each command are: documented by attribute docstrings, self-checking."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import SecretStr
+
+from litlora.errors import LitLoraError
+
+Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
+
+
+def require(condition: bool, flag: str, value: object, need: str) -> None:
+    """Refuse `value` of `flag` unless `condition` holds, saying what it must be instead."""
+    if not condition:
+        raise LitLoraError(f"{flag} ({value}) must be {need}")
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """How the training loop runs."""
+
+    global_batch_size: int = 16
+    """Examples per optimizer step, over all devices."""
+    micro_batch_size: int = 4
+    """Most examples in one forward and backward pass."""
+    epochs: int = 1
+    """Passes over the training split."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, however many epochs are asked for."""
+    max_seq_length: int | None = None
+    """Most tokens of one example; longer ones are cut. By default the checkpoint's own limit."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    lr_warmup_steps: int | None = None
+    """Steps over which the learning rate rises to its peak; beats lr_warmup_fraction."""
+    lr_warmup_fraction: float = 0.05
+    """Share of all steps over which the learning rate rises to its peak."""
+    min_lr: float = 0.0
+    """Learning rate towards which the cosine decays."""
+    max_norm: float | None = 1.0
+    """Clip the norm of all gradients at this value; null for no clipping."""
+    save_interval: int = 1000
+    """Save a resumable checkpoint every this many steps."""
+    log_interval: int = 1
+    """Write a row of metrics.csv every this many steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size", "epochs", "save_interval", "log_interval"):
+            require(getattr(self, name) >= 1, f"--train.{name}", getattr(self, name), "at least 1")
+        for name in ("max_steps", "max_seq_length"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--train.{name}", value, "at least 1, or null")
+        steps = self.lr_warmup_steps
+        require(steps is None or steps >= 0, "--train.lr_warmup_steps", steps, "0 or more, or null")
+        fraction = self.lr_warmup_fraction
+        require(0 <= fraction <= 1, "--train.lr_warmup_fraction", fraction, "between 0 and 1")
+        require(self.learning_rate > 0, "--train.learning_rate", self.learning_rate, "above 0")
+        in_range = 0 <= self.min_lr <= self.learning_rate
+        require(in_range, "--train.min_lr", self.min_lr, f"between 0 and learning_rate ({self.learning_rate})")
+        norm = self.max_norm
+        require(norm is None or norm > 0, "--train.max_norm", norm, "above 0, or null for no clipping")
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """When the model is validated, and on how much."""
+
+    interval: int = 100
+    """Validate every this many steps."""
+    max_iters: int | None = None
+    """Most micro-batches of one validation; null for the whole split."""
+    max_new_tokens: int = 100
+    """Most tokens of the sample answer that is shown at each validation; 0 for none."""
+    initial_validation: bool = True
+    """Validate before the first step."""
+    final_validation: bool = True
+    """Validate after the last step."""
+    evaluate_example: int = 0
+    """Which row of the validation split the sample answer is for, counted from 0."""
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, "--eval.interval", self.interval, "at least 1")
+        iters = self.max_iters
+        require(iters is None or iters >= 1, "--eval.max_iters", iters, "at least 1, or null")
+        for name in ("max_new_tokens", "evaluate_example"):
+            require(getattr(self, name) >= 0, f"--eval.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class DownloadArgs:
+    """Fetch a checkpoint from the Hugging Face Hub."""
+
+    repo_id: str
+    """Which repository, as ORG/NAME."""
+    revision: str = "main"
+    """Branch, tag or commit of the repository."""
+    checkpoint_root: Path = Path("checkpoints")
+    """The checkpoint lands in CHECKPOINT_ROOT/ORG/NAME."""
+    access_token: SecretStr | None = None
+    """Hub token for gated or private repositories; by default the environment's HF_TOKEN."""
+    tokenizer_only: bool = False
+    """Fetch the tokenizer and configuration without the weights."""
+
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """What the preparation of every data set shares."""
+
+    destination_path: Path
+    """Folder that gets train.jsonl, val.jsonl and dataset.json."""
+    source: str
+    """A file, or the http(s) address of one."""
+    val_split_fraction: float
+    """Share of the rows that is kept for validation."""
+    seed: int = 42
+    """Decides which rows are kept for validation."""
+
+    def __post_init__(self) -> None:
+        fraction = self.val_split_fraction
+        require(0 < fraction < 1, "--val_split_fraction", fraction, "between 0 and 1, both exclusive")
+
+
+@dataclass(frozen=True)
+class PrepareAlpacaArgs(PrepareArgs):
+    """Prepare the cleaned Alpaca archive, or another file with its keys, for fine-tuning."""
+
+    destination_path: Path = Path("data/alpaca")
+    source: str = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
+    val_split_fraction: float = 0.03865  # 2,000 of the archive's 51,759 rows, as in Lit-GPT
+
+
+@dataclass(frozen=True)
+class PrepareLimaArgs(PrepareArgs):
+    """Prepare LIMA, or another file in its format, for fine-tuning."""
+
+    destination_path: Path = Path("data/lima")
+    source: str = "GAIR/lima"
+    """A file, the http(s) address of one, or the Hub's data set ORG/NAME."""
+    val_split_fraction: float = 0.1
+    include_multiturn_conversations: bool = False
+    """Keep conversations of several turns whole; by default only their first turn is kept."""
+    access_token: SecretStr | None = None
+    """Hub token, since LIMA is gated; by default the environment's HF_TOKEN."""
+
+
+@dataclass(frozen=True)
+class PrepareJsonArgs(PrepareArgs):
+    """Prepare a .json, .jsonl or .csv file of your own for fine-tuning."""
+
+    destination_path: Path
+    source: str
+    val_split_fraction: float = 0.1
+
+
+@dataclass(frozen=True)
+class FinetuneLoraArgs:
+    """Fine-tune a checkpoint with LoRA."""
+
+    checkpoint_dir: Path
+    """Folder of the base: config.json, *.safetensors and tokenizer files, as the Hub serves them."""
+    data_dir: Path
+    """Folder with train.jsonl and val.jsonl, as the prepare commands write them."""
+    out_dir: Path = Path("out/finetune_lora")
+    """Folder that gets the run's metrics, checkpoints and final adapter."""
+    precision: Precision = "bf16-true"
+    """Of the base and its arithmetic; the adapter's weights are float32 whatever this says."""
+    devices: int = 1
+    """How many devices to train on."""
+    lora_r: int = 8
+    """Rank of the adapter's matrices."""
+    lora_alpha: int = 16
+    """The adapter's output is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.05
+    """Share of the adapter's inputs that is zeroed in training."""
+    lora_query: bool = True
+    """Adapt the attention's query projection."""
+    lora_key: bool = False
+    """Adapt the attention's key projection."""
+    lora_value: bool = True
+    """Adapt the attention's value projection."""
+    lora_projection: bool = False
+    """Adapt the attention's output projection."""
+    lora_mlp: bool = False
+    """Adapt the three projections of the MLP."""
+    lora_head: bool = False
+    """Adapt the output head."""
+    mask_prompt: bool = True
+    """Learn the responses only; false learns the prompts as well."""
+    prompt_style: str = "alpaca"
+    """alpaca, none, chat (the checkpoint's own template), or a text with {instruction} and {input}."""
+    train: TrainArgs = field(default_factory=TrainArgs)
+    eval: EvalArgs = field(default_factory=EvalArgs)
+    optimizer: dict[str, Any] | str = "AdamW"
+    """Name of a torch optimizer, or its class_path and init_args."""
+    logger_name: Literal["csv"] = "csv"
+    """Where metrics go: csv is metrics.csv in out_dir."""
+    seed: int = 1337
+    """Decides the adapter's start, the order of the examples and dropout."""
+    resume: bool | Path = False
+    """Go on from the newest checkpoint in out_dir (true), or from the one at this path."""
+
+    def __post_init__(self) -> None:
+        require(self.devices == 1, "--devices", self.devices, "1")
+        require(self.lora_r >= 1, "--lora_r", self.lora_r, "at least 1")
+        require(self.lora_alpha >= 1, "--lora_alpha", self.lora_alpha, "at least 1")
+        require(0 <= self.lora_dropout < 1, "--lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        if not self.lora_switches:
+            raise LitLoraError(
+                "nothing would be trained: set at least one of --lora_query, --lora_key, "
+                "--lora_value, --lora_projection, --lora_mlp and --lora_head to true"
+            )
+        self._adopt_rate_of_optimizer()
+
+    def _adopt_rate_of_optimizer(self) -> None:
+        """Take the optimizer's init_args.lr, where Lit-GPT has the rate, as train.learning_rate."""
+        optimizer = self.optimizer if isinstance(self.optimizer, dict) else {}
+        init_args = optimizer.get("init_args")
+        if not isinstance(init_args, dict) or "lr" not in init_args:
+            return
+        rate = init_args["lr"]
+        if self.train.learning_rate not in (TrainArgs.learning_rate, rate):
+            raise LitLoraError(
+                f"--train.learning_rate ({self.train.learning_rate}) and --optimizer.init_args.lr ({rate}) "
+                "are the same setting: give one of them"
+            )
+        others = {key: value for key, value in init_args.items() if key != "lr"}
+        object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
+        object.__setattr__(self, "optimizer", {**optimizer, "init_args": others})
+
+    @property
+    def lora_switches(self) -> tuple[str, ...]:
+        """Those of query, key, value, projection, mlp and head that are on."""
+        names = ("query", "key", "value", "projection", "mlp", "head")
+        return tuple(name for name in names if getattr(self, f"lora_{name}"))
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """Answer a prompt with a checkpoint, or with an adapter on its base."""
+
+    checkpoint_dir: Path
+    """Folder of a checkpoint or of an adapter."""
+    prompt: str | None = None
+    """The prompt; by default it is read from standard input."""
+    max_new_tokens: int = 50
+    """Most tokens of the answer."""
+    temperature: float = 0.8
+    """Sharpness of the choice of tokens: 0 always takes the likeliest."""
+    top_k: int | None = 50
+    """Choose among this many likeliest tokens; null for all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
+    num_samples: int = 1
+    """How many answers to give."""
+    seed: int = 1234
+    """Decides the choice of tokens."""
+    prompt_style: str | None = None
+    """alpaca, none, chat, or a text with {instruction}; by default an adapter's own, else none."""
+    base_dir: Path | None = None
+    """Folder of the adapter's base; by default the one that the adapter names."""
+    precision: Precision = "bf16-true"
+    """Of the base and its arithmetic."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples"):
+            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
+        require(self.temperature >= 0, "--temperature", self.temperature, "0 or more")
+        require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1, or null for all")
+        require(0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class MergeLoraArgs:
+    """Merge an adapter into its base and write the result as a checkpoint."""
+
+    checkpoint_dir: Path
+    """Folder of the adapter."""
+    out_dir: Path
+    """Folder that gets the merged checkpoint."""
+    base_dir: Path | None = None
+    """Folder of the base; by default the one that the adapter names."""

@@ -1,0 +1,1 @@
+"""One file per subcommand: the file name is the command name is the function name."""

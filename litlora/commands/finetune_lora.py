@@ -1,0 +1,153 @@
+"""finetune_lora: a checkpoint and prepared data in, an adapter out."""
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from lightning.fabric import Fabric
+from torch.optim import Optimizer
+
+from litlora.adapter import load_matrices
+from litlora.args import FinetuneLoraArgs
+from litlora.batches import Sample, encode, micro_batches
+from litlora.checkpoint import check_checkpoint, load_model
+from litlora.errors import LitLoraError
+from litlora.examples import Example, read_examples
+from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
+from litlora.model import GPT
+from litlora.optimizers import build_optimizer
+from litlora.prompts import PromptStyle, build_prompt_style
+from litlora.records import RunFolder
+from litlora.sampling import Sampler, generate
+from litlora.state import Progress, restore_state
+from litlora.tokenizer import Tokenizer
+from litlora.training import Run, fit, peak_memory_gb, total_steps
+
+
+def finetune_lora(args: FinetuneLoraArgs) -> None:
+    """Fine-tune a checkpoint with LoRA."""
+    config = check_checkpoint(args.checkpoint_dir).config
+    tokenizer = Tokenizer(args.checkpoint_dir)
+    style = build_prompt_style(
+        args.prompt_style,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        chat_template=tokenizer.chat_template,
+    )
+    folder = RunFolder(args, lora_config(args), tokenizer.files)
+    folder.check()
+    limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)
+    train, val = (read_examples(args.data_dir / f"{split}.jsonl") for split in ("train", "val"))
+    shown = example_to_show(args.eval.evaluate_example, val)
+    train_samples = encode_split("train", train, tokenizer, style, limit, args.mask_prompt)
+    val_samples = encode_split("val", val, tokenizer, style, limit, args.mask_prompt)
+
+    # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
+    fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
+    torch.manual_seed(args.seed)
+    dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
+    gpt = load_model(args.checkpoint_dir, dtype, fabric.device)
+    add_lora(gpt, folder.lora)
+    optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
+    model, optimizer = fabric.setup(gpt, optimizer)
+    progress = go_on(folder, gpt, optimizer)
+
+    answer = partial(sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens)
+    val_batches = micro_batches(val_samples, args.train.micro_batch_size)
+    run = Run(fabric, cast(GPT, model), cast(Optimizer, optimizer), train_samples, val_batches, args, folder, answer)
+    say_plan(run, gpt)
+    val_loss = fit(run, progress)
+    final = folder.save_final(gpt, report(gpt, progress, val_loss))
+    say(f"adapter in {final}")
+
+
+def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
+    targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
+    return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets)
+
+
+def sequence_limit(asked: int | None, positions: int) -> int:
+    """Return the most tokens of an example: what is asked for, or all the positions that the checkpoint has."""
+    if asked is not None and asked > positions:
+        fault = f"is more than the checkpoint's max_position_embeddings ({positions})"
+        raise LitLoraError(f"--train.max_seq_length ({asked}) {fault}")
+    return asked or positions
+
+
+def example_to_show(index: int, val: Sequence[Example]) -> Example:
+    """Return the example that the sample answer at each validation is for."""
+    if index >= len(val):
+        raise LitLoraError(
+            f"--eval.evaluate_example ({index}) must be below the number of rows in val.jsonl ({len(val)})"
+        )
+    return val[index]
+
+
+def encode_split(
+    name: str, examples: Sequence[Example], tokenizer: Tokenizer, style: PromptStyle, limit: int, mask_prompt: bool
+) -> list[Sample]:
+    """Encode a split, and say what of it is lost to the limit."""
+    encoded = encode(examples, tokenizer, style, max_seq_length=limit, mask_prompt=mask_prompt)
+    if encoded.cut:
+        dropped = f", {encoded.dropped} of them dropped because nothing of the response is left"
+        say(f"{name}.jsonl: {encoded.cut} of {len(examples)} examples are cut to {limit} tokens{dropped}")
+    if not encoded.samples:
+        raise LitLoraError(f"{name}.jsonl has no example with a response within --train.max_seq_length ({limit})")
+    return encoded.samples
+
+
+def go_on(folder: RunFolder, gpt: GPT, optimizer: Optimizer) -> Progress:
+    """Open the run's folder, at the start or where the checkpoint that --resume asks for stands."""
+    start = folder.resume_from()
+    if start is not None:
+        load_matrices(gpt, start, folder.args.checkpoint_dir)
+    progress = Progress() if start is None else restore_state(start, optimizer)
+    folder.open(progress)
+    return progress
+
+
+def sample_answer(
+    fabric: Fabric, gpt: GPT, tokenizer: Tokenizer, style: PromptStyle, example: Example, limit: int
+) -> str:
+    """Return an instruction and the likeliest answer of at most `limit` tokens; nothing if the limit is 0."""
+    if not limit:
+        return ""
+    turn = example.turns[0]
+    prompt = style.prompt(turn.instruction, turn.input, example.system)
+    ids = tokenizer.encode(prompt, style.add_special_tokens).ids
+    with fabric.autocast():
+        tokens = list(generate(gpt, ids, Sampler(), max_new_tokens=limit, stop_ids=tokenizer.stop_ids))
+    return f"  {turn.instruction}\n  -> {tokenizer.decode(tokens)}"
+
+
+def say_plan(run: Run, gpt: GPT) -> None:
+    trainable, frozen = (count(gpt.parameters(), trainable=kind) for kind in (True, False))
+    tokens = sum(len(sample.tokens) for sample in run.train)
+    say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, on {run.fabric.device}")
+    say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")
+
+
+def report(gpt: GPT, progress: Progress, val_loss: float | None) -> dict[str, Any]:
+    """Return the content of report.json."""
+    return {
+        "train_loss": progress.train_loss,
+        "val_loss": val_loss,
+        "val_perplexity": None if val_loss is None else math.exp(val_loss),
+        "steps": progress.step,
+        "supervised_tokens": progress.supervised_tokens,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "peak_memory_gb": peak_memory_gb(),
+        "trainable_parameters": count(gpt.parameters(), trainable=True),
+        "frozen_parameters": count(gpt.parameters(), trainable=False),
+        "versions": {package: version(package) for package in ("litlora", "torch", "bitsandbytes")},
+    }
+
+
+def say(line: str) -> None:
+    sys.stderr.write(line + "\n")

@@ -1,0 +1,56 @@
+"""generate: a prompt in, the completion alone on stdout."""
+
+import sys
+
+import torch
+
+from litlora.adapter import find_base, is_adapter, load_adapter, read_prompt_style
+from litlora.args import GenerateArgs
+from litlora.checkpoint import load_model
+from litlora.errors import LitLoraError
+from litlora.prompts import build_prompt_style
+from litlora.sampling import Sampler
+from litlora.sampling import generate as stream_tokens
+from litlora.tokenizer import Tokenizer
+
+
+def generate(args: GenerateArgs) -> None:
+    """Answer a prompt with a checkpoint, or with an adapter on its base."""
+    adapter = args.checkpoint_dir if is_adapter(args.checkpoint_dir) else None
+    base_dir = find_base(adapter, args.base_dir) if adapter else args.checkpoint_dir
+    tokenizer = Tokenizer(base_dir)
+    style_name = args.prompt_style or (read_prompt_style(adapter) if adapter else None) or "none"
+    style = build_prompt_style(
+        style_name, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, chat_template=tokenizer.chat_template
+    )
+    prompt = tokenizer.encode(style.prompt(read_prompt(args.prompt)), style.add_special_tokens).ids
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
+    model = load_model(base_dir, dtype, device)
+    if adapter:
+        load_adapter(model, adapter, base_dir)
+    check_length(len(prompt), args.max_new_tokens, model.config.max_position_embeddings)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, generator)
+    for _ in range(args.num_samples):
+        tokens = stream_tokens(model, prompt, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids)
+        for text in tokenizer.stream(prompt, tokens):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+def read_prompt(given: str | None) -> str:
+    """Return the prompt that was given, or else what stands on standard input, less its last line end."""
+    prompt = sys.stdin.read().removesuffix("\n") if given is None else given
+    if not prompt:
+        raise LitLoraError("the prompt is empty: give one with --prompt or on standard input")
+    return prompt
+
+
+def check_length(prompt: int, new: int, positions: int) -> None:
+    """Refuse a prompt and completion that together are longer than the model can see."""
+    if prompt + new > positions:
+        fault = f"the prompt's {prompt} tokens and --max_new_tokens ({new}) are more than the checkpoint's {positions}"
+        raise LitLoraError(f"{fault} positions: shorten one of them")

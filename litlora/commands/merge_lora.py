@@ -1,0 +1,90 @@
+"""merge_lora: an adapter and its base in, a checkpoint out."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litlora.adapter import find_base, read_lora_config, read_matrices
+from litlora.args import MergeLoraArgs
+from litlora.checkpoint import INDEX, Weights, check_checkpoint, open_safetensors, read_hub_config, weight_files
+from litlora.errors import LitLoraError
+from litlora.files import check_writable, whole_directory
+from litlora.lora import add_lora, merged
+from litlora.tokenizer import Tokenizer
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def merge_lora(args: MergeLoraArgs) -> None:
+    """Merge an adapter into its base and write the result as a checkpoint."""
+    lora = read_lora_config(args.checkpoint_dir)
+    base_dir = find_base(args.checkpoint_dir, args.base_dir)
+    if args.out_dir.exists():
+        raise LitLoraError(f"--out_dir ({args.out_dir}) is there already: choose another, or remove it")
+    check_writable(args.out_dir, "--out_dir")
+    model = check_checkpoint(base_dir)
+    add_lora(model, lora)
+    adapter = Adapter(read_matrices(model, args.checkpoint_dir, base_dir), lora.scaling)
+    untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
+    with whole_directory(args.out_dir) as folder:
+        write_weights(folder, base_dir, adapter, untie)
+        write_config(folder, base_dir, untie)
+        for path in (base_dir / "generation_config.json", *Tokenizer(base_dir).files):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    sys.stderr.write(f"merged checkpoint in {args.out_dir}\n")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The matrices of an adapter, by name, and their factor."""
+
+    matrices: dict[str, Tensor]
+    scaling: float
+
+    def changes(self, weight: str) -> bool:
+        return self._name(weight, "A") in self.matrices
+
+    def merged(self, weight: str, base: Tensor) -> Tensor:
+        """Return the base's tensor of that name with the adapter's product added, where it has one."""
+        if not self.changes(weight):
+            return base
+        a, b = (self.matrices[self._name(weight, matrix)] for matrix in "AB")
+        return merged(base, a, b, self.scaling)
+
+    @staticmethod
+    def _name(weight: str, matrix: str) -> str:
+        return f"{weight.removesuffix('.weight')}.lora_{matrix}.weight"
+
+
+def write_weights(folder: Path, base_dir: Path, adapter: Adapter, untie: bool) -> None:
+    """Write the merged weights file by file as the base has them, so that one file is in memory at a time."""
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for path in weight_files(base_dir):
+        handle = open_safetensors(path)
+        tensors = {name: adapter.merged(name, handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
+        if untie and EMBEDDING in tensors and HEAD not in Weights(base_dir):
+            tensors[HEAD] = adapter.merged(HEAD, tensors[EMBEDDING])
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, path.name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX, index)
+
+
+def write_config(folder: Path, base_dir: Path, untie: bool) -> None:
+    """Write the base's config; a head that was tied to the embedding and is changed is a tensor of its own now."""
+    config = read_hub_config(base_dir)
+    write_json(folder / "config.json", config | {"tie_word_embeddings": False} if untie else config)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

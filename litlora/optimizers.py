@@ -1,0 +1,37 @@
+"""Torch optimizers by name or class path."""
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from litlora.errors import LitLoraError
+
+
+def build_optimizer(optimizer: str | dict[str, Any], parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+    """Build an optimizer from its name in torch.optim, or from its class_path and init_args."""
+    given: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
+    if not isinstance(given.get("class_path"), str) or given.keys() - {"class_path", "init_args"}:
+        raise LitLoraError(f"--optimizer ({optimizer}) must be a name, or class_path and init_args")
+    kind = _find(given["class_path"])
+    try:
+        return kind(parameters, **{"lr": lr, **(given.get("init_args") or {})})
+    except (TypeError, ValueError) as error:
+        raise LitLoraError(f"--optimizer {given['class_path']} refuses its init_args: {error}") from error
+
+
+def _find(class_path: str) -> type[Optimizer]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module or "torch.optim"), name, None)
+    except ImportError as error:
+        raise LitLoraError(f"--optimizer {class_path} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise LitLoraError(f"--optimizer {class_path} is not a torch optimizer, such as AdamW or torch.optim.SGD")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise LitLoraError(f"--optimizer {class_path} evaluates the loss several times a step, which is not supported")
+    return kind

@@ -1,0 +1,169 @@
+"""The Fabric loop: fit, validate, and the learning rate."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.fabric import Fabric
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from litlora.args import FinetuneLoraArgs, TrainArgs
+from litlora.batches import MicroBatch, Sample, global_batches, micro_batches
+from litlora.errors import LitLoraError
+from litlora.loss import supervised_loss
+from litlora.model import GPT, evaluating
+from litlora.records import RunFolder
+from litlora.state import Progress, StepResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with, all of it ready."""
+
+    fabric: Fabric
+    model: GPT
+    optimizer: Optimizer
+    train: Sequence[Sample]
+    val: Sequence[MicroBatch]
+    args: FinetuneLoraArgs
+    folder: RunFolder
+    answer: Callable[[], str]
+    """Gives the model's present answer to the example that is shown at each validation; "" for none."""
+
+
+def fit(run: Run, progress: Progress) -> float | None:
+    """Train from where `progress` stands to the last step; return the validation loss after it, if one was taken."""
+    args, total, val_loss = run.args, total_steps(len(run.train), run.args.train), None
+    with tqdm(total=total, initial=progress.step, unit="step", file=sys.stderr, mininterval=_talk_interval()) as bar:
+        if progress.step == 0 and args.eval.initial_validation:
+            run.folder.log(step=0, epoch=0, val_loss=validate_and_show(run, 0))
+        for epoch, step, batch in steps(run.train, args, after=progress.step, total=total):
+            rate = learning_rate(step, total, args.train)
+            result = train_step(run, micro_batches(batch, args.train.micro_batch_size), rate, step)
+            progress.add(epoch, result)
+            final = step == total and args.eval.final_validation
+            val_loss = validate_and_show(run, step) if final or step % args.eval.interval == 0 else None
+            if val_loss is not None or step % args.train.log_interval == 0:
+                run.folder.log(**row(progress, result, rate, val_loss))
+            if step % args.train.save_interval == 0:
+                run.folder.save_step(run.model, run.optimizer, progress)
+            bar.set_postfix_str(
+                f"loss {result.loss:.4f}, {result.tokens / result.seconds:,.0f} tokens/s", refresh=False
+            )
+            bar.update()
+    return val_loss
+
+
+def _talk_interval() -> float:
+    return 0.1 if sys.stderr.isatty() else 10.0  # seconds between updates; a log file needs fewer
+
+
+def steps(
+    samples: Sequence[Sample], args: FinetuneLoraArgs, *, after: int, total: int
+) -> Iterator[tuple[int, int, list[Sample]]]:
+    """Yield epoch, step and global batch of every step behind `after`; all of it follows from the seed alone."""
+    step = 0
+    for epoch in range(1, args.train.epochs + 1):
+        for batch in global_batches(samples, args.train.global_batch_size, seed=args.seed, epoch=epoch):
+            step += 1
+            if step > total:
+                return
+            if step > after:
+                yield epoch, step, batch
+
+
+def total_steps(samples: int, args: TrainArgs) -> int:
+    """Return how many optimizer steps a run takes; the last, smaller global batch of an epoch counts."""
+    wanted = args.epochs * math.ceil(samples / args.global_batch_size)
+    return wanted if args.max_steps is None else min(wanted, args.max_steps)
+
+
+def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
+    """Return the rate of a step, counted from 1: linear warm-up, then cosine decay towards `min_lr`.
+
+    The peak is reached at the end of the warm-up (at step 1 without one); the decay would end one step after the
+    last, so that no step has a rate of 0.
+    """
+    steps = args.lr_warmup_steps if args.lr_warmup_steps is not None else int(args.lr_warmup_fraction * total_steps)
+    warmup = min(max(steps, 1), total_steps)
+    if step <= warmup:
+        return args.learning_rate * step / warmup
+    done = (step - warmup) / (total_steps - warmup + 1)
+    return args.min_lr + (args.learning_rate - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train_step(run: Run, batch: Sequence[MicroBatch], rate: float, step: int) -> StepResult:
+    """Take one optimizer step on a global batch, with the mean over all its supervised tokens as the loss."""
+    start = time.perf_counter()
+    supervised = sum(micro.supervised for micro in batch)
+    loss = torch.zeros((), device=run.fabric.device)
+    for micro in batch:
+        part = summed_loss(run, micro) / supervised
+        run.fabric.backward(part)
+        loss += part.detach()
+    max_norm = run.args.train.max_norm or math.inf  # an infinite limit measures the norm and clips nothing
+    norm = run.fabric.clip_gradients(run.model, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
+    mean, grad_norm = loss.item(), float(norm)  # type: ignore[arg-type]
+    if not math.isfinite(mean) or not math.isfinite(grad_norm):
+        raise LitLoraError(
+            f"step {step} has the loss {mean} and a gradient norm of {grad_norm}: lower the learning rate"
+        )
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    tokens = sum(len(micro.tokens) for micro in batch)
+    return StepResult(mean, grad_norm, tokens, supervised, time.perf_counter() - start)
+
+
+def summed_loss(run: Run, micro: MicroBatch) -> torch.Tensor:
+    """Return the sum of the losses of a micro-batch's supervised tokens; training and validation share it."""
+    tokens, labels = run.fabric.to_device((micro.tokens, micro.labels))
+    with run.fabric.autocast():
+        return supervised_loss(run.model(tokens, micro.lengths), run.model.lm_head, labels)
+
+
+@torch.no_grad()
+def validate(run: Run) -> float:
+    """Return the mean loss over the supervised tokens of the validation split, or of its first micro-batches."""
+    batches = run.val[: run.args.eval.max_iters]
+    with evaluating(run.model):
+        total = sum(summed_loss(run, micro).item() for micro in batches)
+    return total / sum(micro.supervised for micro in batches)
+
+
+def validate_and_show(run: Run, step: int) -> float:
+    """Validate, and say the loss and a sample answer on stderr."""
+    val_loss = validate(run)
+    tqdm.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
+    if answer := run.answer():
+        tqdm.write(answer, file=sys.stderr)
+    return val_loss
+
+
+def row(progress: Progress, result: StepResult, rate: float, val_loss: float | None) -> dict[str, float | None]:
+    """Return the row of metrics.csv for a step."""
+    return {
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "loss": result.loss,
+        "val_loss": val_loss,
+        "learning_rate": rate,
+        "grad_norm": result.grad_norm,
+        "tokens": progress.tokens,
+        "tokens_per_second": result.tokens / result.seconds,
+        "memory_gb": peak_memory_gb(),
+    }
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory, in 10^9 bytes, that the process has had: of the GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
