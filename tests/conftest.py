@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,16 +59,22 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: P
     return make
 
 
-@pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.name)
-def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
+@pytest.fixture(scope="session")
+def checkpoints(make_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return a function that gives the random checkpoint of a family by its name."""
+    return cache(lambda name: make_checkpoint(next(family for family in FAMILIES if family.name == name)))
+
+
+@pytest.fixture(scope="session", params=[family.name for family in FAMILIES])
+def checkpoint(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> Path:
     """Return a random checkpoint of each family in turn."""
-    return make_checkpoint(request.param)
+    return checkpoints(request.param)
 
 
 @pytest.fixture(scope="session")
-def tiny(make_checkpoint: Callable[..., Path]) -> Path:
+def tiny(checkpoints: Callable[[str], Path]) -> Path:
     """Return one random checkpoint, for what does not depend on the family."""
-    return make_checkpoint(FAMILIES[0])
+    return checkpoints("llama")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,10 @@
+"""Prepare the cleaned Alpaca archive for fine-tuning."""
+
+from litlora.args import PrepareAlpacaArgs
+from litlora.examples import ALPACA
+from litlora.preparing import fetch, prepare
+
+
+def prepare_alpaca(args: PrepareAlpacaArgs) -> None:
+    """Turn a file with Alpaca's keys into a prepared data set."""
+    prepare(args, fetch(args.source), ALPACA)

@@ -1,0 +1,10 @@
+"""Prepare one's own .json, .jsonl or .csv file for fine-tuning."""
+
+from litlora.args import PrepareJsonArgs
+from litlora.examples import ANY
+from litlora.preparing import fetch, prepare
+
+
+def prepare_json(args: PrepareJsonArgs) -> None:
+    """Turn a file of any known row format into a prepared data set."""
+    prepare(args, fetch(args.source), ANY)

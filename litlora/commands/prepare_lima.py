@@ -1,0 +1,44 @@
+"""Prepare LIMA for fine-tuning."""
+
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+from litlora.args import PrepareLimaArgs
+from litlora.examples import Fields, Reading, RowFormat, read_messages
+from litlora.hub import REPO_ID, fetch_dataset_file
+from litlora.preparing import fetch, prepare
+from litlora.rows import PARSERS, RawFile, RowError
+
+SHAPE = '{"conversations": ["question", "answer", ...]}'
+
+
+def prepare_lima(args: PrepareLimaArgs) -> None:
+    """Turn LIMA's conversations, or their first turns, into a prepared data set."""
+    read = partial(_read_row, multiturn=args.include_multiturn_conversations)
+    prepare(args, _fetch(args), RowFormat(SHAPE, read))
+
+
+def _fetch(args: PrepareLimaArgs) -> RawFile:
+    if not _names_dataset(args.source):
+        return fetch(args.source)
+    token = args.access_token.get_secret_value() if args.access_token else None
+    path = fetch_dataset_file(args.source, "train.jsonl", token)
+    return RawFile(f"{args.source}/train.jsonl", path.suffix, path.read_bytes())
+
+
+def _names_dataset(source: str) -> bool:
+    """Tell the Hub's ORG/NAME from a file, which may be one that is missing."""
+    path = Path(source)
+    is_file = path.exists() or path.suffix.lower() in PARSERS
+    return not is_file and REPO_ID.fullmatch(source) is not None
+
+
+def _read_row(fields: Fields, multiturn: bool) -> Reading:
+    said = fields.get("conversations")
+    if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+        raise RowError('there is no list of strings under "conversations"')
+    kept = said if multiturn else said[:2]
+    return read_messages(
+        [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), kept, strict=False)]
+    )

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from litlora.args import PrepareJsonArgs
+from litlora.commands.prepare_json import prepare_json
+from litlora.errors import LitLoraError
+from litlora.examples import Example, Turn, read_examples
+
+CSV = 'prompt,completion\n"one, ""two""\nthree",4\nfive,six\n'
+PAIRS = [{"prompt": 'one, "two"\nthree', "completion": "4"}, {"prompt": "five", "completion": "six"}]
+CONVERSATION = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+}
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    def prepared(name, content):
+        source, out = tmp_path / name, tmp_path / "out"
+        source.write_text(content)
+        prepare_json(PrepareJsonArgs(destination_path=out, source=str(source), val_split_fraction=0.5))
+        return read_examples(out / "train.jsonl") + read_examples(out / "val.jsonl")
+
+    return prepared
+
+
+def test_the_same_rows_as_csv_json_and_jsonl_give_the_same_examples(prepared):
+    examples = prepared("rows.csv", CSV)
+    assert set(examples) == {Example((Turn('one, "two"\nthree', "4"),)), Example((Turn("five", "six"),))}
+    assert prepared("rows.json", json.dumps(PAIRS)) == examples
+    assert prepared("rows.jsonl", "\n".join(json.dumps(row) for row in PAIRS)) == examples
+
+
+def test_rows_of_every_shape_may_be_mixed(prepared):
+    rows = [CONVERSATION, PAIRS[1], {"instruction": "a", "output": "b"}]
+    assert set(prepared("rows.json", json.dumps(rows))) == {
+        Example((Turn("a", "b"), Turn("c", "d")), "Be brief."),
+        Example((Turn("five", "six"),)),
+        Example((Turn("a", "b"),)),
+    }
+
+
+def test_a_csv_file_without_a_known_column_is_refused(prepared, tmp_path):
+    with pytest.raises(LitLoraError) as refused:
+        prepared("rows.csv", "prompt;completion\na;b\n")
+    assert str(refused.value).startswith(
+        f"{tmp_path}/rows.csv line 2: the keys ['prompt;completion'] are none that is known; a row must look like "
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_it_did_and_nothing_on_stdout(litlora, tmp_path):
+    (tmp_path / "rows.csv").write_text(CSV)
+    out = tmp_path / "out"
+    done = litlora(
+        "prepare_json", "--source", tmp_path / "rows.csv", "--destination_path", out, "--val_split_fraction", 0.5
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"1 training and 1 validation examples in {out}\n"
+
+
+def test_a_bad_row_ends_the_command_with_one_sentence(litlora, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    done = litlora("prepare_json", "--source", tmp_path / "rows.jsonl", "--destination_path", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f'{tmp_path}/rows.jsonl line 2: there is no "completion"; a row must look like ' in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+from hub_server import reachable_hub
+from jsonargparse.typing import SecretStr
+
+from litlora.args import PrepareLimaArgs
+from litlora.commands.prepare_lima import prepare_lima
+from litlora.errors import LitLoraError
+from litlora.examples import Example, Turn, read_examples
+
+SINGLE = ["Name a prime.", "Seven."]
+SEVERAL = ["Is 91 prime?", "No, 7 x 13.", "And 97?", "Yes."]
+ODD = ["How far?", "Ten miles.", "How long?"]
+
+
+def lima(*conversations):
+    return "\n".join(json.dumps({"conversations": said, "source": "test"}) for said in conversations).encode()
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    def prepared(*conversations, multiturn=False):
+        source, out = tmp_path / "lima.jsonl", tmp_path / "out"
+        source.write_bytes(lima(*conversations))
+        prepare_lima(
+            PrepareLimaArgs(
+                destination_path=out,
+                source=str(source),
+                val_split_fraction=0.5,
+                include_multiturn_conversations=multiturn,
+            )
+        )
+        return set(read_examples(out / "train.jsonl") + read_examples(out / "val.jsonl"))
+
+    return prepared
+
+
+def test_conversations_are_left_at_their_first_turn(prepared, capsys):
+    assert prepared(SINGLE, SEVERAL, ODD) == {
+        Example((Turn("Name a prime.", "Seven."),)),
+        Example((Turn("Is 91 prime?", "No, 7 x 13."),)),
+        Example((Turn("How far?", "Ten miles."),)),
+    }
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_conversation_of_several_turns_is_one_example_when_asked_for(prepared):
+    assert prepared(SINGLE, SEVERAL, multiturn=True) == {
+        Example((Turn("Name a prime.", "Seven."),)),
+        Example((Turn("Is 91 prime?", "No, 7 x 13."), Turn("And 97?", "Yes."))),
+    }
+
+
+def test_a_last_question_without_an_answer_is_left_out_and_said(prepared, capsys, tmp_path):
+    assert Example((Turn("How far?", "Ten miles."),)) in prepared(SINGLE, ODD, multiturn=True)
+    assert capsys.readouterr().err.startswith(
+        f"1 row ending in a question without an answer, the first at {tmp_path}/lima.jsonl line 2: "
+    )
+
+
+@pytest.mark.parametrize("multiturn", [False, True])
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (["A prompt of the test split"], "the conversation has no answer"),
+        ([], "the conversation has no answer"),
+        (["a", "b", 3], 'there is no list of strings under "conversations"'),
+        ("a", 'there is no list of strings under "conversations"'),
+    ],
+)
+def test_a_row_without_a_whole_turn_is_refused(prepared, tmp_path, said, problem, multiturn):
+    with pytest.raises(LitLoraError) as refused:
+        prepared(SINGLE, said, multiturn=multiturn)
+    assert str(refused.value) == (
+        f"{tmp_path}/lima.jsonl line 2: {problem}; "
+        'a row must look like {"conversations": ["question", "answer", ...]}'
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with reachable_hub(monkeypatch, tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def gated(hub):
+    hub.add("datasets/GAIR/lima", {"train.jsonl": lima(*[SINGLE] * 10)}, gated=True)
+    hub.grant("hf_welcome", "datasets/GAIR/lima")
+
+
+def test_lima_comes_from_the_hub_for_a_token_that_may_read_it(gated, tmp_path):
+    out = tmp_path / "out"
+    prepare_lima(PrepareLimaArgs(destination_path=out, access_token=SecretStr("hf_welcome")))
+    assert len(read_examples(out / "train.jsonl")) == 9
+    facts = (out / "dataset.json").read_text()
+    assert '"source": "GAIR/lima"' in facts
+    assert "hf_welcome" not in facts
+
+
+def test_lima_is_refused_without_a_token(gated, tmp_path):
+    with pytest.raises(LitLoraError, match=r"^dataset GAIR/lima is gated: .* pass --access_token or set HF_TOKEN"):
+        prepare_lima(PrepareLimaArgs(destination_path=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_of_the_hub_is_named_by_its_file(hub, tmp_path):
+    hub.add("datasets/my/lima", {"train.jsonl": lima(SINGLE, ["unanswered"])})
+    with pytest.raises(LitLoraError, match=r"^my/lima/train\.jsonl line 2: the conversation has no answer"):
+        prepare_lima(PrepareLimaArgs(destination_path=tmp_path / "out", source="my/lima"))
+
+
+def test_a_missing_file_is_not_taken_for_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LitLoraError) as refused:
+        prepare_lima(PrepareLimaArgs(source="data/lima.jsonl"))
+    assert str(refused.value) == ("there is no file data/lima.jsonl; give --source a file or an http(s) address")
+
+
+def test_a_file_that_is_there_is_not_taken_for_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my/lima").write_text("")
+    with pytest.raises(LitLoraError, match="my/lima cannot be read: its name must end in"):
+        prepare_lima(PrepareLimaArgs(source="my/lima"))

@@ -1,0 +1,37 @@
+import resource
+
+import pytest
+
+from litlora.errors import LitLoraError
+from litlora.files import write_whole
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_are_written_into_a_folder_that_is_made_for_them(tmp_path):
+    write_whole({tmp_path / "new/one": b"1", tmp_path / "new/two": b"2"})
+    assert names(tmp_path / "new") == ["one", "two"]
+    assert (tmp_path / "new/two").read_bytes() == b"2"
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    (tmp_path / "one").write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))  # the nearest thing to a full disk
+    try:
+        with pytest.raises(LitLoraError) as refused:
+            write_whole({tmp_path / "one": b"new", tmp_path / "two": bytes(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(refused.value) == f"cannot write {tmp_path / 'two'}: File too large"
+    assert names(tmp_path) == ["one"]
+    assert (tmp_path / "one").read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LitLoraError) as refused:
+        write_whole({tmp_path / "file/one": b""})
+    assert str(refused.value) == f"cannot write {tmp_path / 'file'}: File exists"

@@ -1,0 +1,143 @@
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import hugging_face, with_peft
+from torch.nn.utils.rnn import pad_sequence
+
+from litlora.adapter import write_adapter
+from litlora.checkpoint import load_model
+from litlora.config import GPTConfig
+from litlora.lora import TARGET_MODULES, LoRAConfig, LoRALinear, add_lora, count, lora_parameters
+from litlora.loss import IGNORE_INDEX, supervised_loss
+from litlora.model import GPT
+
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+SWITCHES = tuple(TARGET_MODULES)
+COMBINATIONS = [chosen for n in range(1, 7) for chosen in combinations(SWITCHES, n)]
+LENGTHS = [9, 23, 4]
+
+
+def lora_config(switches: tuple[str, ...], dropout: float = 0.0) -> LoRAConfig:
+    return LoRAConfig(4, 6, dropout, tuple(module for switch in switches for module in TARGET_MODULES[switch]))
+
+
+def adapted(checkpoint: Path, config: LoRAConfig, dtype: torch.dtype = torch.float32) -> GPT:
+    """Return the checkpoint's model with an adapter whose B is not zero, as if trained."""
+    torch.manual_seed(2)
+    model = load_model(checkpoint, dtype, torch.device("cpu"))
+    add_lora(model, config)
+    for name, parameter in lora_parameters(model).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def batch() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return sequences, and labels at about two thirds of their positions."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(300, (n,), generator=generator) for n in LENGTHS]
+    labels = [F.pad(ids[1:], (0, 1), value=IGNORE_INDEX) for ids in tokens]
+    for row in labels:
+        row[: len(row) // 3] = IGNORE_INDEX
+    return tokens, labels
+
+
+@pytest.mark.parametrize(
+    ("switches", "trainable"), [(("query", "value"), 4_194_304), (SWITCHES, 20_277_248)], ids=["two", "six"]
+)
+def test_parameter_counts_of_llama_2_7b_are_the_published_ones(switches, trainable):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_hub(LLAMA_2_7B))
+        targets = tuple(module for switch in switches for module in TARGET_MODULES[switch])
+        add_lora(model, LoRAConfig(8, 16, 0.0, targets))
+    assert count(model.parameters(), trainable=True) == trainable
+    assert count(model.parameters(), trainable=False) == 6_738_415_616
+
+
+def test_untrained_adapter_leaves_logits_unchanged_to_the_bit(checkpoint):
+    tokens = torch.cat(batch()[0])
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    before = model.lm_head(model(tokens, LENGTHS))
+    add_lora(model, lora_config(SWITCHES))
+    assert torch.equal(model.lm_head(model(tokens, LENGTHS)), before)
+
+
+def test_layers_keep_the_names_of_their_weights(tiny):
+    model = load_model(tiny, torch.float32, torch.device("cpu"))
+    before = set(model.state_dict())
+    add_lora(model, lora_config(SWITCHES))
+    assert before == {name for name in model.state_dict() if ".lora_" not in name}
+
+
+def test_only_the_adapter_trains_and_it_is_float32_over_a_bfloat16_base(tiny):
+    model = adapted(tiny, lora_config(("query", "mlp")), torch.bfloat16)
+    trainable = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == dict.fromkeys(lora_parameters(model), torch.float32)
+    assert model(torch.arange(5), [5]).dtype is torch.bfloat16
+
+
+def test_a_starts_uniform_and_b_at_zero():
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(64, 48, bias=False), rank=32, scaling=1.0, dropout=0.0)
+    bound = 1 / 64**0.5  # kaiming_uniform_ with a = sqrt(5)
+    assert 0.95 * bound < layer.lora_A.weight.abs().max() <= bound
+    assert not layer.lora_B.weight.any()
+
+
+def test_dropout_acts_in_training_only_and_keeps_the_mean():
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(50, 3, bias=False), rank=2, scaling=1.0, dropout=0.4)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = torch.ones(20_000, 50)
+    trained = layer(x)
+    layer.eval()
+    assert torch.equal(layer(x[:1]), layer(x[:1]))
+    assert trained.std(dim=0).min() > 0
+    torch.testing.assert_close(trained.mean(dim=0), layer(x)[0], atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("switches", [("query", "value"), SWITCHES], ids=["two", "six"])
+def test_loss_and_gradients_of_a_batch_equal_those_of_peft(checkpoint, switches, tmp_path):
+    config = lora_config(switches)
+    model = adapted(checkpoint, config)
+    write_adapter(tmp_path, model, config, checkpoint, "alpaca")
+    tokens, labels = batch()
+    supervised = sum((row != IGNORE_INDEX).sum() for row in labels)
+    loss = supervised_loss(model(torch.cat(tokens), LENGTHS), model.lm_head, torch.cat(labels)) / supervised
+    loss.backward()
+
+    theirs = with_peft(checkpoint, tmp_path, trainable=True)
+    mask = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
+    logits = theirs(pad_sequence(tokens, batch_first=True), attention_mask=mask).logits
+    padded = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+    reference = F.cross_entropy(logits.flatten(0, 1), padded.flatten(), ignore_index=IGNORE_INDEX)
+    reference.backward()
+    assert abs(loss.item() - reference.item()) < 1e-6 * reference.item()
+    gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    ours = {f"base_model.model.{name}": p.grad for name, p in lora_parameters(model).items()}
+    assert gradients.keys() == ours.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("switches", COMBINATIONS, ids="+".join)
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-3.2"], ids=["untied", "tied"])
+def test_adapter_loads_in_peft_with_equal_logits(name, switches, checkpoints, tmp_path):
+    config = lora_config(switches)
+    model = adapted(checkpoints(name), config)
+    write_adapter(tmp_path, model, config, checkpoints(name), "alpaca")
+    tokens = batch()[0][1]
+    with torch.no_grad():
+        theirs = with_peft(checkpoints(name), tmp_path)(tokens[None]).logits[0]
+        torch.testing.assert_close(model.lm_head(model(tokens, [len(tokens)])), theirs, atol=1e-5, rtol=0)
+        assert (theirs - hugging_face(checkpoints(name))(tokens[None]).logits[0]).abs().max() > 1e-2
