@@ -1,0 +1,15 @@
+"""Fetch a checkpoint from the Hugging Face Hub."""
+
+import sys
+
+from litlora.args import DownloadArgs
+from litlora.hub import Repo, fetch_checkpoint
+
+
+def download(args: DownloadArgs) -> None:
+    """Complete CHECKPOINT_ROOT/ORG/NAME with what litlora reads of the repository, and print where that is."""
+    token = args.access_token.get_secret_value() if args.access_token else None
+    repo = Repo(args.repo_id, "model", args.revision, token)
+    fetched = fetch_checkpoint(repo, args.checkpoint_root, args.tokenizer_only)
+    sys.stderr.write(f"{repo} at commit {fetched.commit}: {len(fetched.names)} files fetched\n")
+    sys.stdout.write(f"{fetched.folder}\n")
