@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from lightning.fabric import Fabric
+from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -26,7 +27,9 @@ class Run:
     """What the loop works with, all of it ready."""
 
     fabric: Fabric
-    model: GPT
+    gpt: GPT
+    model: nn.Module
+    """The GPT as Fabric wraps it: the forward pass goes through here."""
     optimizer: Optimizer
     train: Sequence[Sample]
     val: Sequence[MicroBatch]
@@ -51,7 +54,7 @@ def fit(run: Run, progress: Progress) -> float | None:
             if val_loss is not None or step % args.train.log_interval == 0:
                 run.folder.log(**row(progress, result, rate, val_loss))
             if step % args.train.save_interval == 0:
-                run.folder.save_step(run.model, run.optimizer, progress)
+                run.folder.save_step(run.gpt, run.optimizer, progress)
             bar.set_postfix_str(
                 f"loss {result.loss:.4f}, {result.tokens / result.seconds:,.0f} tokens/s", refresh=False
             )
@@ -125,7 +128,7 @@ def summed_loss(run: Run, micro: MicroBatch) -> torch.Tensor:
     """Return the sum of the losses of a micro-batch's supervised tokens; training and validation share it."""
     tokens, labels = run.fabric.to_device((micro.tokens, micro.labels))
     with run.fabric.autocast():
-        return supervised_loss(run.model(tokens, micro.lengths), run.model.lm_head, labels)
+        return supervised_loss(run.model(tokens, micro.lengths), run.gpt.lm_head, labels)
 
 
 @torch.no_grad()

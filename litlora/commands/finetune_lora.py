@@ -58,8 +58,8 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
 
     answer = partial(sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens)
     val_batches = micro_batches(val_samples, args.train.micro_batch_size)
-    run = Run(fabric, cast(GPT, model), cast(Optimizer, optimizer), train_samples, val_batches, args, folder, answer)
-    say_plan(run, gpt)
+    run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train_samples, val_batches, args, folder, answer)
+    say_plan(run)
     val_loss = fit(run, progress)
     final = folder.save_final(gpt, report(gpt, progress, val_loss))
     say(f"adapter in {final}")
@@ -124,8 +124,8 @@ def sample_answer(
     return f"  {turn.instruction}\n  -> {tokenizer.decode(tokens)}"
 
 
-def say_plan(run: Run, gpt: GPT) -> None:
-    trainable, frozen = (count(gpt.parameters(), trainable=kind) for kind in (True, False))
+def say_plan(run: Run) -> None:
+    trainable, frozen = (count(run.gpt.parameters(), trainable=kind) for kind in (True, False))
     tokens = sum(len(sample.tokens) for sample in run.train)
     say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, on {run.fabric.device}")
     say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")

@@ -1,0 +1,172 @@
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import with_peft
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from litlora.__main__ import main
+from litlora.args import TrainArgs
+from litlora.prompts import ALPACA, ALPACA_WITH_INPUT
+from litlora.training import learning_rate, total_steps
+
+
+def finetune(checkpoint: Path, data_dir: Path, out_dir: Path, *flags: object) -> Path:
+    """Run finetune_lora in float32 and return its final adapter."""
+    folders = ["--checkpoint_dir", checkpoint, "--data_dir", data_dir, "--out_dir", out_dir]
+    settings = [
+        "--precision",
+        "32-true",
+        "--lora_dropout",
+        0,
+        "--eval.max_new_tokens",
+        0,
+        "--train.learning_rate",
+        1e-2,
+    ]
+    assert main(["finetune_lora", *map(str, [*folders, *settings, *flags])]) == 0
+    return out_dir / "final"
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def report(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def metrics(out_dir: Path) -> list[dict[str, str]]:
+    with (out_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def loss_by_peft(checkpoint: Path, adapter_dir: Path, rows: Path) -> float:
+    """Return the mean loss per response token that transformers and peft compute, row by row."""
+    model, tokenizer = with_peft(checkpoint, adapter_dir), AutoTokenizer.from_pretrained(checkpoint)
+    total = count = 0
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt = (ALPACA_WITH_INPUT if row["input"] else ALPACA).format(**row)
+        ids = tokenizer(prompt + row["output"] + tokenizer.eos_token, return_tensors="pt").input_ids
+        start = len(tokenizer(prompt).input_ids)
+        with torch.no_grad():
+            logits = model(ids).logits[0]
+        total += F.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").item()
+        count += ids.shape[1] - start
+    return total / count
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 20, 50])
+@pytest.mark.parametrize("min_lr", [0.0, 1e-4])
+def test_the_learning_rate_peaks_after_warm_up_and_no_step_has_none(warmup, min_lr):
+    args = TrainArgs(learning_rate=1e-3, lr_warmup_steps=warmup, min_lr=min_lr)
+    rates = [learning_rate(step, 20, args) for step in range(1, 21)]
+    peak = min(max(warmup, 1), 20)
+    assert rates[peak - 1] == max(rates) == 1e-3
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak - 1 :] == sorted(rates[peak - 1 :], reverse=True)
+    assert min(rates) > 0
+    assert min(rates[peak - 1 :]) >= min_lr
+
+
+def test_the_learning_rate_follows_the_cosine():
+    args = TrainArgs(learning_rate=1.0, lr_warmup_steps=4, min_lr=0.2)
+    assert [learning_rate(step, 23, args) for step in (1, 2, 4, 14)] == pytest.approx([0.25, 0.5, 1.0, 0.6])
+
+
+def test_the_warm_up_may_be_a_fraction_of_all_steps():
+    args = TrainArgs(learning_rate=1.0, lr_warmup_fraction=0.5)
+    assert learning_rate(10, 20, args) == 1.0
+    assert learning_rate(9, 20, args) == 0.9
+
+
+def test_the_smaller_last_global_batch_of_an_epoch_is_a_step():
+    assert total_steps(17, TrainArgs(global_batch_size=8, epochs=2)) == 6
+    assert total_steps(17, TrainArgs(global_batch_size=8, epochs=2, max_steps=4)) == 4
+
+
+def test_the_adapter_does_not_depend_on_the_micro_batch_size(tiny, data_dir, tmp_path):
+    flags = ["--train.global_batch_size", 8, "--train.epochs", 3, "--train.max_steps", 5, "--lora_head", "true"]
+    runs = [
+        adapter(finetune(tiny, data_dir, tmp_path / str(size), *flags, "--train.micro_batch_size", size))
+        for size in (1, 3, 16)
+    ]
+    for other in runs[1:]:
+        for name, matrix in runs[0].items():
+            torch.testing.assert_close(other[name], matrix, atol=1e-5, rtol=0)
+
+
+def test_the_same_command_gives_the_same_adapter_to_the_bit_and_another_seed_another(tiny, data_dir, tmp_path):
+    flags = ["--lora_dropout", 0.2, "--train.max_steps", 3]
+    first, again, other = (
+        adapter(finetune(tiny, data_dir, tmp_path / name, *flags, "--seed", seed))
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_reported_validation_loss_equals_that_of_transformers_and_peft(checkpoint, data_dir, tmp_path):
+    final = finetune(checkpoint, data_dir, tmp_path, "--train.epochs", 4, "--lora_mlp", "true")
+    val_loss = report(final)["val_loss"]
+    assert val_loss == pytest.approx(loss_by_peft(checkpoint, final, data_dir / "val.jsonl"), abs=1e-5)
+    assert report(final)["val_perplexity"] == pytest.approx(math.exp(val_loss))
+
+
+def test_training_lowers_the_loss_and_leaves_a_row_per_step(tiny, data_dir, tmp_path):
+    final = finetune(
+        tiny, data_dir, tmp_path, "--train.epochs", 5, "--train.global_batch_size", 8, "--eval.interval", 4
+    )
+    rows = metrics(tmp_path)
+    assert [int(row["step"]) for row in rows] == list(range(11))
+    assert [int(row["step"]) for row in rows if row["val_loss"]] == [0, 4, 8, 10]
+    assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) - 0.3
+    assert float(rows[-1]["val_loss"]) == report(final)["val_loss"]
+    assert report(final)["steps"] == 10
+    assert report(final)["tokens"] == int(rows[-1]["tokens"])
+
+
+def test_a_validation_may_be_limited_to_its_first_micro_batches(tiny, data_dir, tmp_path):
+    finetune(tiny, data_dir, tmp_path / "one", "--eval.max_iters", 1, "--train.micro_batch_size", 1)
+    first = float(metrics(tmp_path / "one")[0]["val_loss"])
+    (tmp_path / "val").mkdir()
+    for name, keep in (("train.jsonl", None), ("val.jsonl", 1)):
+        lines = (data_dir / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / "val" / name).write_text("".join(lines[:keep]), encoding="utf-8")
+    finetune(tiny, tmp_path / "val", tmp_path / "whole")
+    assert float(metrics(tmp_path / "whole")[0]["val_loss"]) == pytest.approx(first, abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_a_resumed_run_ends_as_the_unbroken_one_to_the_bit(tiny, data_dir, tmp_path, optimizer):
+    flags = ["--lora_dropout", 0.1, "--train.epochs", 3, "--train.global_batch_size", 4, "--train.save_interval", 5]
+    flags += ["--optimizer", optimizer] + (["--optimizer.init_args.momentum", 0.9] if optimizer == "SGD" else [])
+    whole = finetune(tiny, data_dir, tmp_path, *flags)
+    unbroken, rows = adapter(whole), metrics(tmp_path)
+    whole.rename(tmp_path / "away")
+    (tmp_path / "step-000010").rename(tmp_path / "ahead")
+    resumed = adapter(finetune(tiny, data_dir, tmp_path, *flags, "--resume", "true"))
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    kept = ("step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens")
+    assert [[row[k] for k in kept] for row in metrics(tmp_path)] == [[row[k] for k in kept] for row in rows]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny, data_dir, tmp_path, capsys):
+    flags = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path, "--precision", "32-true"]
+    assert main(["finetune_lora", *map(str, flags), "--train.learning_rate", "1e30", "--train.epochs", "9"]) == 1
+    assert "litlora: step 2 has the loss nan" in capsys.readouterr().err
+    assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_other_precisions_come_close_to_float32(tiny, data_dir, tmp_path, precision):
+    exact = report(finetune(tiny, data_dir, tmp_path / "exact"))
+    rough = report(finetune(tiny, data_dir, tmp_path / "rough", "--precision", precision))
+    assert rough["val_loss"] == pytest.approx(exact["val_loss"], rel=0.01)
+    assert rough["val_loss"] != exact["val_loss"]
