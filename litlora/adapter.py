@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litlora.checkpoint import fingerprint, first_three, open_safetensors
+from litlora.checkpoint import fingerprint, first_three, load_model, open_safetensors
 from litlora.errors import LitLoraError
 from litlora.files import read_json
 from litlora.lora import LoRAConfig, add_lora, lora_parameters
@@ -118,13 +118,25 @@ def read_prompt_style(adapter_dir: Path) -> str | None:
     return str(content["prompt_style"])
 
 
-def find_base(adapter_dir: Path, base_dir: Path | None) -> Path:
-    """Return the folder of an adapter's base: the given one, or the one that the adapter names."""
-    named = read_json(adapter_dir / CONFIG).get("base_model_name_or_path") if base_dir is None else str(base_dir)
+def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None]:
+    """Tell base and adapter apart: a checkpoint is a base alone, an adapter has the given base or the one it names."""
+    if not is_adapter(directory):
+        if base_dir is not None:
+            raise LitLoraError(f"--base_dir ({base_dir}) goes with an adapter, but {directory} has no {CONFIG}")
+        return directory, None
+    named = read_json(directory / CONFIG).get("base_model_name_or_path") if base_dir is None else str(base_dir)
     if not isinstance(named, str) or not Path(named).is_dir():
         hint = "say where it is with --base_dir"
-        raise LitLoraError(f"the base of the adapter {adapter_dir} is not there ({named}); {hint}")
-    return Path(named)
+        raise LitLoraError(f"the base of the adapter {directory} is not there ({named}); {hint}")
+    return Path(named), directory
+
+
+def load_with_adapter(base_dir: Path, adapter_dir: Path | None, dtype: torch.dtype, device: torch.device) -> GPT:
+    """Load the model of a base, with an adapter if there is one."""
+    model = load_model(base_dir, dtype, device)
+    if adapter_dir is not None:
+        load_adapter(model, adapter_dir, base_dir)
+    return model
 
 
 def load_adapter(model: GPT, adapter_dir: Path, base_dir: Path) -> None:

@@ -260,7 +260,7 @@ class GenerateArgs:
     """alpaca, none, chat, or a text with {instruction}; by default an adapter's own, else none."""
     base_dir: Path | None = None
     """Folder of the adapter's base; by default the one that the adapter names."""
-    precision: Precision = "bf16-true"
+    precision: Literal["bf16-true", "32-true"] = "bf16-true"
     """Of the base and its arithmetic."""
 
     def __post_init__(self) -> None:

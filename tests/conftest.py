@@ -14,6 +14,8 @@ from families import FAMILIES, Family
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
+from litlora.__main__ import main
+
 ROWS = [
     {"instruction": "Name a fruit that is green.", "input": "", "output": "A pear is green, and so is a lime."},
     {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
@@ -85,6 +87,16 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an adapter on the one checkpoint, trained for a few steps."""
+    out_dir = tmp_path_factory.mktemp("adapter") / "run"
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", out_dir]
+    flags = ["--precision", "32-true", "--train.max_steps", 5, "--train.global_batch_size", 5, "--train.epochs", 3]
+    assert main(["finetune_lora", *map(str, folders + flags), "--train.learning_rate", "1e-2"]) == 0
+    return out_dir / "final"
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import sys
 
 import torch
 
-from litlora.adapter import find_base, is_adapter, load_adapter, read_prompt_style
+from litlora.adapter import find_base, load_with_adapter, read_prompt_style
 from litlora.args import GenerateArgs
-from litlora.checkpoint import load_model
+from litlora.checkpoint import load_config
 from litlora.errors import LitLoraError
 from litlora.prompts import build_prompt_style
 from litlora.sampling import Sampler
@@ -16,23 +16,22 @@ from litlora.tokenizer import Tokenizer
 
 def generate(args: GenerateArgs) -> None:
     """Answer a prompt with a checkpoint, or with an adapter on its base."""
-    adapter = args.checkpoint_dir if is_adapter(args.checkpoint_dir) else None
-    base_dir = find_base(adapter, args.base_dir) if adapter else args.checkpoint_dir
+    base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
+    positions = load_config(base_dir).max_position_embeddings
     tokenizer = Tokenizer(base_dir)
-    style_name = args.prompt_style or (read_prompt_style(adapter) if adapter else None) or "none"
     style = build_prompt_style(
-        style_name, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, chat_template=tokenizer.chat_template
+        args.prompt_style or (read_prompt_style(adapter_dir) if adapter_dir else None) or "none",
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        chat_template=tokenizer.chat_template,
     )
     prompt = tokenizer.encode(style.prompt(read_prompt(args.prompt)), style.add_special_tokens).ids
+    check_length(len(prompt), args.max_new_tokens, positions)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    model = load_model(base_dir, dtype, device)
-    if adapter:
-        load_adapter(model, adapter, base_dir)
-    check_length(len(prompt), args.max_new_tokens, model.config.max_position_embeddings)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, generator)
+    model = load_with_adapter(base_dir, adapter_dir, dtype, device)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):
         tokens = stream_tokens(model, prompt, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids)
         for text in tokenizer.stream(prompt, tokens):

@@ -24,7 +24,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def merge_lora(args: MergeLoraArgs) -> None:
     """Merge an adapter into its base and write the result as a checkpoint."""
     lora = read_lora_config(args.checkpoint_dir)
-    base_dir = find_base(args.checkpoint_dir, args.base_dir)
+    base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
     if args.out_dir.exists():
         raise LitLoraError(f"--out_dir ({args.out_dir}) is there already: choose another, or remove it")
     check_writable(args.out_dir, "--out_dir")

@@ -1,0 +1,81 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from reference import hugging_face, with_peft
+from transformers import AutoTokenizer
+
+from litlora.__main__ import main
+from litlora.prompts import ALPACA
+
+
+@pytest.fixture
+def generate(capfd):
+    """Return a function that runs the command in float32 and returns what it wrote to stdout."""
+
+    def run(directory: Path, *flags: object) -> str:
+        command = ["generate", "--checkpoint_dir", directory, "--precision", "32-true", *flags]
+        capfd.readouterr()
+        assert main([*map(str, command)]) == 0
+        return capfd.readouterr().out
+
+    return run
+
+
+def greedy(model: torch.nn.Module, checkpoint: Path, prompt: str, count: int) -> str:
+    """Return the completion that transformers gives."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)[0]
+    return tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_greedy_completion_equals_that_of_transformers(checkpoint, generate):
+    ours = generate(checkpoint, "--prompt", "Say hello to", "--max_new_tokens", 30, "--temperature", 0)
+    assert ours == greedy(hugging_face(checkpoint), checkpoint, "Say hello to", 30) + "\n"
+
+
+def test_an_adapter_answers_on_its_base_in_its_own_prompt_style(adapter, tiny, generate):
+    ours = generate(adapter, "--prompt", "Close the door.", "--max_new_tokens", 20, "--temperature", 0)
+    prompt = ALPACA.format(instruction="Close the door.")
+    assert ours == greedy(with_peft(tiny, adapter), tiny, prompt, 20) + "\n"
+    assert ours != generate(tiny, "--prompt", prompt, "--max_new_tokens", 20, "--temperature", 0)
+
+
+def test_the_prompt_may_come_from_standard_input(litlora, tiny):
+    flags = ["generate", "--checkpoint_dir", tiny, "--temperature", 0, "--precision", "32-true"]
+    piped = litlora(*flags, stdin="Say hello\n")
+    assert piped.returncode == 0
+    assert piped.stdout == litlora(*flags, "--prompt", "Say hello").stdout
+    assert piped.stderr == ""
+
+
+def test_every_stop_id_ends_the_completion(tiny, tmp_path, generate):
+    prompt = ["--prompt", "Say hello to", "--max_new_tokens", 12, "--temperature", 0]
+    whole = generate(tiny, *prompt)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = tokenizer("Say hello to", return_tensors="pt").input_ids
+    tokens = hugging_face(tiny).generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [1, int(tokens[5])]}))
+    kept = tokens[: tokens.tolist().index(int(tokens[5]))]
+    stopped = generate(copy, *prompt)
+    assert stopped == tokenizer.decode(kept) + "\n"
+    assert whole.startswith(stopped[:-1])
+
+
+def test_a_seed_decides_the_samples(tiny, generate):
+    flags = ["--prompt", "Say", "--max_new_tokens", 8, "--num_samples", 3, "--temperature", 1.5, "--top_k", "null"]
+    first, again, other = (generate(tiny, *flags, "--seed", seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert len(generate(tiny, *flags).splitlines()) >= 3
+
+
+@pytest.mark.parametrize("limit", [["--top_k", 1], ["--top_p", 1e-6]], ids=["top_k", "top_p"])
+def test_the_narrowest_choice_is_greedy(tiny, generate, limit):
+    flags = ["--prompt", "Say", "--max_new_tokens", 20]
+    assert generate(tiny, *flags, *limit, "--temperature", 2) == generate(tiny, *flags, "--temperature", 0)

@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from reference import hugging_face, with_peft
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from litlora.__main__ import main
+from litlora.adapter import write_adapter
+from litlora.checkpoint import Weights, load_model
+from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, lora_parameters
+
+ALL = tuple(module for modules in TARGET_MODULES.values() for module in modules)
+TOKENS = torch.arange(3, 43)
+
+
+def make_adapter(folder: Path, checkpoint: Path, targets: tuple[str, ...]) -> Path:
+    """Write an adapter whose B is not zero, as if trained."""
+    torch.manual_seed(0)
+    config = LoRAConfig(4, 8, 0.0, targets)
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    add_lora(model, config)
+    for parameter in lora_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder.mkdir()
+    write_adapter(folder, model, config, checkpoint, "alpaca")
+    return folder
+
+
+def merge(adapter: Path, out_dir: Path) -> Path:
+    assert main(["merge_lora", "--checkpoint_dir", str(adapter), "--out_dir", str(out_dir)]) == 0
+    return out_dir
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS[None]).logits[0]
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids=["two", "all"])
+def test_the_merged_folder_loads_in_transformers_with_the_logits_of_base_and_adapter(checkpoint, targets, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", checkpoint, targets)
+    merged = merge(adapter, tmp_path / "merged")
+    expected = logits(with_peft(checkpoint, adapter))
+    torch.testing.assert_close(logits(hugging_face(merged)), expected, atol=1e-5, rtol=0)
+    ours = load_model(merged, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.lm_head(ours(TOKENS, [len(TOKENS)])), expected, atol=1e-5, rtol=0)
+    assert (expected - logits(hugging_face(checkpoint))).abs().max() > 0.1
+
+
+def test_the_merged_folder_is_complete(tiny, tmp_path):
+    merged = merge(make_adapter(tmp_path / "adapter", tiny, ("q_proj",)), tmp_path / "merged")
+    assert {path.name for path in merged.iterdir()} == {path.name for path in tiny.iterdir()}
+    assert json.loads((merged / "config.json").read_text()) == json.loads((tiny / "config.json").read_text())
+    assert (
+        AutoTokenizer.from_pretrained(merged)("Hello").input_ids
+        == AutoTokenizer.from_pretrained(tiny)("Hello").input_ids
+    )
+
+
+@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[3]], ids=["untied", "tied"])
+def test_a_sharded_base_gives_a_sharded_checkpoint_with_its_index(family, make_checkpoint, tmp_path):
+    base = make_checkpoint(family, max_shard_size="40KB")
+    adapter = make_adapter(tmp_path / "adapter", base, ALL)
+    merged = merge(adapter, tmp_path / "merged")
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in Weights(merged).values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(merged / file)
+    torch.testing.assert_close(logits(hugging_face(merged)), logits(with_peft(base, adapter)), atol=1e-5, rtol=0)
+
+
+def test_a_head_that_was_tied_is_a_tensor_of_its_own_once_it_is_adapted(checkpoints, tmp_path):
+    base = checkpoints("llama-3.2")
+    merged = merge(make_adapter(tmp_path / "adapter", base, ("lm_head",)), tmp_path / "merged")
+    weights = load_file(merged / "model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert torch.equal(weights["model.embed_tokens.weight"], Weights(base)["model.embed_tokens.weight"])
+    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_the_sum_is_taken_in_float32_and_stored_in_the_dtype_of_the_base(make_checkpoint, tmp_path):
+    base = make_checkpoint(FAMILIES[1], dtype=torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base, ("q_proj",))
+    merged = merge(adapter, tmp_path / "merged")
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = (load_file(adapter / "adapter_model.safetensors")[f"base_model.model.{name}.lora_{m}.weight"] for m in "AB")
+    expected = (Weights(base)[f"{name}.weight"].double() + 2 * b.double() @ a.double()).bfloat16()
+    assert torch.equal(Weights(merged)[f"{name}.weight"], expected)
+    assert AutoModelForCausalLM.from_pretrained(merged).dtype is torch.bfloat16
