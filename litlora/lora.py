@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from litlora.linear import frozen_linear
 
 # Which layers each --lora_* switch adapts, by the last part of their names.
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
@@ -62,7 +63,7 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)  # so that before the first step the model equals its base exactly
 
     def forward(self, x: Tensor) -> Tensor:
-        frozen = F.linear(x, self.weight)
+        frozen = frozen_linear(x, self.weight)
         branch = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))) * self.scaling)
         # In place: a bfloat16 sum is rounded once, stays bfloat16, and needs no second output.
         return frozen.add_(branch)

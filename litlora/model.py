@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.config import GPTConfig, Llama3Scaling
+from litlora.linear import Linear, has_slow_products
 
 Rope = tuple[Tensor, Tensor]
 
@@ -41,10 +42,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.window = config.sliding_window
         width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, cache: KVCache | None) -> Tensor:
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -67,6 +68,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
     q is (n_head, T, head_dim), k and v are (n_kv, S, head_dim); a query sees its own position and, with a window,
     the window - 1 before it. Returns (n_head, T, head_dim).
     """
+    if has_slow_products(q):
+        return attend(q.float(), k.float(), v.float(), window=window).to(q.dtype)
     T, S = q.shape[1], k.shape[1]
     if window is not None and S > T + window - 1:
         first = S - (T + window - 1)  # no query sees what lies before
@@ -88,9 +91,9 @@ def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -142,7 +145,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -197,7 +197,13 @@ def _read_backend(checkpoint_dir: Path, settings: dict[str, Any], config: dict[s
     if (checkpoint_dir / "tokenizer.json").is_file():
         return _read_tokenizer_json(checkpoint_dir, settings, config)
     if (checkpoint_dir / "tokenizer.model").is_file():
-        return _read_sentencepiece(checkpoint_dir, settings)
+        try:
+            return _read_sentencepiece(checkpoint_dir, settings)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise LitLoraError(
+                f"the files beside {checkpoint_dir / 'tokenizer.model'} do not go with it ({error}); "
+                "download the checkpoint again"
+            ) from error
     raise LitLoraError(
         f"no tokenizer in {checkpoint_dir} (expected tokenizer.json or tokenizer.model); "
         "fetch it with: litlora download --repo_id ORG/NAME --tokenizer_only true"
@@ -216,7 +222,7 @@ def _read_tokenizer_json(
         raise LitLoraError(f"{path} holds no tokenizer ({error}); download the checkpoint again") from error
     backend.no_truncation()
     backend.no_padding()
-    if config.get("model_type") != "mistral":
+    if config.get("model_type") != "mistral":  # transformers reads the file of a Mistral as it stands
         _follow_class(backend, settings, is_byte_level='"ByteLevel"' in text)
     return backend
 

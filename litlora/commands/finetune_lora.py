@@ -120,8 +120,8 @@ def sample_answer(
     prompt = style.prompt(turn.instruction, turn.input, example.system)
     ids = tokenizer.encode(prompt, style.add_special_tokens).ids
     with fabric.autocast():
-        tokens = list(generate(gpt, ids, Sampler(), max_new_tokens=limit, stop_ids=tokenizer.stop_ids))
-    return f"  {turn.instruction}\n  -> {tokenizer.decode(tokens)}"
+        tokens = generate(gpt, ids, Sampler(), max_new_tokens=limit, stop_ids=tokenizer.stop_ids)
+        return f"  {turn.instruction}\n  -> {''.join(tokenizer.stream(ids, tokens))}"
 
 
 def say_plan(run: Run) -> None:

@@ -1,0 +1,42 @@
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litlora.linear import Linear, _UpcastLinear, frozen_linear
+
+
+def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(40, 64).bfloat16().to(dtype).requires_grad_()
+    return x, torch.randn(48, 64).bfloat16().to(dtype), torch.randn(40, 48).bfloat16().to(dtype)
+
+
+def outcome(product, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, gradient = problem(dtype)
+    y = product(x, weight)
+    y.backward(gradient)
+    return y.detach(), x.grad
+
+
+def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once():
+    found = outcome(_UpcastLinear.apply, torch.bfloat16)
+    exact = outcome(F.linear, torch.float64)
+    for ours, reference in zip(found, exact, strict=True):
+        assert ours.dtype is torch.bfloat16
+        torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=2**-8)
+
+
+def test_the_product_is_the_same_by_every_way():
+    ways = (F.linear, frozen_linear, _UpcastLinear.apply)
+    first, *others = (outcome(way, torch.bfloat16) for way in ways)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-2, rtol=2**-7)
+
+
+def test_a_weight_that_trains_gets_its_gradient():
+    layer = Linear(8, 3, bias=False, dtype=torch.bfloat16)
+    layer(torch.randn(5, 8, dtype=torch.bfloat16)).sum().backward()
+    assert layer.weight.grad is not None
+    frozen = nn.Linear(8, 3, bias=False).requires_grad_(False)
+    assert not frozen_linear(torch.randn(5, 8), frozen.weight).requires_grad
