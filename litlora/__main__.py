@@ -1,10 +1,14 @@
 """The command table; a user's mistake becomes one line on stderr and exit 1."""
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from types import NoneType
+from typing import Any, NoReturn, get_args
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from litlora import __version__, args
 from litlora.errors import LitLoraError
@@ -39,24 +43,54 @@ def run(arguments: Sequence[str]) -> None:
     parser = build_parser()
     parsed = parser.parse_args(in_order(arguments))
     name = parsed.command
+    refuse_what_slips_through(parser, COMMANDS[name], parsed[name])
     settings = parser.instantiate(parsed)[name].as_dict()
     settings.pop("config")
     command = getattr(importlib.import_module(f"litlora.commands.{name}"), name)
     command(COMMANDS[name](**settings))
 
 
+def refuse_what_slips_through(parser: ArgumentParser, kind: Any, settings: Namespace, prefix: str = "--") -> None:
+    """Refuse two values that the parser takes for anything: null, and one in the stead of a group of settings."""
+    for field in fields(kind):
+        flag, value = prefix + field.name, settings[field.name]
+        if not is_dataclass(field.type):
+            if value is None and NoneType not in get_args(field.type):
+                parser.error(f"{flag} cannot be null")
+        elif isinstance(value, Namespace):
+            refuse_what_slips_through(parser, field.type, value, f"{flag}.")
+        else:
+            parser.error(f"{flag} holds settings of its own and cannot be {value}")
+
+
+class Parser(ArgumentParser):
+    """A parser that says a mistake in one line, where jsonargparse writes a page of all flags first."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong with the command line or its YAML file, and exit with 2."""
+        wrong_type = re.fullmatch(r'Parser key "(.+?)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+        if wrong_type:
+            message = "--{} cannot be {}".format(*wrong_type.groups())
+        message = re.sub(rf"\b({'|'.join(COMMANDS)})\.", "--", " ".join(message.split()))
+        message = re.sub("hf_[A-Za-z0-9]{10,}", "hf_...", message)  # a token after a misspelt flag
+        command = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
+        sys.stderr.write(f"litlora: {message}; see {command} --help\n")
+        sys.exit(2)
+
+
 def build_parser() -> ArgumentParser:
     """Build the parser of all commands from the dataclasses of their arguments."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = Parser(
         prog="litlora",
+        allow_abbrev=False,
         version=__version__,
         description="Fine-tune language models with LoRA, from and to the Hub's formats.",
     )
     subcommands = parser.add_subcommands(dest="command", required=True)
     for name, kind in COMMANDS.items():
         summary = (kind.__doc__ or "").strip()
-        command = ArgumentParser(description=summary)
+        command = Parser(description=summary)
         command.add_argument("--config", action="config", help="YAML file of these settings; a flag beats the file")
         command.add_class_arguments(kind, as_group=False)
         subcommands.add_subcommand(name, command, help=summary)

@@ -104,9 +104,9 @@ def _target_modules(path: Path, value: object) -> tuple[str, ...] | str:
     raise LitLoraError(f'{path} has "target_modules": {value!r}, but it must be a list of layer names')
 
 
-def read_prompt_style(adapter_dir: Path) -> str | None:
-    """Return the prompt style that an adapter was trained on, or None where it does not say."""
-    path = adapter_dir / PROMPT_STYLE
+def read_prompt_style(directory: Path) -> str | None:
+    """Return the prompt style that an adapter was trained on, or None where a folder does not say."""
+    path = directory / PROMPT_STYLE
     if not path.is_file():
         return None
     try:

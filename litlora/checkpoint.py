@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,18 +12,21 @@ from torch import Tensor
 from litlora.config import GPTConfig
 from litlora.errors import LitLoraError
 from litlora.files import read_json
+from litlora.layout import CONFIG, INDEX, PICKLES, WEIGHTS
 from litlora.model import GPT
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SAMPLES, SAMPLE = 64, 1 << 16
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+DTYPES = ("F64", "F32", "F16", "BF16")
 DERIVED = ".rotary_emb.inv_freq"  # old Llama checkpoints store it, but it follows from the config
 
 
 def load_config(checkpoint_dir: Path) -> GPTConfig:
     """Read the shape of a checkpoint's model."""
-    return GPTConfig.from_hub(read_hub_config(checkpoint_dir))
+    hub = read_hub_config(checkpoint_dir)
+    try:
+        return GPTConfig.from_hub(hub)
+    except LitLoraError as error:
+        raise LitLoraError(f"{checkpoint_dir}: {error}") from error
 
 
 def read_hub_config(checkpoint_dir: Path) -> dict[str, Any]:
@@ -31,9 +34,12 @@ def read_hub_config(checkpoint_dir: Path) -> dict[str, Any]:
     if not checkpoint_dir.is_dir():
         hint = "fetch one with: litlora download --repo_id ORG/NAME"
         raise LitLoraError(f"there is no checkpoint folder {checkpoint_dir}; {hint}")
-    if not (checkpoint_dir / "config.json").is_file():
-        raise LitLoraError(f"{checkpoint_dir} has no config.json, so it is not a checkpoint as the Hub serves them")
-    return read_json(checkpoint_dir / "config.json")
+    if not (checkpoint_dir / CONFIG).is_file():
+        hint = "name the folder that has it beside the weights"
+        raise LitLoraError(
+            f"{checkpoint_dir} has no config.json, so it is not a checkpoint as the Hub serves them: {hint}"
+        )
+    return read_json(checkpoint_dir / CONFIG)
 
 
 def check_checkpoint(checkpoint_dir: Path) -> GPT:
@@ -87,27 +93,35 @@ class Weights(Mapping[str, Tensor]):
         return len(self._where)
 
     def check(self, model: GPT) -> None:
-        """Refuse weights whose names or shapes are not exactly the model's."""
+        """Refuse weights whose names or shapes are not exactly the model's, or that are no floating-point numbers."""
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
         self._check_names(set(expected), optional=tied)
         for name, handle in self._where.items():
-            shape = tuple(handle.get_slice(name).get_shape())
-            if shape != expected[name]:
-                found = f"{name} has the shape {shape}, but config.json means {expected[name]}"
-                raise LitLoraError(f"{self.checkpoint_dir}: {found}")
+            stored = handle.get_slice(name)
+            if tuple(stored.get_shape()) != expected[name]:
+                self._refuse(
+                    f"{name} has the shape {tuple(stored.get_shape())}, but config.json means {expected[name]}"
+                )
+            if stored.get_dtype() not in DTYPES:
+                fault = f"{name} is stored as {stored.get_dtype()}, but only {', '.join(DTYPES)} are supported"
+                raise LitLoraError(f"{self.checkpoint_dir}: {fault}; use a checkpoint that is not quantized")
         if tied & set(self) and not torch.equal(self["lm_head.weight"], self["model.embed_tokens.weight"]):
-            fault = 'config.json has "tie_word_embeddings": true, but lm_head.weight is not model.embed_tokens.weight'
-            raise LitLoraError(f"{self.checkpoint_dir}: {fault}")
+            self._refuse(
+                'config.json has "tie_word_embeddings": true, but lm_head.weight is not model.embed_tokens.weight'
+            )
 
     def _check_names(self, expected: set[str], optional: set[str]) -> None:
         missing = sorted(expected - optional - set(self))
         surplus = sorted(set(self) - expected)
         if missing:
-            raise LitLoraError(f"{self.checkpoint_dir} lacks {first_three(missing)}; download it again")
+            self._refuse(f"the weights lack {first_three(missing)}")
         if surplus:
-            fault = f"has tensors that config.json does not mean: {first_three(surplus)}"
-            raise LitLoraError(f"{self.checkpoint_dir} {fault}")
+            self._refuse(f"the weights have {first_three(surplus)}, of which config.json says nothing")
+
+    def _refuse(self, fault: str) -> NoReturn:
+        hint = "take config.json and weights of one and the same model"
+        raise LitLoraError(f"{self.checkpoint_dir}: {fault}; {hint}")
 
 
 def first_three(names: Sequence[str]) -> str:
@@ -121,16 +135,18 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     if (checkpoint_dir / WEIGHTS).is_file():
         return [checkpoint_dir / WEIGHTS]
     if not (checkpoint_dir / INDEX).is_file():
-        pickled = any(path.suffix in PICKLED for path in checkpoint_dir.iterdir())
-        reason = "pickled weights are never read, since a pickle can run code" if pickled else f"expected {WEIGHTS}"
-        raise LitLoraError(f"{checkpoint_dir} has no safetensors weights ({reason})")
+        pickled = any(path.suffix in PICKLES for path in checkpoint_dir.iterdir())
+        reason = "pickled ones are never read, since a pickle can run code" if pickled else f"expected {WEIGHTS}"
+        hint = "fetch a repository that has them with: litlora download --repo_id ORG/NAME"
+        raise LitLoraError(f"{checkpoint_dir} has no safetensors weights ({reason}); {hint}")
     weight_map = read_json(checkpoint_dir / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LitLoraError(f"{checkpoint_dir / INDEX} has no weight_map that names its files")
     names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not (checkpoint_dir / name).is_file():
-            raise LitLoraError(f"{checkpoint_dir / INDEX} names {name}, which is not a file of {checkpoint_dir}")
+    there = {path.name for path in checkpoint_dir.glob("*.safetensors")}
+    if missing := [name for name in names if name not in there]:
+        fault = f"names {first_three(missing)}, which {checkpoint_dir} does not hold"
+        raise LitLoraError(f"{checkpoint_dir / INDEX} {fault}; download it again")
     return [checkpoint_dir / name for name in names]
 
 
@@ -138,9 +154,10 @@ def open_safetensors(path: Path) -> Any:
     """Open a safetensors file as a memory map."""
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        hint = "it is cut or not a safetensors file; download it again"
-        raise LitLoraError(f"{path} cannot be read ({error}): {hint}") from error
+    except SafetensorError as error:
+        raise LitLoraError(f"{path} is cut or not a safetensors file; replace it with a whole copy") from error
+    except OSError as error:
+        raise LitLoraError(f"cannot read {path}: {error}") from error
 
 
 def fingerprint(checkpoint_dir: Path) -> str:

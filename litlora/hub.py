@@ -30,24 +30,19 @@ from tqdm import tqdm
 from litlora import __version__
 from litlora.errors import LitLoraError
 from litlora.files import read_json
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-SMALL_FILES = (
+from litlora.layout import (
     CONFIG,
-    "generation_config.json",
-    *TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
+    GENERATION_CONFIG,
+    INDEX,
+    LICENCES,
+    PICKLES,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    WEIGHTS,
 )
-TERMS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")  # whoever passes the weights on must pass these on too
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
+TERMS = ("README.md", *LICENCES)
 REPO_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's rules
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 

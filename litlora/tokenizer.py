@@ -12,17 +12,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from litlora.errors import LitLoraError
+from litlora.layout import TOKENIZER_FILES
+from litlora.prompts import PromptStyle, build_prompt_style
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 SPACE = "▁"  # what sentencepiece writes for a space
 
 
@@ -73,6 +65,12 @@ class Tokenizer:
         vocabulary = self._backend.get_vocab()
         missing = [text for text in texts if text in vocabulary and text not in known]
         self._backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+
+    def prompt_style(self, name: str) -> PromptStyle:
+        """Return the prompt style of this name for the checkpoint."""
+        return build_prompt_style(
+            name, bos_token=self.bos_token, eos_token=self.eos_token, chat_template=self.chat_template
+        )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """Turn a text into tokens, with bos and eos around them where the checkpoint wants that."""

@@ -19,7 +19,7 @@ from litlora.__main__ import main
 ROWS = [
     {"instruction": "Name a fruit that is green.", "input": "", "output": "A pear is green, and so is a lime."},
     {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
-    {"instruction": "Say hello in three ways.", "input": "", "output": "hello\nhi\ngood morning to you and to all of you"},
+    {"instruction": "Say hello in three ways.", "input": "", "output": "hello\nhi\ngood morning to you all"},
     {"instruction": "Which is heavier?", "input": "a feather or a stone", "output": "The stone."},
     {"instruction": "Close the door.", "input": "", "output": "Done 🚪"},
 ]  # fmt: skip

@@ -100,7 +100,8 @@ def test_a_config_that_is_not_implemented_is_refused_by_name_and_value(copy, key
 def test_a_matrix_too_many_or_too_few_is_refused(copy, tiny):
     tensors = load_file(copy / "adapter_model.safetensors")
     name = sorted(tensors)[0]
-    save_file(tensors | {"base_model.model.nothing.lora_A.weight": tensors[name].clone()}, copy / "adapter_model.safetensors")
+    surplus = {"base_model.model.nothing.lora_A.weight": tensors[name].clone()}
+    save_file(tensors | surplus, copy / "adapter_model.safetensors")
     with pytest.raises(LitLoraError, match=r"differ in nothing\.lora_A\.weight"):
         open_on(tiny, copy)
     save_file({key: t for key, t in tensors.items() if key != name}, copy / "adapter_model.safetensors")

@@ -4,7 +4,6 @@ import torch
 from litlora.batches import Sample, encode, global_batches, join, micro_batches
 from litlora.examples import Example, Turn
 from litlora.loss import IGNORE_INDEX
-from litlora.prompts import build_prompt_style
 from litlora.tokenizer import Tokenizer
 
 CONVERSATION = Example((Turn("Hi", "Hello 🚪"), Turn("And?", "Bye")))
@@ -18,7 +17,7 @@ def tokenizer(tiny) -> Tokenizer:
 def encoded(
     tokenizer, *examples: Example, style: str = "{instruction}:", max_seq_length: int = 256, mask_prompt: bool = True
 ):
-    built = build_prompt_style(style, bos_token="<s>", eos_token="</s>", chat_template=None)
+    built = tokenizer.prompt_style(style)
     return encode(examples, tokenizer, built, max_seq_length=max_seq_length, mask_prompt=mask_prompt)
 
 

@@ -43,9 +43,8 @@ def test_logits_with_a_cache_equal_those_of_one_pass(model):
 def test_greedy_tokens_equal_those_of_transformers(checkpoint, model):
     prompt = random_tokens(9)[0]
     ours = list(generate(model, prompt.tolist(), Sampler(), max_new_tokens=40, stop_ids=[]))
-    theirs = hugging_face(checkpoint).generate(
-        prompt[None], max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0, attention_mask=torch.ones(1, 9)
-    )
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    theirs = hugging_face(checkpoint).generate(prompt[None], attention_mask=torch.ones(1, 9), **settings)
     assert ours == theirs[0, 9:].tolist()
 
 

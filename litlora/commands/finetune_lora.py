@@ -20,7 +20,7 @@ from litlora.examples import Example, read_examples
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer
-from litlora.prompts import PromptStyle, build_prompt_style
+from litlora.prompts import PromptStyle
 from litlora.records import RunFolder
 from litlora.sampling import Sampler, generate
 from litlora.state import Progress, restore_state
@@ -32,12 +32,7 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     """Fine-tune a checkpoint with LoRA."""
     config = check_checkpoint(args.checkpoint_dir).config
     tokenizer = Tokenizer(args.checkpoint_dir)
-    style = build_prompt_style(
-        args.prompt_style,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        chat_template=tokenizer.chat_template,
-    )
+    style = tokenizer.prompt_style(args.prompt_style)
     folder = RunFolder(args, lora_config(args), tokenizer.files)
     folder.check()
     limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)

@@ -8,7 +8,6 @@ from litlora.adapter import find_base, load_with_adapter, read_prompt_style
 from litlora.args import GenerateArgs
 from litlora.checkpoint import load_config
 from litlora.errors import LitLoraError
-from litlora.prompts import build_prompt_style
 from litlora.sampling import Sampler
 from litlora.sampling import generate as stream_tokens
 from litlora.tokenizer import Tokenizer
@@ -19,12 +18,7 @@ def generate(args: GenerateArgs) -> None:
     base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
     positions = load_config(base_dir).max_position_embeddings
     tokenizer = Tokenizer(base_dir)
-    style = build_prompt_style(
-        args.prompt_style or (read_prompt_style(adapter_dir) if adapter_dir else None) or "none",
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        chat_template=tokenizer.chat_template,
-    )
+    style = tokenizer.prompt_style(args.prompt_style or read_prompt_style(args.checkpoint_dir) or "none")
     prompt = tokenizer.encode(style.prompt(read_prompt(args.prompt)), style.add_special_tokens).ids
     check_length(len(prompt), args.max_new_tokens, positions)
 

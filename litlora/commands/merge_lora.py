@@ -12,9 +12,10 @@ from torch import Tensor
 
 from litlora.adapter import find_base, read_lora_config, read_matrices
 from litlora.args import MergeLoraArgs
-from litlora.checkpoint import INDEX, Weights, check_checkpoint, open_safetensors, read_hub_config, weight_files
+from litlora.checkpoint import Weights, check_checkpoint, open_safetensors, read_hub_config, weight_files
 from litlora.errors import LitLoraError
 from litlora.files import check_writable, whole_directory
+from litlora.layout import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
 from litlora.lora import add_lora, merged
 from litlora.tokenizer import Tokenizer
 
@@ -35,7 +36,7 @@ def merge_lora(args: MergeLoraArgs) -> None:
     with whole_directory(args.out_dir) as folder:
         write_weights(folder, base_dir, adapter, untie)
         write_config(folder, base_dir, untie)
-        for path in (base_dir / "generation_config.json", *Tokenizer(base_dir).files):
+        for path in (*(base_dir / name for name in (GENERATION_CONFIG, *LICENCES)), *Tokenizer(base_dir).files):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     sys.stderr.write(f"merged checkpoint in {args.out_dir}\n")
@@ -83,7 +84,7 @@ def write_weights(folder: Path, base_dir: Path, adapter: Adapter, untie: bool) -
 def write_config(folder: Path, base_dir: Path, untie: bool) -> None:
     """Write the base's config; a head that was tied to the embedding and is changed is a tensor of its own now."""
     config = read_hub_config(base_dir)
-    write_json(folder / "config.json", config | {"tie_word_embeddings": False} if untie else config)
+    write_json(folder / CONFIG, config | {"tie_word_embeddings": False} if untie else config)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
