@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import SecretStr
 
 from litlora import __version__, args
 from litlora.errors import LitLoraError
@@ -51,16 +52,17 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def refuse_what_slips_through(parser: ArgumentParser, kind: Any, settings: Namespace, prefix: str = "--") -> None:
-    """Refuse two values that the parser takes for anything: null, and one in the stead of a group of settings."""
+    """Refuse what the parser takes from a file: null for any setting, any value for a group of them or for a secret."""
     for field in fields(kind):
         flag, value = prefix + field.name, settings[field.name]
-        if not is_dataclass(field.type):
-            if value is None and NoneType not in get_args(field.type):
-                parser.error(f"{flag} cannot be null")
-        elif isinstance(value, Namespace):
+        if is_dataclass(field.type):
+            if not isinstance(value, Namespace):
+                parser.error(f"{flag} holds settings of its own and cannot be {value}")
             refuse_what_slips_through(parser, field.type, value, f"{flag}.")
-        else:
-            parser.error(f"{flag} holds settings of its own and cannot be {value}")
+        elif value is None and NoneType not in get_args(field.type):
+            parser.error(f"{flag} cannot be null")
+        elif isinstance(value, SecretStr) and not isinstance(value.get_secret_value(), str):
+            parser.error(f"{flag} must be a text")
 
 
 class Parser(ArgumentParser):

@@ -158,7 +158,8 @@ def read_matrices(model: GPT, adapter_dir: Path, base_dir: Path) -> dict[str, Te
     handle = open_safetensors(adapter_dir / WEIGHTS)
     trained_on = (handle.metadata() or {}).get(FINGERPRINT)
     if trained_on is not None and trained_on != fingerprint(base_dir):
-        raise LitLoraError(f"the adapter {adapter_dir} was trained on another base than {base_dir}")
+        hint = "name its own with --base_dir"
+        raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base_dir}; {hint}")
     expected = lora_parameters(model)
     found = {name.removeprefix(PREFIX) for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118
     misfit = f"the adapter {adapter_dir} does not fit the base {base_dir}"

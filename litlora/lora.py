@@ -54,13 +54,13 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Linear, *, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
         self.weight = linear.weight
-        device = linear.weight.device
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, dtype=torch.float32)
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)  # so that before the first step the model equals its base exactly
+        self.to(linear.weight.device)  # only now, so that a seed gives the same start on every device
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = frozen_linear(x, self.weight)

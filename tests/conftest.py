@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, Family
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 from litlora.__main__ import main
 
+PICO = Path(__file__).parent.parent / "checkpoints" / "pico"
 ROWS = [
     {"instruction": "Name a fruit that is green.", "input": "", "output": "A pear is green, and so is a lime."},
     {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
@@ -67,10 +70,21 @@ def checkpoints(make_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
     return cache(lambda name: make_checkpoint(next(family for family in FAMILIES if family.name == name)))
 
 
-@pytest.fixture(scope="session", params=[family.name for family in FAMILIES])
-def checkpoint(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> Path:
-    """Return a random checkpoint of each family in turn."""
-    return checkpoints(request.param)
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the checkpoint that ships, in float32, so that what is stored is not rounded."""
+    folder = Path(shutil.copytree(PICO, tmp_path_factory.mktemp("pico") / "pico"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight.float() for name, weight in weights.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session", params=[*(family.name for family in FAMILIES), "pico"])
+def checkpoint(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path], pico: Path) -> Path:
+    """Return a random checkpoint of each family in turn, and the trained one that ships."""
+    return pico if request.param == "pico" else checkpoints(request.param)
 
 
 @pytest.fixture(scope="session")

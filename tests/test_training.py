@@ -170,3 +170,16 @@ def test_other_precisions_come_close_to_float32(tiny, data_dir, tmp_path, precis
     rough = report(finetune(tiny, data_dir, tmp_path / "rough", "--precision", precision))
     assert rough["val_loss"] == pytest.approx(exact["val_loss"], rel=0.01)
     assert rough["val_loss"] != exact["val_loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_a_gpu_gives_the_losses_of_the_cpu(litlora, tiny, data_dir, tmp_path, precision):
+    flags = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--precision", precision, "--lora_dropout", 0]
+    reports = []
+    for device, visible in (("cpu", ""), ("gpu", "0")):
+        done = litlora("finetune_lora", *flags, "--out_dir", tmp_path / device, CUDA_VISIBLE_DEVICES=visible)
+        assert done.returncode == 0, done.stderr
+        reports.append(report(tmp_path / device / "final"))
+    tolerance = 1e-5 if precision == "32-true" else 1e-2
+    assert reports[1]["val_loss"] == pytest.approx(reports[0]["val_loss"], rel=tolerance)

@@ -68,8 +68,8 @@ def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
 def sequence_limit(asked: int | None, positions: int) -> int:
     """Return the most tokens of an example: what is asked for, or all the positions that the checkpoint has."""
     if asked is not None and asked > positions:
-        fault = f"is more than the checkpoint's max_position_embeddings ({positions})"
-        raise LitLoraError(f"--train.max_seq_length ({asked}) {fault}")
+        need = f"must be at most the checkpoint's max_position_embeddings ({positions})"
+        raise LitLoraError(f"--train.max_seq_length ({asked}) {need}")
     return asked or positions
 
 
@@ -91,7 +91,8 @@ def encode_split(
         dropped = f", {encoded.dropped} of them dropped because nothing of the response is left"
         say(f"{name}.jsonl: {encoded.cut} of {len(examples)} examples are cut to {limit} tokens{dropped}")
     if not encoded.samples:
-        raise LitLoraError(f"{name}.jsonl has no example with a response within --train.max_seq_length ({limit})")
+        fault = f"has no example with a response within --train.max_seq_length ({limit}): raise it"
+        raise LitLoraError(f"{name}.jsonl {fault}")
     return encoded.samples
 
 

@@ -1,0 +1,48 @@
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from litlora.__main__ import COMMANDS, main
+
+PROBE = """
+import sys
+from litlora.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as done:
+    print(*sys.modules, file=sys.stderr)
+    sys.exit(done.code)
+"""
+HEAVY = {"torch", "lightning", "transformers", "bitsandbytes", "huggingface_hub", "tokenizers", "safetensors", "numpy"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_help_waits_for_no_heavy_import(arguments):
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout
+    modules = {name.split(".")[0] for name in done.stderr.split()}
+    assert "jsonargparse" in modules
+    assert not modules & HEAVY
+
+
+def test_a_mistake_in_the_flags_waits_for_no_heavy_import_either():
+    arguments = ["finetune_lora", "--checkpoint_dir", "base", "--data_dir", "data", "--nonsense", "1"]
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    sentence, modules = done.stderr.splitlines()
+    assert sentence == "litlora: unrecognized arguments: --nonsense 1; see litlora finetune_lora --help"
+    assert not set(modules.split()) & HEAVY
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_flag(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for field in fields(COMMANDS[command]):
+        assert f" --{field.name} " in words
+    assert not re.findall(r"--([\w.]+) (?:[A-Z_]+|{[^}]*}) \((?:required|type)", words), "flags without a word on them"

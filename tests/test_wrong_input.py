@@ -1,0 +1,470 @@
+"""Every mistake is one sentence on stderr, exit 1 (or 2 for what the parser refuses), and leaves the disk as it was."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from litlora.__main__ import main
+
+Spoil = Callable[[], object]
+
+FINETUNE = ["finetune_lora", "--checkpoint_dir", "base", "--data_dir", "data", "--out_dir", "out"]
+GENERATE = ["generate", "--checkpoint_dir", "base", "--prompt", "Say hello"]
+ANSWER = ["generate", "--checkpoint_dir", "adapter", "--prompt", "Say hello"]
+MERGE = ["merge_lora", "--checkpoint_dir", "adapter", "--out_dir", "out"]
+ROW = '{"instruction": "a", "input": "", "output": "b"}\n'
+SHAPE = (
+    'a row must look like {"instruction": "...", "input": "...", "output": "..."}, '
+    '{"prompt": "...", "completion": "..."} or '
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+)
+ANOTHER_MODEL = "take config.json and weights of one and the same model"
+WEIGHTS, SHARD = "base/model.safetensors", "sharded/model-00002-of-00006.safetensors"
+INDEX = "sharded/model.safetensors.index.json"
+CUT = "is cut or not a safetensors file; replace it with a whole copy"
+STYLES = "must be alpaca, none, chat, or a text with {instruction} and, if wanted, {input}"
+
+
+@pytest.fixture(scope="session")
+def originals(tiny, checkpoints, make_checkpoint, data_dir, adapter) -> dict[str, Path]:
+    """Return the folders of a world in which all is well, by the names they have there."""
+    sharded = make_checkpoint(FAMILIES[0], max_shard_size="20KB")
+    other = checkpoints("mistral")
+    return {"base": tiny, "other": other, "sharded": sharded, "data": data_dir, "adapter": adapter}
+
+
+@pytest.fixture(autouse=True)
+def world(originals, tmp_path, monkeypatch) -> None:
+    """Lay out checkpoints, data and an adapter in the present folder, for each test anew."""
+    for name, folder in originals.items():
+        shutil.copytree(folder, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    change("adapter/adapter_config.json", base_model_name_or_path="base")
+
+
+def write(path: str, content: str | bytes = "") -> None:
+    Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove(path: str) -> None:
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def change(path: str, **keys: object) -> None:
+    """Change keys of a JSON file."""
+    write(path, json.dumps(json.loads(Path(path).read_text()) | keys))
+
+
+def weigh(**tensors: Tensor | None) -> None:
+    """Change tensors of the base, or take them away."""
+    changed = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    kept = {name: tensor for name, tensor in load_file(WEIGHTS).items() if name not in changed}
+    save_file(kept | {name: t for name, t in changed.items() if t is not None}, WEIGHTS, metadata={"format": "pt"})
+
+
+def lie() -> None:
+    """Make the header of the base's weights promise a tensor of another size than its bytes have."""
+    whole = Path(WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    write(WEIGHTS, whole[:8] + whole[8 : 8 + length].replace(b"[300,32]", b"[301,32]", 1) + whole[8 + length :])
+
+
+def point(name: str) -> None:
+    """Make the index of the shards name another file for one of its tensors."""
+    weight_map = json.loads(Path(INDEX).read_text())["weight_map"]
+    change(INDEX, weight_map=weight_map | {"model.norm.weight": name})
+
+
+def nothing() -> None:
+    """Leave the world as it is."""
+
+
+def everything() -> dict[str, bytes | None]:
+    """Return all files and folders below the present one, with their contents."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+def check(capsys: pytest.CaptureFixture[str], command: list[str], sentence: str, code: int = 1) -> None:
+    """Run a command that must fail with this sentence alone, and leave nothing behind."""
+    before = everything()
+    capsys.readouterr()
+    try:
+        found = main(command)
+    except SystemExit as done:
+        found = done.code
+    assert capsys.readouterr() == ("", f"litlora: {sentence}\n")
+    assert found == code
+    assert everything() == before
+
+
+def case(name: str, spoil: Spoil, *rest: object) -> object:
+    return pytest.param(spoil, *rest, id=name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        case("missing", lambda: remove("base"),
+             "there is no checkpoint folder base; fetch one with: litlora download --repo_id ORG/NAME"),
+        case("file", lambda: (remove("base"), write("base")),
+             "there is no checkpoint folder base; fetch one with: litlora download --repo_id ORG/NAME"),
+        case("empty", lambda: (remove("base"), Path("base").mkdir()),
+             "base has no config.json, so it is not a checkpoint as the Hub serves them: "
+             "name the folder that has it beside the weights"),
+        case("no config", lambda: remove("base/config.json"),
+             "base has no config.json, so it is not a checkpoint as the Hub serves them: "
+             "name the folder that has it beside the weights"),
+        case("empty config", lambda: write("base/config.json"),
+             "base/config.json is not valid JSON: Expecting value: line 1 column 1 (char 0)"),
+        case("config of a list", lambda: write("base/config.json", "[]"),
+             "base/config.json must hold a JSON object, not a list"),
+        case("config of another kind", lambda: change("base/config.json", hidden_act="gelu"),
+             'base: config.json has "hidden_act": "gelu", which litlora does not support: only "silu" is implemented'),
+        case("no weights", lambda: remove(WEIGHTS),
+             "base has no safetensors weights (expected model.safetensors); "
+             "fetch a repository that has them with: litlora download --repo_id ORG/NAME"),
+        case("only pickled weights", lambda: Path(WEIGHTS).rename("base/pytorch_model.bin"),
+             "base has no safetensors weights (pickled ones are never read, since a pickle can run code); "
+             "fetch a repository that has them with: litlora download --repo_id ORG/NAME"),
+        case("cut weights", lambda: os.truncate(WEIGHTS, 30_000), f"{WEIGHTS} {CUT}"),
+        case("weights cut in the header", lambda: os.truncate(WEIGHTS, 300), f"{WEIGHTS} {CUT}"),
+        case("empty weights", lambda: os.truncate(WEIGHTS, 0), f"{WEIGHTS} {CUT}"),
+        case("header of a wrong length", lambda: write(WEIGHTS, b"\xff" * 7 + b"\x7f" + Path(WEIGHTS).read_bytes()[8:]),
+             f"{WEIGHTS} {CUT}"),
+        case("header of a wrong shape", lie, f"{WEIGHTS} {CUT}"),
+        case("tensor of another shape", lambda: weigh(model__norm__weight=torch.ones(33)),
+             f"base: model.norm.weight has the shape (33,), but config.json means (32,); {ANOTHER_MODEL}"),
+        case("tensor too many", lambda: weigh(model__layers__2__mlp__up_proj__weight=torch.ones(48, 32)),
+             "base: the weights have model.layers.2.mlp.up_proj.weight, of which config.json says nothing; "
+             f"{ANOTHER_MODEL}"),
+        case("tensor too few", lambda: weigh(model__norm__weight=None),
+             f"base: the weights lack model.norm.weight; {ANOTHER_MODEL}"),
+        case("layer too few", lambda: change("base/config.json", num_hidden_layers=3),
+             "base: the weights lack model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
+             f"model.layers.2.mlp.gate_proj.weight and 6 more; {ANOTHER_MODEL}"),
+        case("quantized tensor", lambda: weigh(model__norm__weight=torch.ones(32, dtype=torch.int8)),
+             "base: model.norm.weight is stored as I8, but only F64, F32, F16, BF16 are supported; "
+             "use a checkpoint that is not quantized"),
+        case("no tokenizer", lambda: remove("base/tokenizer.json"),
+             "no tokenizer in base (expected tokenizer.json or tokenizer.model); "
+             "fetch it with: litlora download --repo_id ORG/NAME --tokenizer_only true"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_none_is_refused(spoil, sentence, capsys):
+    spoil()
+    check(capsys, FINETUNE, sentence)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        case("missing", lambda: remove(SHARD),
+             f"{INDEX} names model-00002-of-00006.safetensors, which sharded does not hold; download it again"),
+        case("elsewhere", lambda: (write("x"), point("../x")),
+             f"{INDEX} names ../x, which sharded does not hold; download it again"),
+        case("absolute", lambda: point("/etc/passwd"),
+             f"{INDEX} names /etc/passwd, which sharded does not hold; download it again"),
+        case("pickled", lambda: (write("sharded/x.bin"), point("x.bin")),
+             f"{INDEX} names x.bin, which sharded does not hold; download it again"),
+        case("very long name", lambda: point("x" * 300),
+             f"{INDEX} names {'x' * 300}, which sharded does not hold; download it again"),
+        case("cut", lambda: os.truncate(SHARD, 5_000), f"{SHARD} {CUT}"),
+        case("empty index", lambda: write(INDEX, "{}"), f"{INDEX} has no weight_map that names its files"),
+        case("no index", lambda: remove(INDEX),
+             "sharded has no safetensors weights (expected model.safetensors); "
+             "fetch a repository that has them with: litlora download --repo_id ORG/NAME"),
+    ],
+)  # fmt: skip
+def test_a_shard_that_is_none_is_refused(spoil, sentence, capsys):
+    spoil()
+    check(capsys, [*FINETUNE, "--checkpoint_dir", "sharded"], sentence)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        case("missing folder", lambda: remove("data"),
+             "no train.jsonl in data; prepare one with: litlora prepare_json --source FILE --destination_path data"),
+        case("no train.jsonl", lambda: remove("data/train.jsonl"),
+             "no train.jsonl in data; prepare one with: litlora prepare_json --source FILE --destination_path data"),
+        case("no val.jsonl", lambda: remove("data/val.jsonl"),
+             "no val.jsonl in data; prepare one with: litlora prepare_json --source FILE --destination_path data"),
+        case("file for a folder", lambda: (remove("data"), write("data")),
+             "cannot read data/train.jsonl: Not a directory"),
+        case("folder for a file", lambda: (remove("data/val.jsonl"), Path("data/val.jsonl").mkdir()),
+             "cannot read data/val.jsonl: Is a directory"),
+        case("empty", lambda: write("data/train.jsonl"), f"data/train.jsonl holds no rows; {SHAPE}"),
+        case("blank", lambda: write("data/val.jsonl", "\n\n"), f"data/val.jsonl holds no rows; {SHAPE}"),
+        case("row without output", lambda: write("data/train.jsonl", ROW + '{"instruction": "a", "input": ""}\n'),
+             f'data/train.jsonl line 2: there is no "output"; {SHAPE}'),
+        case("row with a null", lambda: write("data/train.jsonl", ROW + '{"instruction": "a", "output": null}\n'),
+             f'data/train.jsonl line 2: "output" is null, not a string; {SHAPE}'),
+        case("row that is no JSON", lambda: write("data/train.jsonl", ROW + "hello\n" + ROW),
+             f"data/train.jsonl line 2: this is no JSON (Expecting value at column 1); {SHAPE}"),
+        case("cut row", lambda: write("data/val.jsonl", ROW + ROW[:-3]),
+             f"data/val.jsonl line 2: this is no JSON (Unterminated string starting at at column 45); {SHAPE}"),
+        case("row that is a list", lambda: write("data/train.jsonl", "[1]\n2\n"),
+             f"data/train.jsonl line 1: this is a list, not an object (wrong rows after it: 1); {SHAPE}"),
+        case("bytes that are no UTF-8", lambda: write("data/train.jsonl", ROW.encode() + b'{"x": "\xff"}\n'),
+             f"data/train.jsonl line 2: the byte 0xff is no UTF-8 text; save the file as UTF-8; {SHAPE}"),
+    ],
+)  # fmt: skip
+def test_data_that_is_none_is_refused(spoil, sentence, capsys):
+    spoil()
+    check(capsys, FINETUNE, sentence)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--lora_r 0", "--lora_r (0) must be at least 1"),
+        ("--lora_alpha 0", "--lora_alpha (0) must be at least 1"),
+        ("--lora_dropout 1", "--lora_dropout (1.0) must be at least 0 and below 1"),
+        ("--devices 2", "--devices (2) must be 1"),
+        ("--lora_query false --lora_value false",
+         "nothing would be trained: set at least one of --lora_query, --lora_key, --lora_value, --lora_projection, "
+         "--lora_mlp and --lora_head to true"),
+        ("--train.micro_batch_size -1", "--train.micro_batch_size (-1) must be at least 1"),
+        ("--train.global_batch_size=-16", "--train.global_batch_size (-16) must be at least 1"),
+        ("--train.epochs 0", "--train.epochs (0) must be at least 1"),
+        ("--train.max_steps 0", "--train.max_steps (0) must be at least 1, or null"),
+        ("--train.lr_warmup_steps -1", "--train.lr_warmup_steps (-1) must be 0 or more, or null"),
+        ("--train.lr_warmup_fraction 2", "--train.lr_warmup_fraction (2.0) must be between 0 and 1"),
+        ("--train.learning_rate 0", "--train.learning_rate (0.0) must be above 0"),
+        ("--train.min_lr 1", "--train.min_lr (1.0) must be between 0 and learning_rate (0.0002)"),
+        ("--train.max_norm 0", "--train.max_norm (0.0) must be above 0, or null for no clipping"),
+        ("--train.max_seq_length 257",
+         "--train.max_seq_length (257) must be at most the checkpoint's max_position_embeddings (256)"),
+        ("--eval.interval 0", "--eval.interval (0) must be at least 1"),
+        ("--eval.evaluate_example 3",
+         "--eval.evaluate_example (3) must be below the number of rows in val.jsonl (3)"),
+        ("--eval.evaluate_example -1", "--eval.evaluate_example (-1) must be 0 or more"),
+        ("--prompt_style nonsense", f"--prompt_style (nonsense) {STYLES}"),
+        ("--prompt_style chat",
+         "--prompt_style chat needs a checkpoint with a chat template (chat_template.jinja, or chat_template in "
+         "tokenizer_config.json), and this one has none; use alpaca, none, or a text with {instruction}"),
+        ("--optimizer Foo", "--optimizer Foo is not a torch optimizer, such as AdamW or torch.optim.SGD"),
+        ("--optimizer torch.nn.Linear",
+         "--optimizer torch.nn.Linear is not a torch optimizer, such as AdamW or torch.optim.SGD"),
+        ("--optimizer no.such.Thing", "--optimizer no.such.Thing cannot be imported: No module named 'no'"),
+        ("--optimizer LBFGS", "--optimizer LBFGS evaluates the loss several times a step, which is not supported"),
+        ("--optimizer.init_args.foo 1",
+         "--optimizer AdamW refuses its init_args: AdamW.__init__() got an unexpected keyword argument 'foo'"),
+        ("--optimizer.init_args.betas [2,3]",
+         "--optimizer AdamW refuses its init_args: Invalid beta parameter at index 0: 2"),
+        ("--optimizer.foo 1", "--optimizer.foo is not a setting: there are class_path and init_args.NAME"),
+        ("--optimizer.init_args.lr 1 --train.learning_rate 2",
+         "--train.learning_rate (2.0) and --optimizer.init_args.lr (1) are the same setting: give one of them"),
+        ("--resume true", "--resume: there is no checkpoint in out; start without --resume"),
+        ("--resume nowhere", "--resume: there is no checkpoint in nowhere; start without --resume"),
+        ("--config nowhere.yaml", "--config nowhere.yaml cannot be read: No such file or directory"),
+        ("--config base", "--config base cannot be read: Is a directory"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused(flags, sentence, capsys):
+    check(capsys, [*FINETUNE, *flags.split(" ")], sentence)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
+        ("--train.nonsense 1", "unrecognized arguments: --train.nonsense 1"),
+        ("--lora 1", "unrecognized arguments: --lora 1"),
+        ("--out_dir", "argument --out_dir: expected one argument"),
+        ("--config", "argument --config: expected one argument"),
+        ("--optimizer.class_path", "argument --optimizer: expected one argument"),
+        ("--lora_r abc", "--lora_r cannot be abc"),
+        ("--lora_r 1.5", "--lora_r cannot be 1.5"),
+        ("--lora_r null", "--lora_r cannot be None"),
+        ("--lora_query maybe", "--lora_query cannot be maybe"),
+        ("--train.max_steps many", "--train.max_steps cannot be many"),
+        ("--train.learning_rate nan", "--train.learning_rate cannot be nan"),
+        ("--precision fp16", "--precision cannot be fp16"),
+    ],
+)
+def test_a_flag_that_does_not_exist_or_has_another_type_exits_with_2(flags, sentence, capsys):
+    check(capsys, [*FINETUNE, *flags.split()], f"{sentence}; see litlora finetune_lora --help", code=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("lora_r: 4\nlora_r: 8\n", "line 2 gives lora_r a second time: remove one of them"),
+        ("train:\n  epochs: 4\n  epochs: 8\n", "line 3 gives epochs a second time: remove one of them"),
+        ("lora_r: [4\n",
+         "line 2 is not valid YAML: while parsing a flow sequence, expected ',' or ']', but got '<stream end>'"),
+        ("lora_r: 4: 5\n", "line 1 is not valid YAML: mapping values are not allowed here"),
+        ("lora_r: 4\n---\nlora_r: 5\n",
+         "line 2 is not valid YAML: expected a single document in the stream, but found another document"),
+        (b"out_dir: \xff\n",
+         "is not valid YAML: 'utf-8' codec can't decode byte 0xff in position 9: invalid start byte"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_file_of_settings_that_is_none_is_refused(content, sentence, capsys):
+    write("run.yaml", content)
+    check(capsys, [*FINETUNE, "--config", "run.yaml"], f"--config run.yaml {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("lora_x: 4\n", "Subcommand 'finetune_lora' does not accept option 'lora_x'; see litlora finetune_lora --help"),
+        ("train:\n  nonsense: 1\n",
+         "Subcommand 'finetune_lora' does not accept option 'train.nonsense'; see litlora finetune_lora --help"),
+        ("lora_r: four\n", "--lora_r cannot be four; see litlora finetune_lora --help"),
+        ("lora_r: 4.0\n", "--lora_r cannot be 4.0; see litlora finetune_lora --help"),
+        ("lora_r: true\n", "--lora_r cannot be True; see litlora finetune_lora --help"),
+        ("- lora_r\n", "Unexpected config: - lora_r; see litlora finetune_lora --help"),
+        ("lora_r: 4\ntrain: 3\n", "--train holds settings of its own and cannot be 3; see litlora --help"),
+        ("lora_r: 4\ntrain:\n  epochs:\n", "--train.epochs cannot be null; see litlora --help"),
+        ("lora_r: 4\nseed:\n", "--seed cannot be null; see litlora --help"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_key_that_does_not_exist_or_has_another_type_exits_with_2(content, sentence, capsys):
+    write("run.yaml", content)
+    check(capsys, [*FINETUNE, "--config", "run.yaml"], sentence, code=2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "out_dir", "sentence"),
+    [
+        case("file", lambda: write("out"), "out", "--out_dir (out) cannot be written: Not a directory"),
+        case("below a file", lambda: write("out"), "out/a/b", "--out_dir (out/a/b) cannot be written: Not a directory"),
+        case("where none can be made", nothing, "/proc/litlora/run",
+             "--out_dir (/proc/litlora/run) cannot be written: No such file or directory"),
+        case("run", lambda: (Path("out").mkdir(), write("out/metrics.csv")), "out",
+             "--out_dir (out) holds a run already: choose another, remove it, or go on with it by --resume true"),
+        case("finished run", lambda: Path("out/final").mkdir(parents=True), "out",
+             "--out_dir (out) holds a finished run: choose another, or remove it"),
+    ],
+)  # fmt: skip
+def test_an_out_dir_that_cannot_be_written_is_refused(spoil, out_dir, sentence, capsys):
+    spoil()
+    check(capsys, [*FINETUNE, "--out_dir", out_dir], sentence)
+
+
+def test_examples_that_are_too_long_are_counted_and_said(capsys):
+    flags = ["--train.max_seq_length", "150", "--train.max_steps", "1", "--precision", "32-true"]
+    assert main([*FINETUNE, *flags]) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "train.jsonl: 12 of 15 examples are cut to 150 tokens, "
+        "6 of them dropped because nothing of the response is left",
+        "val.jsonl: 3 of 3 examples are cut to 150 tokens, 1 of them dropped because nothing of the response is left",
+    ]
+    assert Path("out/final/report.json").is_file()
+
+
+def test_a_length_that_leaves_nothing_of_any_response_is_refused(capsys):
+    before = everything()
+    assert main([*FINETUNE, "--train.max_seq_length", "20"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "train.jsonl: 15 of 15 examples are cut to 20 tokens, "
+        "15 of them dropped because nothing of the response is left",
+        "litlora: train.jsonl has no example with a response within --train.max_seq_length (20): raise it",
+    ]
+    assert everything() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--checkpoint_dir nowhere",
+         "there is no checkpoint folder nowhere; fetch one with: litlora download --repo_id ORG/NAME"),
+        ("--prompt=", "the prompt is empty: give one with --prompt or on standard input"),
+        ("--temperature -1", "--temperature (-1.0) must be 0 or more"),
+        ("--top_p 0", "--top_p (0.0) must be above 0 and at most 1"),
+        ("--top_p 1.1", "--top_p (1.1) must be above 0 and at most 1"),
+        ("--top_k 0", "--top_k (0) must be at least 1, or null for all"),
+        ("--max_new_tokens 0", "--max_new_tokens (0) must be at least 1"),
+        ("--num_samples 0", "--num_samples (0) must be at least 1"),
+        ("--max_new_tokens 255",
+         "the prompt's 2 tokens and --max_new_tokens (255) are more than the checkpoint's 256 positions: "
+         "shorten one of them"),
+        ("--base_dir base", "--base_dir (base) goes with an adapter, but base has no adapter_config.json"),
+        ("--prompt_style nonsense", f"--prompt_style (nonsense) {STYLES}"),
+    ],
+)  # fmt: skip
+def test_generate_refuses_what_it_cannot_do(flags, sentence, capsys):
+    check(capsys, [*GENERATE, *flags.split()], sentence)
+
+
+@pytest.mark.parametrize("command", [ANSWER, MERGE], ids=["generate", "merge_lora"])
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        case("base gone", lambda: remove("base"),
+             "the base of the adapter adapter is not there (base); say where it is with --base_dir"),
+        case("base of other weights", lambda: weigh(model__norm__weight=torch.full((32,), 2.0)),
+             "the adapter in adapter was trained on another base than base; name its own with --base_dir"),
+        case("base of another shape", lambda: (remove("base"), shutil.copytree("other", "base")),
+             "the adapter in adapter was trained on another base than base; name its own with --base_dir"),
+        case("cut base", lambda: os.truncate(WEIGHTS, 30_000), f"{WEIGHTS} {CUT}"),
+        case("cut matrices", lambda: os.truncate("adapter/adapter_model.safetensors", 2_000),
+             f"adapter/adapter_model.safetensors {CUT}"),
+        case("other matrices", lambda: change("adapter/adapter_config.json", r=4),
+             "the adapter adapter does not fit the base base: "
+             "model.layers.0.self_attn.q_proj.lora_A.weight is (8, 32), not (4, 32)"),
+        case("another kind of adapter", lambda: change("adapter/adapter_config.json", use_dora=True),
+             'adapter/adapter_config.json has "use_dora": True, which litlora does not implement'),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_does_not_fit_is_refused(command, spoil, sentence, capsys):
+    spoil()
+    check(capsys, command, sentence)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "sentence"),
+    [
+        case("no adapter", nothing, "--checkpoint_dir base",
+             "no adapter in base (expected adapter_config.json); train one with: litlora finetune_lora --out_dir ."),
+        case("missing", nothing, "--checkpoint_dir runs/nowhere",
+             "no adapter in runs/nowhere (expected adapter_config.json); "
+             "train one with: litlora finetune_lora --out_dir runs"),
+        case("base_dir gone", nothing, "--base_dir nowhere",
+             "the base of the adapter adapter is not there (nowhere); say where it is with --base_dir"),
+        case("out_dir there", lambda: Path("out").mkdir(), "",
+             "--out_dir (out) is there already: choose another, or remove it"),
+        case("out_dir below a file", lambda: write("file"), "--out_dir file/x",
+             "--out_dir (file/x) cannot be written: Not a directory"),
+        case("no tokenizer", lambda: remove("base/tokenizer.json"), "",
+             "no tokenizer in base (expected tokenizer.json or tokenizer.model); "
+             "fetch it with: litlora download --repo_id ORG/NAME --tokenizer_only true"),
+    ],
+)  # fmt: skip
+def test_merge_lora_refuses_what_it_cannot_do(spoil, flags, sentence, capsys):
+    spoil()
+    check(capsys, [*MERGE, *flags.split()], sentence)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ([*FINETUNE, "--eval.evaluate_example", "9"], 1,
+         "--eval.evaluate_example (9) must be below the number of rows in val.jsonl (3)"),
+        ([*FINETUNE, "--nonsense", "1"], 2, "unrecognized arguments: --nonsense 1; see litlora finetune_lora --help"),
+        ([*ANSWER, "--base_dir", "nowhere"], 1,
+         "the base of the adapter adapter is not there (nowhere); say where it is with --base_dir"),
+        ([*MERGE, "--out_dir", "data"], 1, "--out_dir (data) is there already: choose another, or remove it"),
+        (["finetune_lora"], 2,
+         "the following arguments are required: --checkpoint_dir, --data_dir; see litlora --help"),
+    ],
+    ids=["setting", "flag", "generate", "merge_lora", "required"],
+)  # fmt: skip
+def test_a_process_ends_with_the_sentence_alone(arguments, code, sentence, litlora):
+    before = everything()
+    done = litlora(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"litlora: {sentence}\n")
+    assert everything() == before
