@@ -3,7 +3,7 @@
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Any, NoReturn, get_args
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str]) -> None:
     """Parse the arguments and call the command, whose module is imported only now: --help need not wait for torch."""
-    parser = build_parser()
+    parser = build_parser(COMMANDS.keys() & set(arguments))
     parsed = parser.parse_args(in_order(arguments))
     name = parsed.command
     refuse_what_slips_through(parser, COMMANDS[name], parsed[name])
@@ -80,8 +80,8 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-def build_parser() -> ArgumentParser:
-    """Build the parser of all commands from the dataclasses of their arguments."""
+def build_parser(commands: Collection[str] = COMMANDS.keys()) -> ArgumentParser:
+    """Build the parser from the dataclasses of the commands' arguments, which take a while: only of these commands."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
         prog="litlora",
@@ -93,8 +93,9 @@ def build_parser() -> ArgumentParser:
     for name, kind in COMMANDS.items():
         summary = (kind.__doc__ or "").strip()
         command = Parser(description=summary)
-        command.add_argument("--config", action="config", help="YAML file of these settings; a flag beats the file")
-        command.add_class_arguments(kind, as_group=False)
+        if name in commands:
+            command.add_argument("--config", action="config", help="YAML file of these settings; a flag beats the file")
+            command.add_class_arguments(kind, as_group=False)
         subcommands.add_subcommand(name, command, help=summary)
     return parser
 

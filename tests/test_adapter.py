@@ -62,7 +62,7 @@ def test_an_adapter_made_by_peft_loads_with_equal_logits(checkpoint, options, tm
     model = open_on(checkpoint, tmp_path)
     with torch.no_grad():
         reference = theirs(TOKENS[None]).logits[0]
-        torch.testing.assert_close(model.lm_head(model(TOKENS, [23])), reference, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.lm_head(model(TOKENS, [23])), reference, atol=1e-5, rtol=2e-6)
 
 
 def test_the_prompt_style_comes_back(adapter):

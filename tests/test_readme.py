@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ CONFIGS = sorted((ROOT / "config_hub").rglob("*.yaml"))
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 def commands() -> list[list[str]]:
@@ -66,7 +68,7 @@ def test_quickstart_teaches_pico_to_answer(tmp_path):
     ).stdout.splitlines()
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes((ROOT / name).read_bytes())
+        shutil.copy(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(sys.prefix)  # installed already, so that the script need not reach for the internet
     done = subprocess.run([folder / "scripts/quickstart"], capture_output=True, text=True, env=os.environ | {"CI": "1"})
     assert done.returncode == 0, done.stderr
