@@ -359,9 +359,8 @@ def test_examples_that_are_too_long_are_counted_and_said(capsys):
     flags = ["--train.max_seq_length", "150", "--train.max_steps", "1", "--precision", "32-true"]
     assert main([*FINETUNE, *flags]) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [
-        "train.jsonl: 12 of 15 examples are cut to 150 tokens, "
-        "6 of them dropped because nothing of the response is left",
-        "val.jsonl: 3 of 3 examples are cut to 150 tokens, 1 of them dropped because nothing of the response is left",
+        "train.jsonl: 12 of 15 examples are cut to 150 tokens, 6 of them dropped: nothing of the response is left",
+        "val.jsonl: 3 of 3 examples are cut to 150 tokens, 1 of them dropped: nothing of the response is left",
     ]
     assert Path("out/final/report.json").is_file()
 
@@ -370,8 +369,7 @@ def test_a_length_that_leaves_nothing_of_any_response_is_refused(capsys):
     before = everything()
     assert main([*FINETUNE, "--train.max_seq_length", "20"]) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "train.jsonl: 15 of 15 examples are cut to 20 tokens, "
-        "15 of them dropped because nothing of the response is left",
+        "train.jsonl: 15 of 15 examples are cut to 20 tokens, 15 of them dropped: nothing of the response is left",
         "litlora: train.jsonl has no example with a response within --train.max_seq_length (20): raise it",
     ]
     assert everything() == before

@@ -88,7 +88,7 @@ def encode_split(
     """Encode a split, and say what of it is lost to the limit."""
     encoded = encode(examples, tokenizer, style, max_seq_length=limit, mask_prompt=mask_prompt)
     if encoded.cut:
-        dropped = f", {encoded.dropped} of them dropped because nothing of the response is left"
+        dropped = f", {encoded.dropped} of them dropped: nothing of the response is left" if encoded.dropped else ""
         say(f"{name}.jsonl: {encoded.cut} of {len(examples)} examples are cut to {limit} tokens{dropped}")
     if not encoded.samples:
         fault = f"has no example with a response within --train.max_seq_length ({limit}): raise it"
