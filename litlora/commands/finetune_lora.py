@@ -109,7 +109,7 @@ def go_on(folder: RunFolder, gpt: GPT, optimizer: Optimizer) -> Progress:
 def sample_answer(
     fabric: Fabric, gpt: GPT, tokenizer: Tokenizer, style: PromptStyle, example: Example, limit: int
 ) -> str:
-    """Return an instruction and the likeliest answer of at most `limit` tokens; nothing if the limit is 0."""
+    """Return a question and the likeliest answer of at most `limit` tokens; nothing if the limit is 0."""
     if not limit:
         return ""
     turn = example.turns[0]
@@ -117,7 +117,8 @@ def sample_answer(
     ids = tokenizer.encode(prompt, style.add_special_tokens).ids
     with fabric.autocast():
         tokens = generate(gpt, ids, Sampler(), max_new_tokens=limit, stop_ids=tokenizer.stop_ids)
-        return f"  {turn.instruction}\n  -> {''.join(tokenizer.stream(ids, tokens))}"
+        question = " ".join(filter(None, (turn.instruction, turn.input)))
+        return f"  {question}\n  -> {''.join(tokenizer.stream(ids, tokens))}"
 
 
 def say_plan(run: Run) -> None:
