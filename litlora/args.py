@@ -45,6 +45,8 @@ class TrainArgs:
     """Save a resumable checkpoint every this many steps."""
     log_interval: int = 1
     """Write a row of metrics.csv every this many steps."""
+    activation_checkpointing: bool = False
+    """Keep no more than each block's input, and compute the rest again for the gradient: slower, but far smaller."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "epochs", "save_interval", "log_interval"):

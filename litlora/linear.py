@@ -1,5 +1,6 @@
 """The product of activations with a frozen weight, by the fastest way that the device has."""
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+SLAB = 2048
+"""Rows of a bfloat16 weight that exist in float32 at one time, where products are computed so."""
 
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -40,16 +44,26 @@ def _has_bfloat16_products() -> bool:
 class _UpcastLinear(torch.autograd.Function):
     """A bfloat16 product computed in float32, where it is exact but for the order of its sums, and rounded once.
 
-    The backward pass casts the weight again: a float32 copy lives no longer than one product.
+    The weight is cast slab by slab, again for the gradient: its float32 copy never leaves the cache.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return F.linear(x.float(), weight.float()).to(x.dtype)
+        out, wide = x.new_empty(len(x), len(weight)), x.float()
+        for rows in _slabs(weight):
+            out[:, rows] = F.linear(wide, weight[rows].float())
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return (gradient.float() @ weight.float()).to(gradient.dtype), None
+        total = gradient.new_zeros(len(gradient), weight.shape[1], dtype=torch.float32)
+        for rows in _slabs(weight):
+            total.addmm_(gradient[:, rows].float(), weight[rows].float())
+        return total.to(gradient.dtype), None
+
+
+def _slabs(weight: Tensor) -> Iterator[slice]:
+    return (slice(start, start + SLAB) for start in range(0, len(weight), SLAB))

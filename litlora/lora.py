@@ -4,9 +4,12 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from litlora.linear import frozen_linear
 
@@ -57,16 +60,87 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False, dtype=torch.float32)
         self.scaling = scaling
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = dropout
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)  # so that before the first step the model equals its base exactly
         self.to(linear.weight.device)  # only now, so that a seed gives the same start on every device
 
     def forward(self, x: Tensor) -> Tensor:
-        frozen = frozen_linear(x, self.weight)
-        branch = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))) * self.scaling)
-        # In place: a bfloat16 sum is rounded once, stays bfloat16, and needs no second output.
-        return frozen.add_(branch)
+        out: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
+            frozen_linear(x, self.weight),
+            x,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self.scaling,
+            self.dropout if self.training else 0.0,
+        )
+        return out
+
+
+class _AddLowRank(torch.autograd.Function):
+    """Add scaling · B A dropout(x) to y (T, out), in place, at the price of its arithmetic.
+
+    Of x (T, in) nothing is kept but x itself, which other layers keep as well, and the seed of its dropout.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
+        ctx.dropout, ctx.scaling = Dropout.draw(dropout), scaling
+        with torch.autocast(x.device.type, enabled=False):
+            kept = ctx.dropout.mask(x)
+            low = F.linear(masked(x.to(a.dtype), kept), a).mul_(scaling * ctx.dropout.factor)  # (T, r)
+            ctx.save_for_backward(x, a, b, low)
+            ctx.mark_dirty(y)
+            # A bfloat16 sum is rounded once, and stays bfloat16.
+            return y.addmm_(low, b.t()) if y.dtype == b.dtype else y.add_(F.linear(low, b))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, low = ctx.saved_tensors
+        gradient, kept = y_gradient.to(b.dtype), ctx.dropout.mask(x)
+        low_gradient = (gradient @ b).mul_(ctx.scaling * ctx.dropout.factor)
+        a_gradient = low_gradient.t() @ masked(x.to(a.dtype), kept)
+        x_gradient = masked(low_gradient @ a, kept).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return y_gradient, x_gradient, a_gradient, gradient.t() @ low, None, None
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout whose mask follows from a seed, so that it is made again instead of being kept.
+
+    A random 64-bit number serves four elements, since drawing one for each would cost more than the branch it is for;
+    the probability is therefore a multiple of 2^-16.
+    """
+
+    dropped: int
+    """Of 2^16 elements, how many are zeroed."""
+    seed: int
+
+    @classmethod
+    def draw(cls, probability: float) -> Self:
+        """Draw a seed from torch's own generator, unless there is nothing to drop."""
+        dropped = round(probability * 2**16)
+        return cls(dropped, int(torch.randint(2**62, ())) if dropped else 0)
+
+    @property
+    def factor(self) -> float:
+        """What keeps the expectation: 1 / (1 - p)."""
+        return 1 / (1 - self.dropped / 2**16)
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Return which elements of x are kept, or None for all of them."""
+        if not self.dropped:
+            return None
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        words.random_(-(2**63), None, generator=generator)
+        return words.view(torch.int16)[: x.numel()].view(x.shape) >= self.dropped - 2**15
+
+
+def masked(x: Tensor, kept: Tensor | None) -> Tensor:
+    """Zero what is not kept."""
+    return x if kept is None else x * kept
 
 
 @torch.no_grad()

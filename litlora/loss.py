@@ -38,6 +38,17 @@ def _chunk_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
 
+@torch.no_grad()
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the cross-entropies and its gradient, which takes the place of the logits in memory."""
+    scores = logits.detach().float()
+    picked = torch.arange(len(labels), device=labels.device), labels
+    torch.log_softmax(scores, dim=-1, out=scores)
+    loss = -scores[picked].sum()
+    scores.exp_()[picked] -= 1
+    return loss, scores.to(logits.dtype)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trainable: nn.Parameter) -> Tensor:
@@ -48,10 +59,11 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             with torch.enable_grad():
                 chunk = hidden[rows].detach().requires_grad_(hidden_gradient is not None)
-                loss = _chunk_loss(chunk, labels[rows], head)
-                sources = [chunk, *trainable] if hidden_gradient is not None else list(trainable)
-                found = list(torch.autograd.grad(loss, sources))
-            total += loss.detach()
+                logits = head(chunk)
+            loss, logits_gradient = _loss_and_gradient(logits, labels[rows])
+            sources = [chunk, *trainable] if hidden_gradient is not None else list(trainable)
+            found = list(torch.autograd.grad(logits, sources, logits_gradient))
+            total += loss
             if hidden_gradient is not None:
                 hidden_gradient[rows] = found.pop(0)
             for gradient, part in zip(gradients, found, strict=True):

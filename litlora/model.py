@@ -7,15 +7,17 @@ sequences lie end to end: there is no batch dimension, and nothing is padded.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from litlora.attention import Rope, attend, attend_within, rotate
 from litlora.config import GPTConfig, Llama3Scaling
-from litlora.linear import Linear, has_slow_products
-
-Rope = tuple[Tensor, Tensor]
+from litlora.linear import Linear
 
 
 class KVCache:
@@ -48,44 +50,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, cache: KVCache | None) -> Tensor:
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (proj(x).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, rope), rotate(k, rope)  # (T, heads, head_dim)
         if cache is None:
-            parts = zip(*(torch.split(t, list(lengths), dim=1) for t in (q, k, v)), strict=True)
-            y = torch.cat([attend(*part, window=self.window) for part in parts], dim=1)
+            y = attend_within(q, k, v, lengths, self.window)
         else:
-            y = attend(q, *cache.extend(self.layer, k, v), window=self.window)
-        out: Tensor = self.o_proj(y.transpose(0, 1).flatten(1))  # (T, hidden)
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (heads, T, head_dim)
+            y = attend(q, *cache.extend(self.layer, k, v), window=self.window).transpose(0, 1)
+        out: Tensor = self.o_proj(y.flatten(1))  # (T, hidden)
         return out
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1, self.head_dim).transpose(0, 1)  # (heads, T, head_dim)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
-    """Causal attention of the last T positions of a sequence of S.
-
-    q is (n_head, T, head_dim), k and v are (n_kv, S, head_dim); a query sees its own position and, with a window,
-    the window - 1 before it. Returns (n_head, T, head_dim).
-    """
-    if has_slow_products(q):
-        return attend(q.float(), k.float(), v.float(), window=window).to(q.dtype)
-    T, S = q.shape[1], k.shape[1]
-    if window is not None and S > T + window - 1:
-        first = S - (T + window - 1)  # no query sees what lies before
-        k, v, S = k[:, first:], v[:, first:], T + window - 1
-    masked = T > 1 and (S > T or (window is not None and T > window))
-    mask = visible(T, S, window, q.device) if masked else None
-    causal = T > 1 and mask is None
-    y = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=causal, enable_gqa=True)
-    return y[0]
-
-
-def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of S positions each of the last T sees, as a boolean mask (T, S)."""
-    ones = torch.ones(T, S, dtype=torch.bool, device=device)
-    mask = ones.tril(S - T)
-    return mask if window is None else mask & ones.triu(S - T - window + 1)
 
 
 class MLP(nn.Module):
@@ -96,8 +69,24 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden: Tensor = _SwiGLU.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
+        out: Tensor = self.down_proj(hidden)
         return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (Shazeer 2020), of which the backward pass keeps nothing but gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 class Block(nn.Module):
@@ -120,6 +109,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.activation_checkpointing = False  # whether a backward pass computes the blocks' insides again
         # Not part of the checkpoint, hence computed for real even where the model is built on the meta device.
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
         self.inv_freq: Tensor
@@ -129,9 +119,12 @@ class Decoder(nn.Module):
         start = cache.length if cache else 0
         positions = torch.cat([torch.arange(start, start + n, device=tokens.device) for n in lengths])
         angles = positions[:, None] * self.inv_freq  # (T, head_dim / 2)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        rope = angles.cos().to(x.dtype)[:, None], angles.sin().to(x.dtype)[:, None]
         for layer in self.layers:
-            x = layer(x, lengths, rope, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, lengths, rope, cache, use_reentrant=False)
+            else:
+                x = layer(x, lengths, rope, cache)
         if cache:
             cache.length += len(tokens)
         out: Tensor = self.norm(x)
@@ -168,13 +161,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of x (heads, T, head_dim) by its angle (Su et al. 2021, eq. 34)."""
-    cos, sin = rope  # (T, head_dim / 2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def inverse_frequencies(config: GPTConfig) -> Tensor:

@@ -9,10 +9,11 @@ PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
     args config files layout linear loss rows
-    examples hub lora model optimizers state
-    checkpoint preparing prompts sampling
-    adapter tokenizer
-    batches records
+    attention examples hub lora optimizers state
+    model preparing prompts
+    checkpoint sampling tokenizer
+    adapter batches
+    records
     training
     commands
     flags

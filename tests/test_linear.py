@@ -1,8 +1,10 @@
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from litlora.linear import Linear, _UpcastLinear, frozen_linear
+from litlora import linear
+from litlora.linear import SLAB, Linear, _UpcastLinear, frozen_linear
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -18,7 +20,9 @@ def outcome(product, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return y.detach(), x.grad
 
 
-def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once():
+@pytest.mark.parametrize("slab", [SLAB, 20])
+def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once(slab, monkeypatch):
+    monkeypatch.setattr(linear, "SLAB", slab)  # a weight of 48 rows is one slab, or two and a part
     found = outcome(_UpcastLinear.apply, torch.bfloat16)
     exact = outcome(F.linear, torch.float64)
     for ours, reference in zip(found, exact, strict=True):

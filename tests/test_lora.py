@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from litlora.adapter import write_adapter
 from litlora.checkpoint import load_model
 from litlora.config import GPTConfig
-from litlora.lora import TARGET_MODULES, LoRAConfig, LoRALinear, add_lora, count, lora_parameters
+from litlora.lora import TARGET_MODULES, Dropout, LoRAConfig, LoRALinear, add_lora, count, lora_parameters
 from litlora.loss import IGNORE_INDEX, supervised_loss
 from litlora.model import GPT
 
@@ -104,6 +104,48 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
     assert torch.equal(layer(x[:1]), layer(x[:1]))
     assert trained.std(dim=0).min() > 0
     torch.testing.assert_close(trained.mean(dim=0), layer(x)[0], atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_branch_and_its_gradients_are_those_of_the_formula(dropout):
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(10, 7, bias=False), rank=3, scaling=1.5, dropout=dropout).double()
+    torch.nn.init.normal_(layer.lora_B.weight)
+    layer.weight.requires_grad_(False)
+    x, gradient = torch.randn(21, 10).double().requires_grad_(), torch.randn(21, 7).double()
+    sources = [x, layer.lora_A.weight, layer.lora_B.weight]
+    torch.manual_seed(4)
+    y = layer(x)
+    ours = torch.autograd.grad(y, sources, gradient)
+
+    torch.manual_seed(4)
+    kept = Dropout.draw(dropout).mask(x)
+    dropped = x if kept is None else x * kept / (1 - round(dropout * 2**16) / 2**16)
+    formula = x @ layer.weight.T + 1.5 * dropped @ layer.lora_A.weight.T @ layer.lora_B.weight.T
+    torch.testing.assert_close(y, formula)
+    for found, exact in zip(ours, torch.autograd.grad(formula, sources, gradient), strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5])
+def test_dropout_drops_its_share_at_every_place_of_a_word_and_differently_each_time(probability):
+    torch.manual_seed(0)
+    x = torch.empty(50_000, 5)
+    kept = torch.stack([Dropout.draw(probability).mask(x) for _ in range(8)])
+    by_place = kept.view(-1, 4).double().mean(dim=0)
+    assert (by_place - (1 - probability)).abs().max() < 0.004
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_a_layer_keeps_its_input_once_for_all_of_its_branches():
+    layers = [LoRALinear(torch.nn.Linear(32, 32, bias=False), rank=2, scaling=1.0, dropout=0.1) for _ in range(3)]
+    x = torch.randn(100, 32, requires_grad=True)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
+        for layer in layers:
+            layer.weight.requires_grad_(False)
+            layer(x)
+    assert [t.shape for t in kept.values() if t.numel() >= x.numel()] == [x.shape]
 
 
 @pytest.mark.parametrize("switches", [("query", "value"), SWITCHES], ids=["two", "six"])

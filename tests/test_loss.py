@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +85,37 @@ def test_the_loss_without_gradients_is_the_same():
     hidden, head, labels = adapted_head(torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(supervised_loss(hidden, head, labels), supervised_loss(*adapted_head(torch.float32)))
+
+
+MEMORY = """
+import resource, sys, torch
+from torch import nn
+from litlora.lora import LoRALinear
+from litlora.loss import supervised_loss
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+torch.set_num_threads(1)
+dtype, adapted, rows = getattr(torch, sys.argv[1]), sys.argv[2] == "lora", int(sys.argv[3])
+head = nn.Linear(64, 131_072, bias=False, dtype=dtype).requires_grad_(False)
+head = LoRALinear(head, rank=8, scaling=1.0, dropout=0.0) if adapted else head
+hidden = torch.randn(rows, 64, dtype=dtype, requires_grad=True)
+supervised_loss(hidden[:1], head, torch.zeros(1, dtype=torch.int64)).backward()
+before = peak()
+supervised_loss(hidden, head, torch.randint(131_072, (rows,))).backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("dtype", "head"), [("bfloat16", "frozen"), ("float32", "lora")])
+def test_a_large_vocabulary_adds_less_than_300_megabytes(dtype, head):
+    added = [
+        float(subprocess.run([sys.executable, "-c", MEMORY, dtype, head, str(rows)], capture_output=True).stdout)
+        for rows in (256, 512)
+    ]
+    assert max(added) < 300
+    assert added[1] < added[0] + 20  # it does not grow with the number of tokens
 
 
 def test_no_more_than_a_chunk_of_logits_exists_at_a_time():

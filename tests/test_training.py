@@ -102,6 +102,12 @@ def test_the_adapter_does_not_depend_on_the_micro_batch_size(tiny, data_dir, tmp
             torch.testing.assert_close(other[name], matrix, atol=1e-5, rtol=0)
 
 
+def test_activation_checkpointing_changes_nothing_but_what_is_kept(tiny, data_dir, tmp_path):
+    flags = ["--train.max_steps", 3, "--lora_dropout", 0.2, "--lora_mlp", "true", "--train.activation_checkpointing"]
+    with_it, without = (adapter(finetune(tiny, data_dir, tmp_path / on, *flags, on)) for on in ("true", "false"))
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+
+
 def test_the_same_command_gives_the_same_adapter_to_the_bit_and_another_seed_another(tiny, data_dir, tmp_path):
     flags = ["--lora_dropout", 0.2, "--train.max_steps", 3]
     first, again, other = (

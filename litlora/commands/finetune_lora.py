@@ -47,6 +47,7 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     gpt = load_model(args.checkpoint_dir, dtype, fabric.device)
     add_lora(gpt, folder.lora)
+    gpt.model.activation_checkpointing = args.train.activation_checkpointing
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
     model, optimizer = fabric.setup(gpt, optimizer)
     progress = go_on(folder, gpt, optimizer)

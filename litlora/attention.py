@@ -1,0 +1,161 @@
+"""Rotary positions, and causal attention within each of the sequences that lie end to end in one row."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from litlora.linear import has_slow_products
+
+BLOCK = 128
+"""Queries whose scores exist at one time on a CPU: they stay in its cache, and little is computed that is masked."""
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of every position's angles, each (T, 1, head_dim / 2)."""
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (i, i + head_dim / 2) of x (T, heads, head_dim) by its angle (Su et al. 2021, eq. 34)."""
+    out: Tensor = _Rotation.apply(x, *rope)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation, whose gradient is the rotation back: nothing but the angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=turned_b).addcmul_(a, sin)
+    return out
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+    """Let every sequence attend to itself, causally, and to nothing of its neighbours.
+
+    q is (T, n_head, head_dim), k and v are (T, n_kv, head_dim); with a window, a query sees its own position and the
+    window - 1 before it. Returns (T, n_head, head_dim).
+    """
+    if q.device.type == "cpu":
+        out: Tensor = _BlockedAttention.apply(q, k, v, lengths, window)  # type: ignore[no-untyped-call]
+        return out
+    parts = zip(*(torch.split(t.transpose(0, 1), list(lengths), dim=1) for t in (q, k, v)), strict=True)
+    return torch.cat([attend(*part, window=window) for part in parts], dim=1).transpose(0, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+    """Causal attention of the last T positions of a sequence of S.
+
+    q is (n_head, T, head_dim), k and v are (n_kv, S, head_dim). Returns (n_head, T, head_dim).
+    """
+    if has_slow_products(q):
+        return attend(q.float(), k.float(), v.float(), window=window).to(q.dtype)
+    T, S = q.shape[1], k.shape[1]
+    if window is not None and S > T + window - 1:
+        first = S - (T + window - 1)  # no query sees what lies before
+        k, v, S = k[:, first:], v[:, first:], T + window - 1
+    masked = T > 1 and (S > T or (window is not None and T > window))
+    mask = visible(T, S, window, q.device) if masked else None
+    causal = T > 1 and mask is None
+    y = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=causal, enable_gqa=True)
+    return y[0]
+
+
+def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of S positions each of the last T sees, as a boolean mask (T, S)."""
+    ones = torch.ones(T, S, dtype=torch.bool, device=device)
+    mask = ones.tril(S - T)
+    return mask if window is None else mask & ones.triu(S - T - window + 1)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Exact attention on a CPU, one block of queries at a time, in float32 whatever the inputs are.
+
+    The heads of a group stand below each other, so their keys and values are not repeated. The scores of a block are
+    computed again for its gradient, and memory grows with T alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.lengths, ctx.window = lengths, window
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        mask = _block_mask(q, k, lengths, window)
+        for rows, keys in _blocks(lengths, window):
+            probabilities = _probabilities(_grouped(q[rows], k), _by_head(k[keys]), mask)
+            out[rows] = _ungrouped(probabilities @ _by_head(v[keys]), q[rows])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        mask = _block_mask(q, k, ctx.lengths, ctx.window)
+        q_gradient = torch.empty_like(q)
+        k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
+        for rows, keys in _blocks(ctx.lengths, ctx.window):
+            queries, out_gradient = _grouped(q[rows], k), _grouped(gradient[rows], k)
+            probabilities = _probabilities(queries, _by_head(k[keys]), mask)
+            v_gradient[keys] += (probabilities.transpose(1, 2) @ out_gradient).transpose(0, 1)
+            scores = (out_gradient @ _by_head(v[keys]).transpose(1, 2)).mul_(probabilities)
+            scores.addcmul_(probabilities, scores.sum(dim=-1, keepdim=True), value=-1)  # the gradient of a softmax
+            scores *= q.shape[-1] ** -0.5
+            q_gradient[rows] = _ungrouped(scores @ _by_head(k[keys]), q[rows])
+            k_gradient[keys] += (scores.transpose(1, 2) @ queries).transpose(0, 1)
+        return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype), None, None
+
+
+def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Yield the queries of each block, and the keys that at least one of them sees."""
+    start = 0
+    for length in lengths:
+        for first in range(0, length, BLOCK):
+            end = min(first + BLOCK, length)
+            seen = 0 if window is None else max(0, first - window + 1)
+            yield slice(start + first, start + end), slice(start + seen, start + end)
+        start += length
+
+
+def _block_mask(q: Tensor, k: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+    """Return what is added to the scores of the largest block; those of smaller ones are its last rows and columns."""
+    longest, group = max(lengths), q.shape[1] // k.shape[1]
+    seen = visible(min(BLOCK, longest), longest, window, q.device)
+    mask = torch.zeros(seen.shape, device=q.device).masked_fill_(~seen, -torch.inf)
+    return mask.repeat_interleave(group, dim=0)  # (block * group, keys)
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Return the weight of each key for each query (n_kv, block * group, keys)."""
+    here = mask[-q.shape[1] :, -k.shape[1] :].expand(len(q), -1, -1)
+    return torch.baddbmm(here, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+def _grouped(q: Tensor, k: Tensor) -> Tensor:
+    """Put the heads that share keys below each other: (block, n_head, head_dim) -> (n_kv, block * group, head_dim)."""
+    n_kv = k.shape[1]
+    return q.view(len(q), n_kv, -1, q.shape[-1]).transpose(0, 1).flatten(1, 2).float()
+
+
+def _ungrouped(y: Tensor, like: Tensor) -> Tensor:
+    """Undo `_grouped`: (n_kv, block * group, head_dim) -> (block, n_head, head_dim)."""
+    return y.view(len(y), len(like), -1, y.shape[-1]).transpose(0, 1).flatten(1, 2)
+
+
+def _by_head(t: Tensor) -> Tensor:
+    return t.transpose(0, 1).float()  # (n_kv, keys, head_dim)

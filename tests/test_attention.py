@@ -1,0 +1,67 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from litlora.attention import BLOCK, _BlockedAttention, attend_within, rotate, visible
+
+LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
+
+
+def problem(n_head: int, n_kv: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Return queries, keys, values and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(LENGTHS), n, 16) for n in (n_head, n_kv, n_kv, n_head)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Return the attention of all positions under one mask that keeps the sequences apart."""
+    owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    mask = visible(len(q), len(q), window, q.device) & (owner[:, None] == owner)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def outcome(attention, tensors: list[torch.Tensor], window: int | None) -> list[torch.Tensor]:
+    *inputs, gradient = tensors
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    y = attention(*leaves, window)
+    y.backward(gradient)
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    return attend_within(q, k, v, LENGTHS, window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
+@pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2), (3, 1)])
+def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head, n_kv, window):
+    tensors = problem(n_head, n_kv)
+    exact = outcome(plain, [t.double() for t in tensors], window)
+    for ours, reference in zip(outcome(packed, tensors, window), exact, strict=True):
+        torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_computed_in_float32_and_rounded_once():
+    tensors = problem(6, 2, torch.bfloat16)
+    exact = outcome(packed, [t.float() for t in tensors], None)
+    for ours, reference in zip(outcome(packed, tensors, None), exact, strict=True):
+        assert torch.equal(ours, reference.bfloat16())
+
+
+def test_a_sequence_of_any_length_takes_memory_by_the_block():
+    q, k, v, gradient = problem(6, 2)
+    kept = []
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _BlockedAttention.apply(*leaves, LENGTHS, None).backward(gradient)
+    assert sum(t.numel() for t in kept) == sum(t.numel() for t in leaves)
+
+
+def test_a_rotation_keeps_lengths_and_its_gradient_turns_back():
+    x = torch.randn(9, 3, 8, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(9, 1, 4, dtype=torch.float64)
+    rope = angles.cos(), angles.sin()
+    torch.testing.assert_close(rotate(x, rope).norm(dim=-1), x.norm(dim=-1))
+    assert torch.autograd.gradcheck(lambda t: rotate(t, rope), x)
