@@ -89,7 +89,7 @@ def test_the_loss_without_gradients_is_the_same():
 
 MEMORY = """
 import resource, sys, torch
-from torch import nn
+from litlora.linear import Linear
 from litlora.lora import LoRALinear
 from litlora.loss import supervised_loss
 
@@ -98,7 +98,7 @@ def peak():
 
 torch.set_num_threads(1)
 dtype, adapted, rows = getattr(torch, sys.argv[1]), sys.argv[2] == "lora", int(sys.argv[3])
-head = nn.Linear(64, 131_072, bias=False, dtype=dtype).requires_grad_(False)
+head = Linear(64, 131_072, bias=False, dtype=dtype).requires_grad_(False)
 head = LoRALinear(head, rank=8, scaling=1.0, dropout=0.0) if adapted else head
 hidden = torch.randn(rows, 64, dtype=dtype, requires_grad=True)
 supervised_loss(hidden[:1], head, torch.zeros(1, dtype=torch.int64)).backward()
