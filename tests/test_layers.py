@@ -12,7 +12,8 @@ LAYERS = """
     examples hub lora model optimizers state
     checkpoint preparing prompts sampling
     adapter tokenizer
-    batches records
+    records tokenized
+    batches
     training
     commands
     flags
