@@ -24,7 +24,9 @@ class TrainArgs:
     global_batch_size: int = 16
     """Examples per optimizer step, over all devices."""
     micro_batch_size: int = 4
-    """Most examples in one forward and backward pass."""
+    """Most examples in one forward and backward pass; of no effect with micro_batch_tokens."""
+    micro_batch_tokens: int | None = None
+    """Most tokens in one forward and backward pass, of however many examples; null bounds it by micro_batch_size."""
     epochs: int = 1
     """Passes over the training split."""
     max_steps: int | None = None
@@ -51,7 +53,7 @@ class TrainArgs:
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "epochs", "save_interval", "log_interval"):
             require(getattr(self, name) >= 1, f"--train.{name}", getattr(self, name), "at least 1")
-        for name in ("max_steps", "max_seq_length"):
+        for name in ("micro_batch_tokens", "max_steps", "max_seq_length"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--train.{name}", value, "at least 1, or null")
         steps = self.lr_warmup_steps

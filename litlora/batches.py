@@ -1,16 +1,15 @@
-"""Examples -> token ids and labels -> micro-batches without padding."""
+"""Tokens -> samples -> global batches -> micro-batches without padding."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from litlora.examples import Example
 from litlora.loss import IGNORE_INDEX
-from litlora.prompts import PromptStyle
-from litlora.tokenizer import Encoding, Tokenizer
+from litlora.tokenized import Tokens
 
 
 @dataclass(frozen=True)
@@ -35,43 +34,108 @@ class MicroBatch:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The samples of a split, and what was lost to max_seq_length."""
+class Samples:
+    """The examples of a split, cut to `max_seq_length` tokens; each becomes a sample when it is asked for.
 
-    samples: list[Sample]
-    cut: int
-    dropped: int
-    """Examples of which not one supervised token was left."""
-
-
-def encode(
-    examples: Sequence[Example], tokenizer: Tokenizer, style: PromptStyle, *, max_seq_length: int, mask_prompt: bool
-) -> Encoded:
-    """Turn examples into samples of at most `max_seq_length` tokens.
-
-    Prompt and responses are one text, encoded once; a token is supervised when it holds a character of a response.
     The last token of a text is only ever a label, so an example that fits keeps its EOS.
     """
-    rendered = [style.render(example) for example in examples]
-    encodings = tokenizer.encode_batch([r.text for r in rendered], add_special_tokens=style.add_special_tokens)
-    samples, cut = [], 0
-    for encoding, r in zip(encodings, rendered, strict=True):
-        supervised = r.supervised if mask_prompt else ((0, len(r.text)),)
-        sample = _sample(encoding, supervised)
-        cut += len(sample.tokens) > max_seq_length
-        samples.append(Sample(sample.tokens[:max_seq_length], sample.labels[:max_seq_length]))
-    kept = [sample for sample in samples if (sample.labels != IGNORE_INDEX).any()]
-    return Encoded(kept, cut=cut, dropped=len(samples) - len(kept))
+
+    def __init__(self, tokens: Tokens, max_seq_length: int) -> None:
+        whole = np.diff(tokens.offsets) - 1
+        lengths = np.minimum(whole, max_seq_length).astype(np.int32)
+        has_label = tokens.first_labels < lengths
+        self._tokens = tokens
+        self._rows = None if has_label.all() else np.flatnonzero(has_label)
+        self.lengths = lengths[has_label]
+        """How many tokens each sample has."""
+        self.cut = int((whole > max_seq_length).sum())
+        """How many of the split's examples are longer."""
+        self.dropped = len(whole) - len(self.lengths)
+        """How many of them have not one label left."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = index if self._rows is None else int(self._rows[index])
+        stored = torch.from_numpy(self._tokens.example(row, int(self.lengths[index]))).long()
+        tokens = torch.where(stored < 0, ~stored, stored)
+        return Sample(tokens[:-1], torch.where(stored < 0, IGNORE_INDEX, stored)[1:])
 
 
-def _sample(encoding: Encoding, supervised: Sequence[tuple[int, int]]) -> Sample:
-    ids = torch.tensor(encoding.ids)
-    starts, ends = torch.tensor(encoding.spans).unbind(1)
-    counts = torch.zeros(len(ids), dtype=torch.bool)
-    for start, end in supervised:
-        counts |= (starts < end) & (ends > start)
-    return Sample(ids[:-1], torch.where(counts[1:], ids[1:], IGNORE_INDEX))
+def global_batches(samples: Samples, size: int, *, seed: int, epoch: int, skip: int = 0) -> Iterator[list[Sample]]:
+    """Yield the global batches of an epoch behind the first `skip`; their order follows from seed and epoch alone.
+
+    The last one may be smaller.
+    """
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed + epoch))
+    for start in range(skip * size, len(samples), size):
+        yield [samples[index] for index in order[start : start + size].tolist()]
+
+
+def in_file_order(samples: Samples, size: int) -> Iterator[list[Sample]]:
+    """Yield the samples of a split as they stand there, in groups of `size`, the last of which may be smaller."""
+    for start in range(0, len(samples), size):
+        yield [samples[index] for index in range(start, min(start + size, len(samples)))]
+
+
+def micro_batches(samples: Sequence[Sample], size: int, max_tokens: int | None) -> list[MicroBatch]:
+    """Split samples into the fewest micro-batches of at most `max_tokens` tokens, or without that of `size` samples.
+
+    They are balanced: none is much longer than another.
+    """
+    lengths = [len(sample.tokens) for sample in samples]
+    if max_tokens is None:
+        groups = balance(lengths, math.ceil(len(lengths) / size), most=size)
+    else:
+        groups = fewest(lengths, max_tokens)
+    return [join([samples[index] for index in group]) for group in groups]
+
+
+def fewest(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Part the samples of these lengths, none above `max_tokens`, into the fewest groups that hold at most that."""
+    firsts = _first_fit(lengths, max_tokens)
+    for count in range(math.ceil(sum(lengths) / max_tokens), len(firsts) + 1):
+        groups = balance(lengths, count, most=len(lengths))
+        if all(sum(lengths[index] for index in group) <= max_tokens for group in groups):
+            return groups
+    return firsts
+
+
+def balance(lengths: Sequence[int], count: int, *, most: int) -> list[list[int]]:
+    """Part the samples of these lengths into groups of at most `most`, equally long as nearly as can be had at once.
+
+    The longest goes first, each to the group that is the shortest so far.
+    """
+    groups: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for index in _longest_first(lengths):
+        shortest = min((n for n in range(count) if len(groups[n]) < most), key=filled.__getitem__)
+        groups[shortest].append(index)
+        filled[shortest] += lengths[index]
+    return _in_order(groups)
+
+
+def _first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    filled: list[int] = []
+    for index in _longest_first(lengths):
+        fitting = next((n for n, tokens in enumerate(filled) if tokens + lengths[index] <= max_tokens), len(groups))
+        if fitting == len(groups):
+            groups.append([])
+            filled.append(0)
+        groups[fitting].append(index)
+        filled[fitting] += lengths[index]
+    return _in_order(groups)
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
+
+def _in_order(groups: list[list[int]]) -> list[list[int]]:
+    """Sort groups, and the samples in each, as the samples stood: the first micro-batch has the first sample."""
+    return sorted(sorted(group) for group in groups)
 
 
 def join(samples: Sequence[Sample]) -> MicroBatch:
@@ -79,20 +143,3 @@ def join(samples: Sequence[Sample]) -> MicroBatch:
     tokens = torch.cat([sample.tokens for sample in samples])
     labels = torch.cat([sample.labels for sample in samples])
     return MicroBatch(tokens, labels, tuple(len(sample.tokens) for sample in samples))
-
-
-def micro_batches(samples: Sequence[Sample], micro_batch_size: int) -> list[MicroBatch]:
-    """Split samples, in order, into micro-batches of at most `micro_batch_size`."""
-    return [join(group) for group in _groups(samples, micro_batch_size)]
-
-
-def global_batches(samples: Sequence[Sample], size: int, *, seed: int, epoch: int) -> list[list[Sample]]:
-    """Split an epoch into global batches, in an order that follows from seed and epoch; the last may be smaller."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    return list(_groups([samples[i] for i in order], size))
-
-
-def _groups(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    rest = iter(samples)
-    while group := list(islice(rest, size)):
-        yield group

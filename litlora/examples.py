@@ -3,15 +3,17 @@
 import json
 import reprlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from io import BufferedReader
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from litlora.errors import LitLoraError
 from litlora.files import write_whole
-from litlora.rows import RawFile, RowError, kind, parse_rows
+from litlora.rows import RawFile, RowError, jsonl_lines, jsonl_rows, kind, open_file, parse_rows
 
 
 @dataclass(frozen=True)
@@ -48,27 +50,60 @@ class RowFormat(NamedTuple):
     read: Callable[[Fields], Reading]
 
 
+Place = TypeVar("Place")
+
+
 def read_examples(path: Path) -> list[Example]:
     """Read the examples of a prepared split, or say how to prepare it."""
+    with open_split(path) as file:
+        raw = RawFile(str(path), path.suffix, file.read())
+    return [reading.example for _, reading in read_file(raw, ANY)]
+
+
+def open_split(path: Path) -> BufferedReader:
+    """Open a prepared split, or say how to prepare it."""
     command = f"litlora prepare_json --source FILE --destination_path {path.parent}"
-    file = RawFile.from_path(path, if_missing=f"no {path.name} in {path.parent}; prepare one with: {command}")
-    return [reading.example for _, reading in read_file(file, ANY)]
+    return open_file(path, if_missing=f"no {path.name} in {path.parent}; prepare one with: {command}")
+
+
+def read_example(path: Path, index: int, flag: str) -> Example:
+    """Read the row of a prepared split that `flag` asks for, counted from 0, and no other where all is well."""
+    with open_split(path) as file:
+        rows = jsonl_rows(jsonl_lines(file))
+        _, row = next(islice(rows, index, None), (0, RowError()))
+    with suppress(RowError):
+        return ANY.read(_fields(row)).example
+    rows_there = len(read_examples(path))  # says what is wrong with them, if that is so
+    raise LitLoraError(f"{flag} ({index}) must be below the number of rows in {path.name} ({rows_there})")
 
 
 def read_file(file: RawFile, row_format: RowFormat) -> list[tuple[str, Reading]]:
     """Read every row and its place; name the first bad row and say how many more there are."""
+    readings, bad = read_rows(parse_rows(file), row_format)
+    require_rows(file.name, len(readings), [f"{place}: {error}" for place, error in bad], row_format)
+    return readings
+
+
+def read_rows(
+    rows: Iterable[tuple[Place, object]], row_format: RowFormat
+) -> tuple[list[tuple[Place, Reading]], list[tuple[Place, RowError]]]:
+    """Read rows at their places, and find those that are wrong."""
     readings, bad = [], []
-    for place, row in parse_rows(file):
+    for place, row in rows:
         try:
             readings.append((place, row_format.read(_fields(row))))
         except RowError as error:
-            bad.append(f"{place}: {error}")
+            bad.append((place, error))
+    return readings, bad
+
+
+def require_rows(name: str, rows: int, bad: Sequence[str], row_format: RowFormat) -> None:
+    """Refuse a file that has bad rows, by the first of them and the number of the others, or no row at all."""
     if bad:
         more = f" (wrong rows after it: {len(bad) - 1:,})" if len(bad) > 1 else ""
         raise LitLoraError(f"{bad[0]}{more}; a row must look like {row_format.shape}")
-    if not readings:
-        raise LitLoraError(f"{file.name} holds no rows; a row must look like {row_format.shape}")
-    return readings
+    if not rows:
+        raise LitLoraError(f"{name} holds no rows; a row must look like {row_format.shape}")
 
 
 def _fields(row: object) -> Fields:

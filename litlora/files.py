@@ -5,11 +5,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
+from io import BufferedReader
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from litlora.errors import LitLoraError
+
+BLOCK = 4_000_000  # bytes of a file that are hashed at one time
+DIGEST_THREADS = 8
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,6 +30,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LitLoraError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def digest(file: BufferedReader) -> str:
+    """Return a hash of a file's content, which all cores compute together."""
+    starts = range(0, os.fstat(file.fileno()).st_size, BLOCK)
+    with ThreadPoolExecutor(DIGEST_THREADS) as pool:
+        parts = pool.map(lambda start: sha256(os.pread(file.fileno(), BLOCK, start)).digest(), starts)
+        return sha256(b"".join(parts)).hexdigest()
 
 
 def write_whole(contents: Mapping[Path, bytes]) -> None:
@@ -54,7 +69,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
     Raises LitLoraError when it cannot be written, or when `path` is there already and holds something.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
     with _failure_said(path):
         partial.mkdir(parents=True)
     try:

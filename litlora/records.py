@@ -41,13 +41,14 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     def check(self) -> None:
-        """Refuse a folder that cannot be written, or that holds a run already; nothing is created."""
+        """Refuse a folder that cannot be written, holds a run already, or none to go on with; nothing is created."""
         if self.metrics.exists() and not self.args.resume:
             hint = "choose another, remove it, or go on with it by --resume true"
             raise LitLoraError(f"--out_dir ({self.path}) holds a run already: {hint}")
         if (self.path / "final").exists():
             raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: choose another, or remove it")
         check_writable(self.path, "--out_dir")
+        self.resume_from()
 
     def resume_from(self) -> Path | None:
         """Return the checkpoint that --resume asks for, or None for a run from the start."""

@@ -4,10 +4,10 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from litlora.errors import LitLoraError
 
@@ -27,12 +27,18 @@ class RawFile:
     @classmethod
     def from_path(cls, path: Path, if_missing: str) -> Self:
         """Read a file, or say `if_missing`."""
-        try:
-            return cls(str(path), path.suffix, path.read_bytes())
-        except FileNotFoundError as error:
-            raise LitLoraError(if_missing) from error
-        except OSError as error:
-            raise LitLoraError(f"cannot read {path}: {error.strerror}") from error
+        with open_file(path, if_missing) as file:
+            return cls(str(path), path.suffix, file.read())
+
+
+def open_file(path: Path, if_missing: str) -> io.BufferedReader:
+    """Open a file to read, or say `if_missing`."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise LitLoraError(if_missing) from error
+    except OSError as error:
+        raise LitLoraError(f"cannot read {path}: {error.strerror}") from error
 
 
 Rows = Iterator[tuple[str, object]]
@@ -53,10 +59,28 @@ def kind(value: object) -> str:
 
 
 def _jsonl_rows(file: RawFile) -> Rows:
+    for number, row in jsonl_rows(jsonl_lines(io.BytesIO(file.content))):
+        yield f"{file.name} line {number}", row
+
+
+def jsonl_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a .jsonl file, without the mark of UTF-8 that it may begin with."""
+    file.seek(jsonl_start(file))
+    for line in file:
+        yield from line.splitlines()  # a \r alone ends a line too
+
+
+def jsonl_start(file: BinaryIO) -> int:
+    """Return where the first line of a .jsonl file begins: behind the mark of UTF-8, where there is one."""
+    return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+def jsonl_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, object]]:
+    """Yield the number of each line that is not blank, and its row, or the RowError that says why there is none."""
     # Lines of bytes, since those of a str also end at U+2028 and others that a row may hold.
-    for number, line in enumerate(file.content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield f"{file.name} line {number}", _parse_line(line)
+            yield number, _parse_line(line)
 
 
 def _parse_line(line: bytes) -> object:

@@ -4,11 +4,16 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import sentencepiece
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from litlora.errors import LitLoraError
@@ -23,6 +28,14 @@ class Encoding(NamedTuple):
 
     ids: list[int]
     spans: list[tuple[int, int]]
+
+
+class Encodings(NamedTuple):
+    """The tokens of many texts end to end, their spans, and how many of them each text has."""
+
+    ids: NDArray[np.int32]
+    spans: NDArray[np.int32]  # (tokens, 2)
+    lengths: NDArray[np.int32]
 
 
 class Tokenizer:
@@ -72,17 +85,26 @@ class Tokenizer:
             name, bos_token=self.bos_token, eos_token=self.eos_token, chat_template=self.chat_template
         )
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return what changes whenever the tokens or the prompts that this tokenizer makes could."""
+        parts = [tokenizers.__version__, self._backend.to_str(), self.bos_token, self.eos_token, self.chat_template]
+        return sha256(json.dumps(parts).encode()).hexdigest()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """Turn a text into tokens, with bos and eos around them where the checkpoint wants that."""
-        return self.encode_batch([text], add_special_tokens)[0]
+        ids, spans, _ = self.encode_batch([text], add_special_tokens)
+        return Encoding(ids.tolist(), [(start, end) for start, end in spans.tolist()])
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[Encoding]:
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> Encodings:
         """Turn many texts into tokens at once, on all cores."""
         try:
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         except TypeError as error:
             raise LitLoraError("a text holds half of a surrogate pair, which is no character") from error
-        return [Encoding(encoding.ids, _spans(encoding)) for encoding in encodings]
+        lengths = np.array([len(encoding) for encoding in encodings], np.int32)
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, lengths.sum())
+        return Encodings(ids, _spans(encodings, lengths), lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn tokens into their text, without special tokens."""
@@ -125,13 +147,16 @@ def _byte_level_alphabet() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
-def _spans(encoding: tokenizers.Encoding) -> list[tuple[int, int]]:
+def _spans(encodings: Sequence[tokenizers.Encoding], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
     """Return the characters of each token, none for a bos or eos that was added."""
-    spans: list[tuple[int, int]] = []
-    end = 0
-    for span, is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
-        spans.append((end, end) if is_added else span)
-        end = spans[-1][1]
+    ends = chain.from_iterable(chain.from_iterable(encoding.offsets) for encoding in encodings)
+    spans = np.fromiter(ends, np.int32, 2 * lengths.sum()).reshape(-1, 2)
+    masks = chain.from_iterable(encoding.special_tokens_mask for encoding in encodings)
+    is_added = np.fromiter(masks, bool, lengths.sum())
+    is_first = np.zeros_like(is_added)
+    is_first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    for index in np.flatnonzero(is_added):
+        spans[index] = 0 if is_first[index] else spans[index - 1, 1]
     return spans
 
 

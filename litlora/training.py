@@ -6,15 +6,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from litlora.args import FinetuneLoraArgs, TrainArgs
-from litlora.batches import MicroBatch, Sample, global_batches, micro_batches
+from litlora.batches import MicroBatch, Sample, Samples, global_batches, in_file_order, micro_batches
 from litlora.errors import LitLoraError
 from litlora.loss import supervised_loss
 from litlora.model import GPT, evaluating
@@ -31,8 +32,8 @@ class Run:
     model: nn.Module
     """The GPT as Fabric wraps it: the forward pass goes through here."""
     optimizer: Optimizer
-    train: Sequence[Sample]
-    val: Sequence[MicroBatch]
+    train: Samples
+    val: Samples
     args: FinetuneLoraArgs
     folder: RunFolder
     answer: Callable[[], str]
@@ -47,7 +48,9 @@ def fit(run: Run, progress: Progress) -> float | None:
             run.folder.log(step=0, epoch=0, val_loss=validate_and_show(run, 0))
         for epoch, step, batch in steps(run.train, args, after=progress.step, total=total):
             rate = learning_rate(step, total, args.train)
-            result = train_step(run, micro_batches(batch, args.train.micro_batch_size), rate, step)
+            result = train_step(
+                run, micro_batches(batch, args.train.micro_batch_size, args.train.micro_batch_tokens), rate, step
+            )
             progress.add(epoch, result)
             final = step == total and args.eval.final_validation
             val_loss = validate_and_show(run, step) if final or step % args.eval.interval == 0 else None
@@ -67,17 +70,16 @@ def _talk_interval() -> float:
 
 
 def steps(
-    samples: Sequence[Sample], args: FinetuneLoraArgs, *, after: int, total: int
+    samples: Samples, args: FinetuneLoraArgs, *, after: int, total: int
 ) -> Iterator[tuple[int, int, list[Sample]]]:
     """Yield epoch, step and global batch of every step behind `after`; all of it follows from the seed alone."""
-    step = 0
-    for epoch in range(1, args.train.epochs + 1):
-        for batch in global_batches(samples, args.train.global_batch_size, seed=args.seed, epoch=epoch):
+    size, step = args.train.global_batch_size, after
+    per_epoch = math.ceil(len(samples) / size)
+    for epoch in range(after // per_epoch + 1, args.train.epochs + 1):
+        batches = global_batches(samples, size, seed=args.seed, epoch=epoch, skip=step % per_epoch)
+        for batch in islice(batches, total - step):
             step += 1
-            if step > total:
-                return
-            if step > after:
-                yield epoch, step, batch
+            yield epoch, step, batch
 
 
 def total_steps(samples: int, args: TrainArgs) -> int:
@@ -134,10 +136,16 @@ def summed_loss(run: Run, micro: MicroBatch) -> torch.Tensor:
 @torch.no_grad()
 def validate(run: Run) -> float:
     """Return the mean loss over the supervised tokens of the validation split, or of its first micro-batches."""
-    batches = run.val[: run.args.eval.max_iters]
+    train, total, supervised = run.args.train, 0.0, 0
+    groups = in_file_order(run.val, train.global_batch_size)
+    batches = chain.from_iterable(
+        micro_batches(group, train.micro_batch_size, train.micro_batch_tokens) for group in groups
+    )
     with evaluating(run.model):
-        total = sum(summed_loss(run, micro).item() for micro in batches)
-    return total / sum(micro.supervised for micro in batches)
+        for micro in islice(batches, run.args.eval.max_iters):
+            total += summed_loss(run, micro).item()
+            supervised += micro.supervised
+    return total / supervised
 
 
 def validate_and_show(run: Run, step: int) -> float:

@@ -1,9 +1,13 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from litlora.batches import Sample, encode, global_batches, join, micro_batches
+from litlora.batches import Sample, Samples, global_batches, in_file_order, join, micro_batches
 from litlora.examples import Example, Turn
 from litlora.loss import IGNORE_INDEX
+from litlora.tokenized import Tokens, encode
 from litlora.tokenizer import Tokenizer
 
 CONVERSATION = Example((Turn("Hi", "Hello 🚪"), Turn("And?", "Bye")))
@@ -16,17 +20,24 @@ def tokenizer(tiny) -> Tokenizer:
 
 def encoded(
     tokenizer, *examples: Example, style: str = "{instruction}:", max_seq_length: int = 256, mask_prompt: bool = True
-):
+) -> Samples:
     built = tokenizer.prompt_style(style)
-    return encode(examples, tokenizer, built, max_seq_length=max_seq_length, mask_prompt=mask_prompt)
+    return Samples(encode(examples, tokenizer, built, mask_prompt=mask_prompt), max_seq_length)
 
 
-def numbered(count: int) -> list[Sample]:
-    return [Sample(torch.full((n + 1,), n), torch.full((n + 1,), n)) for n in range(count)]
+def of_lengths(*lengths: int) -> list[Sample]:
+    """Return samples of these lengths, each of a token of its own."""
+    return [Sample(torch.full((length,), n), torch.full((length,), n)) for n, length in enumerate(lengths)]
+
+
+def numbered(count: int) -> Samples:
+    """Return samples of which each holds its number alone."""
+    ids = np.repeat(np.arange(count, dtype=np.int32), 2)
+    return Samples(Tokens(ids, np.arange(0, 2 * count + 1, 2), np.zeros(count, np.int32)), max_seq_length=9)
 
 
 def test_every_response_and_its_eos_are_supervised_and_nothing_else(tokenizer):
-    sample = encoded(tokenizer, CONVERSATION).samples[0]
+    sample = encoded(tokenizer, CONVERSATION)[0]
     learned = sample.labels[sample.labels != IGNORE_INDEX]
     assert tokenizer.decode(learned.tolist()) == "Hello 🚪Bye"
     assert (learned == tokenizer.eos_id).sum() == 2
@@ -34,55 +45,120 @@ def test_every_response_and_its_eos_are_supervised_and_nothing_else(tokenizer):
 
 
 def test_labels_are_the_tokens_that_follow(tokenizer):
-    sample = encoded(tokenizer, CONVERSATION, mask_prompt=False).samples[0]
+    sample = encoded(tokenizer, CONVERSATION, mask_prompt=False)[0]
     assert torch.equal(sample.labels[:-1], sample.tokens[1:])
     assert (sample.labels != IGNORE_INDEX).all()
 
 
 def test_prompts_are_learned_too_without_masking(tokenizer):
-    masked, unmasked = (encoded(tokenizer, CONVERSATION, mask_prompt=mask).samples[0] for mask in (True, False))
+    masked, unmasked = (encoded(tokenizer, CONVERSATION, mask_prompt=mask)[0] for mask in (True, False))
     assert torch.equal(masked.tokens, unmasked.tokens)
     assert (masked.labels == IGNORE_INDEX).any()
 
 
 def test_an_example_that_fits_exactly_keeps_its_eos(tokenizer):
-    whole = encoded(tokenizer, CONVERSATION).samples[0]
+    whole = encoded(tokenizer, CONVERSATION)[0]
     fitting = encoded(tokenizer, CONVERSATION, max_seq_length=len(whole.tokens))
     assert fitting.cut == 0
-    assert fitting.samples[0].labels[-1] == tokenizer.eos_id
+    assert fitting[0].labels[-1] == tokenizer.eos_id
 
 
 def test_longer_examples_are_cut_and_counted(tokenizer):
-    whole = encoded(tokenizer, CONVERSATION).samples[0]
+    whole = encoded(tokenizer, CONVERSATION)[0]
     found = encoded(tokenizer, CONVERSATION, CONVERSATION, max_seq_length=len(whole.tokens) - 1)
     assert (found.cut, found.dropped) == (2, 0)
-    assert torch.equal(found.samples[0].labels, whole.labels[:-1])
+    assert torch.equal(found[0].labels, whole.labels[:-1])
 
 
 def test_examples_without_a_supervised_token_left_are_dropped_and_counted(tokenizer):
     found = encoded(tokenizer, CONVERSATION, Example((Turn("a" * 50, "b"),)), style="none", max_seq_length=10)
-    assert (found.cut, found.dropped, len(found.samples)) == (2, 1, 1)
+    assert (found.cut, found.dropped, len(found)) == (2, 1, 1)
+
+
+def test_examples_that_are_not_dropped_stay_what_they_are(tokenizer):
+    kept = encoded(tokenizer, CONVERSATION)[0]
+    found = encoded(tokenizer, Example((Turn("a" * 300, "b"),)), CONVERSATION, style="{instruction}:")
+    assert len(found) == 1
+    assert torch.equal(found[0].tokens, kept.tokens)
+    assert torch.equal(found[0].labels, kept.labels)
 
 
 def test_a_micro_batch_holds_its_samples_end_to_end_without_padding():
-    micro = join(numbered(3))
+    micro = join(of_lengths(1, 2, 3))
     assert micro.tokens.tolist() == [0, 1, 1, 2, 2, 2]
     assert micro.lengths == (1, 2, 3)
 
 
-def test_micro_batches_hold_all_samples_in_order():
-    assert [micro.lengths for micro in micro_batches(numbered(5), 2)] == [(1, 2), (3, 4), (5,)]
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
+def test_a_global_batch_is_the_fewest_micro_batches_of_so_many_samples(size):
+    samples = of_lengths(9, 1, 7, 3, 5, 2, 8, 4, 6, 10)
+    found = micro_batches(samples, size, None)
+    assert len(found) == math.ceil(10 / size)
+    assert max(len(micro.lengths) for micro in found) <= size
+    assert sorted(length for micro in found for length in micro.lengths) == list(range(1, 11))
+
+
+def test_micro_batches_are_balanced_by_length():
+    assert [micro.lengths for micro in micro_batches(of_lengths(90, 10, 80, 20, 70, 30), 2, None)] == [
+        (90, 10),
+        (80, 20),
+        (70, 30),
+    ]
+
+
+def test_the_first_micro_batch_holds_the_first_sample_and_samples_keep_their_order():
+    found = micro_batches(of_lengths(1, 50, 2, 60), 2, None)
+    assert [micro.tokens.unique_consecutive().tolist() for micro in found] == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "count"),
+    [
+        ([5, 5, 5, 5], 20, 1),
+        ([5, 5, 5, 5], 19, 2),
+        ([5, 5, 5, 5], 5, 4),
+        ([10] * 16, 70, 3),
+        ([8, 7, 6, 5, 4], 15, 2),
+        ([6, 5, 5, 4, 4, 3, 3], 10, 3),
+        ([5, 5, 4, 3, 3], 10, 2),  # the shortest group first would need three
+    ],
+)
+def test_a_bound_of_tokens_gives_the_fewest_micro_batches_whatever_the_number_of_samples(lengths, most, count):
+    found = micro_batches(of_lengths(*lengths), 1, most)
+    assert len(found) == count
+    assert max(len(micro.tokens) for micro in found) <= most
+    assert sorted(length for micro in found for length in micro.lengths) == sorted(lengths)
+
+
+def test_micro_batches_within_a_bound_of_tokens_are_balanced():
+    lengths = torch.randint(20, 200, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    found = [len(micro.tokens) for micro in micro_batches(of_lengths(*lengths), 4, 1_000)]
+    assert len(found) == math.ceil(sum(lengths) / 1_000)
+    assert max(found) - min(found) < 20
 
 
 def test_an_epoch_holds_every_sample_once_and_its_last_global_batch_is_smaller():
-    batches = global_batches(numbered(10), 4, seed=1, epoch=1)
+    batches = list(global_batches(numbered(10), 4, seed=1, epoch=1))
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert sorted(int(sample.tokens[0]) for batch in batches for sample in batch) == list(range(10))
 
 
-def test_the_order_follows_from_seed_and_epoch_alone():
-    def order(seed: int, epoch: int) -> list[int]:
-        return [int(s.tokens[0]) for batch in global_batches(numbered(30), 4, seed=seed, epoch=epoch) for s in batch]
+def order(*, seed: int, epoch: int, skip: int = 0) -> list[int]:
+    batches = global_batches(numbered(30), 4, seed=seed, epoch=epoch, skip=skip)
+    return [int(sample.tokens[0]) for batch in batches for sample in batch]
 
-    assert order(1, 1) == order(1, 1)
-    assert len({tuple(order(*pair)) for pair in ((1, 1), (1, 2), (5, 1))}) == 3
+
+def test_the_order_follows_from_seed_and_epoch_alone():
+    assert order(seed=1, epoch=1) == order(seed=1, epoch=1)
+    assert len({tuple(order(seed=seed, epoch=epoch)) for seed, epoch in ((1, 1), (1, 2), (5, 1))}) == 3
+    assert order(seed=3, epoch=4) == torch.randperm(30, generator=torch.Generator().manual_seed(7)).tolist()
+
+
+def test_an_epoch_may_begin_behind_some_global_batches():
+    assert order(seed=1, epoch=2, skip=3) == order(seed=1, epoch=2)[12:]
+    assert order(seed=1, epoch=2, skip=8) == []
+
+
+def test_a_split_may_be_read_in_the_order_of_its_file():
+    groups = list(in_file_order(numbered(5), 2))
+    assert [[int(sample.tokens[0]) for sample in group] for group in groups] == [[0, 1], [2, 3], [4]]

@@ -12,8 +12,9 @@ LAYERS = """
     attention examples hub lora optimizers state
     model preparing prompts
     checkpoint sampling tokenizer
-    adapter batches
-    records
+    adapter
+    records tokenized
+    batches
     training
     commands
     flags

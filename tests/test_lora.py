@@ -148,17 +148,16 @@ def test_a_layer_keeps_its_input_once_for_all_of_its_branches():
     assert [t.shape for t in kept.values() if t.numel() >= x.numel()] == [x.shape]
 
 
-@pytest.mark.parametrize("switches", [("query", "value"), SWITCHES], ids=["two", "six"])
-def test_loss_and_gradients_of_a_batch_equal_those_of_peft(checkpoint, switches, tmp_path):
+def check_equals_padded_peft(checkpoint: Path, switches: tuple[str, ...], labels: list[torch.Tensor], folder: Path):
     config = lora_config(switches)
     model = adapted(checkpoint, config)
-    write_adapter(tmp_path, model, config, checkpoint, "alpaca")
-    tokens, labels = batch()
+    write_adapter(folder, model, config, checkpoint, "alpaca")
+    tokens, _ = batch()
     supervised = sum((row != IGNORE_INDEX).sum() for row in labels)
     loss = supervised_loss(model(torch.cat(tokens), LENGTHS), model.lm_head, torch.cat(labels)) / supervised
     loss.backward()
 
-    theirs = with_peft(checkpoint, tmp_path, trainable=True)
+    theirs = with_peft(checkpoint, folder, trainable=True)
     mask = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
     logits = theirs(pad_sequence(tokens, batch_first=True), attention_mask=mask).logits
     padded = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
@@ -170,6 +169,17 @@ def test_loss_and_gradients_of_a_batch_equal_those_of_peft(checkpoint, switches,
     assert gradients.keys() == ours.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("switches", [("query", "value"), SWITCHES], ids=["two", "six"])
+def test_loss_and_gradients_of_a_batch_equal_those_of_peft(checkpoint, switches, tmp_path):
+    check_equals_padded_peft(checkpoint, switches, batch()[1], tmp_path)
+
+
+@pytest.mark.parametrize("number", range(len(LENGTHS)))
+def test_loss_and_gradients_of_each_example_among_others_equal_those_of_peft_with_padding(checkpoint, number, tmp_path):
+    labels = [row if n == number else torch.full_like(row, IGNORE_INDEX) for n, row in enumerate(batch()[1])]
+    check_equals_padded_peft(checkpoint, SWITCHES, labels, tmp_path)
 
 
 @pytest.mark.parametrize("switches", COMBINATIONS, ids="+".join)

@@ -16,7 +16,17 @@ except SystemExit as done:
     print(*sys.modules, file=sys.stderr)
     sys.exit(done.code)
 """
-HEAVY = {"torch", "lightning", "transformers", "bitsandbytes", "huggingface_hub", "tokenizers", "safetensors", "numpy"}
+HEAVY = {
+    "torch",
+    "lightning",
+    "lightning_fabric",
+    "transformers",
+    "bitsandbytes",
+    "huggingface_hub",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])

@@ -192,7 +192,7 @@ def test_truncation_and_padding_of_a_file_are_ignored(tmp_path):
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
     backend.save(str(folder / "tokenizer.json"))
-    lengths = [len(encoding.ids) for encoding in Tokenizer(folder).encode_batch(["", "a longer text"])]
+    lengths = Tokenizer(folder).encode_batch(["", "a longer text"]).lengths
     assert lengths[0] == 1 and lengths[1] > 3
 
 
@@ -250,7 +250,10 @@ def test_added_tokens_hold_no_character(tmp_path):
 
 
 def test_a_batch_equals_its_texts(tokenizer):
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    encodings, batch = [tokenizer.encode(text) for text in TEXTS], tokenizer.encode_batch(TEXTS)
+    assert batch.lengths.tolist() == [len(encoding.ids) for encoding in encodings]
+    assert batch.ids.tolist() == [token_id for encoding in encodings for token_id in encoding.ids]
+    assert list(map(tuple, batch.spans.tolist())) == [span for encoding in encodings for span in encoding.spans]
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer):

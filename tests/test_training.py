@@ -91,11 +91,12 @@ def test_the_smaller_last_global_batch_of_an_epoch_is_a_step():
     assert total_steps(17, TrainArgs(global_batch_size=8, epochs=2, max_steps=4)) == 4
 
 
-def test_the_adapter_does_not_depend_on_the_micro_batch_size(tiny, data_dir, tmp_path):
-    flags = ["--train.global_batch_size", 8, "--train.epochs", 3, "--train.max_steps", 5, "--lora_head", "true"]
+def test_the_adapter_does_not_depend_on_how_a_global_batch_is_split(tiny, data_dir, tmp_path):
+    flags = ["--train.global_batch_size", 16, "--train.epochs", 5, "--train.max_steps", 5, "--lora_head", "true"]
+    splits = [("--train.micro_batch_size", size) for size in (1, 2, 4, 16)] + [("--train.micro_batch_tokens", 300)]
     runs = [
-        adapter(finetune(tiny, data_dir, tmp_path / str(size), *flags, "--train.micro_batch_size", size))
-        for size in (1, 3, 16)
+        adapter(finetune(tiny, data_dir, tmp_path / str(n), *flags, *split, "--train.max_seq_length", 250))
+        for n, split in enumerate(splits)
     ]
     for other in runs[1:]:
         for name, matrix in runs[0].items():

@@ -235,6 +235,7 @@ def test_data_that_is_none_is_refused(spoil, sentence, capsys):
          "--lora_mlp and --lora_head to true"),
         ("--train.micro_batch_size -1", "--train.micro_batch_size (-1) must be at least 1"),
         ("--train.global_batch_size=-16", "--train.global_batch_size (-16) must be at least 1"),
+        ("--train.micro_batch_tokens 0", "--train.micro_batch_tokens (0) must be at least 1, or null"),
         ("--train.epochs 0", "--train.epochs (0) must be at least 1"),
         ("--train.max_steps 0", "--train.max_steps (0) must be at least 1, or null"),
         ("--train.lr_warmup_steps -1", "--train.lr_warmup_steps (-1) must be 0 or more, or null"),
@@ -366,13 +367,30 @@ def test_examples_that_are_too_long_are_counted_and_said(capsys):
 
 
 def test_a_length_that_leaves_nothing_of_any_response_is_refused(capsys):
-    before = everything()
+    before = everything()  # the tokens of another run among it, so that none are made
     assert main([*FINETUNE, "--train.max_seq_length", "20"]) == 1
     assert capsys.readouterr().err.splitlines() == [
         "train.jsonl: 15 of 15 examples are cut to 20 tokens, 15 of them dropped: nothing of the response is left",
         "litlora: train.jsonl has no example with a response within --train.max_seq_length (20): raise it",
     ]
     assert everything() == before
+
+
+def test_a_bound_below_the_longest_example_is_refused(capsys):
+    check(
+        capsys,
+        [*FINETUNE, "--train.micro_batch_tokens", "80"],
+        "--train.micro_batch_tokens (80) must be at least the longest example of train.jsonl (201): "
+        "raise it, or cut the examples by --train.max_seq_length",
+    )
+
+
+def test_a_mistake_in_the_settings_is_said_before_anything_is_tokenized(capsys):
+    remove("data/tokenized")
+    for flags in ("--optimizer Foo", "--resume true", "--eval.evaluate_example 3", "--train.max_seq_length 257"):
+        before = everything()
+        assert main([*FINETUNE, *flags.split()]) == 1
+        assert everything() == before
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,20 @@
 
 import math
 import sys
-from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
 from torch.optim import Optimizer
 
 from litlora.adapter import load_matrices
 from litlora.args import FinetuneLoraArgs
-from litlora.batches import Sample, encode, micro_batches
+from litlora.batches import Samples
 from litlora.checkpoint import check_checkpoint, load_model
 from litlora.errors import LitLoraError
-from litlora.examples import Example, read_examples
+from litlora.examples import Example, read_example
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer
@@ -24,6 +23,7 @@ from litlora.prompts import PromptStyle
 from litlora.records import RunFolder
 from litlora.sampling import Sampler, generate
 from litlora.state import Progress, restore_state
+from litlora.tokenized import Recipe, Tokens, find_split, open_splits
 from litlora.tokenizer import Tokenizer
 from litlora.training import Run, fit, peak_memory_gb, total_steps
 
@@ -36,10 +36,14 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     folder = RunFolder(args, lora_config(args), tokenizer.files)
     folder.check()
     limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)
-    train, val = (read_examples(args.data_dir / f"{split}.jsonl") for split in ("train", "val"))
-    shown = example_to_show(args.eval.evaluate_example, val)
-    train_samples = encode_split("train", train, tokenizer, style, limit, args.mask_prompt)
-    val_samples = encode_split("val", val, tokenizer, style, limit, args.mask_prompt)
+    build_optimizer(args.optimizer, [torch.nn.Parameter(torch.empty(0))], args.train.learning_rate)  # only a check
+    recipe = Recipe(tokenizer, args.prompt_style, args.mask_prompt)
+    splits = [find_split(args.data_dir / f"{name}.jsonl", recipe) for name in ("train", "val")]
+    shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
+    train, val = (
+        samples_of(split.path.name, tokens, limit, args.train.micro_batch_tokens)
+        for split, tokens in zip(splits, open_splits(splits, recipe), strict=True)
+    )
 
     # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
     fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
@@ -53,8 +57,7 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     progress = go_on(folder, gpt, optimizer)
 
     answer = partial(sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens)
-    val_batches = micro_batches(val_samples, args.train.micro_batch_size)
-    run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train_samples, val_batches, args, folder, answer)
+    run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train, val, args, folder, answer)
     say_plan(run)
     val_loss = fit(run, progress)
     final = folder.save_final(gpt, report(gpt, progress, val_loss))
@@ -74,27 +77,20 @@ def sequence_limit(asked: int | None, positions: int) -> int:
     return asked or positions
 
 
-def example_to_show(index: int, val: Sequence[Example]) -> Example:
-    """Return the example that the sample answer at each validation is for."""
-    if index >= len(val):
-        raise LitLoraError(
-            f"--eval.evaluate_example ({index}) must be below the number of rows in val.jsonl ({len(val)})"
-        )
-    return val[index]
-
-
-def encode_split(
-    name: str, examples: Sequence[Example], tokenizer: Tokenizer, style: PromptStyle, limit: int, mask_prompt: bool
-) -> list[Sample]:
-    """Encode a split, and say what of it is lost to the limit."""
-    encoded = encode(examples, tokenizer, style, max_seq_length=limit, mask_prompt=mask_prompt)
-    if encoded.cut:
-        dropped = f", {encoded.dropped} of them dropped: nothing of the response is left" if encoded.dropped else ""
-        say(f"{name}.jsonl: {encoded.cut} of {len(examples)} examples are cut to {limit} tokens{dropped}")
-    if not encoded.samples:
+def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | None) -> Samples:
+    """Cut the examples of a split to the limit, and say what of them is lost."""
+    samples = Samples(tokens, limit)
+    if samples.cut:
+        dropped = f", {samples.dropped} of them dropped: nothing of the response is left" if samples.dropped else ""
+        say(f"{name}: {samples.cut} of {len(samples) + samples.dropped} examples are cut to {limit} tokens{dropped}")
+    if not len(samples):
         fault = f"has no example with a response within --train.max_seq_length ({limit}): raise it"
-        raise LitLoraError(f"{name}.jsonl {fault}")
-    return encoded.samples
+        raise LitLoraError(f"{name} {fault}")
+    longest = int(samples.lengths.max())
+    if micro_batch_tokens is not None and micro_batch_tokens < longest:
+        need = f"must be at least the longest example of {name} ({longest}): raise it, or cut the examples by"
+        raise LitLoraError(f"--train.micro_batch_tokens ({micro_batch_tokens}) {need} --train.max_seq_length")
+    return samples
 
 
 def go_on(folder: RunFolder, gpt: GPT, optimizer: Optimizer) -> Progress:
@@ -124,7 +120,7 @@ def sample_answer(
 
 def say_plan(run: Run) -> None:
     trainable, frozen = (count(run.gpt.parameters(), trainable=kind) for kind in (True, False))
-    tokens = sum(len(sample.tokens) for sample in run.train)
+    tokens = int(run.train.lengths.sum())
     say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, on {run.fabric.device}")
     say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")
 
