@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from benchmarks.__main__ import build_parser as build_benchmark_parser
 from families import Family
 from hub_server import reachable_hub
 from transformers import LlamaConfig
@@ -77,15 +78,17 @@ def test_quickstart_teaches_pico_to_answer(tmp_path):
     assert after >= 90
 
 
-def test_every_flag_in_readme_is_one_of_the_parser():
-    helps = "".join(build_parser()._subcommands_action._name_parser_map[name].format_help() for name in COMMANDS)
+def test_every_flag_in_readme_is_one_of_a_parser():
+    helps = build_benchmark_parser().format_help() + "".join(
+        build_parser()._subcommands_action._name_parser_map[name].format_help() for name in COMMANDS
+    )
     known = set(re.findall(r"--[\w.]+", helps))
     mentioned = {flag.rstrip(".") for flag in re.findall(r"--[a-z][\w.]*", README)}
     assert {flag for flag in mentioned if not flag.startswith("--optimizer.")} <= known
 
 
 def test_the_tree_in_readme_is_that_of_the_repository():
-    names = ("litlora/*.py", "litlora/commands/*.py", "scripts/*", "config_hub/*/*.yaml")
+    names = ("litlora/*.py", "litlora/commands/*.py", "scripts/*", "scripts/benchmarks/*.py", "config_hub/*/*.yaml")
     files = {path for pattern in names for path in ROOT.glob(pattern) if path.is_file()}
     tree = next(block for block in blocks("") if block.startswith("litlora/"))
     folder, listed = Path(), set()

@@ -1,0 +1,1 @@
+"""litlora, PEFT with transformers, and litgpt at the same work; `scripts/benchmark` runs it."""

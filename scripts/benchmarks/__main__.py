@@ -1,0 +1,94 @@
+"""Run litlora, PEFT + transformers and litgpt on the same rows, and write a table of their times."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import CASES, LITGPT, Case
+from benchmarks.environments import HOME, Environments, ProgramError, do, install
+from benchmarks.inputs import lay_ready
+from benchmarks.jobs import Job, Products, Result
+from benchmarks.measuring import DisagreementError, Measurement, measure
+from benchmarks.table import render
+
+WORK = HOME / "work"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__)
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="folder of a checkpoint from the Hub")
+    parser.add_argument(
+        "--data_dir", type=Path, required=True, help="folder with a train.jsonl, as prepare_* writes it"
+    )
+    names = [case.name for case in CASES]
+    parser.add_argument("--case", nargs="+", choices=names, default=names, help="which cases (default: all)")
+    parser.add_argument("--rows", type=int, default=64, help="how many rows to train on (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=5, help="how often each program runs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=HOME / "results.md", help="the table; a .json lands beside it")
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    chosen = [case for case in CASES if case.name in args.case]
+    try:
+        lay_ready(WORK, args.checkpoint_dir, args.data_dir, args.rows)
+        environments = install_all(chosen)
+        measurements = read(args.out.with_suffix(".json"))
+        for case in chosen:
+            sys.stderr.write(f"{case.name}\n")
+            job = Job(case.task, case.precision, str(WORK), args.rows, case.layers)
+            measurements[case.name] = measure(case, job, environments, args.repetitions)
+            write(args.out, measurements)
+    except (DisagreementError, ProgramError) as error:
+        sys.stderr.write(f"benchmark: {error}\n")
+        return 1
+    print(render(measurements), end="")
+    return 0
+
+
+def install_all(chosen: Sequence[Case]) -> Environments:
+    """Make the environments that the cases need, and go on without those that cannot be had."""
+    environments = Environments()
+    needed = {"litlora", *(program.environment for case in chosen for program in case.programs)}
+    for name in sorted(needed):
+        try:
+            python = install(name)
+            if name == LITGPT.environment:
+                do(Job("convert", "32-true", str(WORK)), python, name)
+            environments.pythons[name] = python
+        except ProgramError as error:
+            if name == "litlora":
+                raise
+            sys.stderr.write(f"going on without {name}: {error}\n")
+            environments.missing[name] = str(error)
+    return environments
+
+
+def read(path: Path) -> dict[str, Measurement]:
+    """Read the measurements of earlier runs, so that cases can be run one at a time."""
+    if not path.is_file():
+        return {}
+    return {name: measurement_of(values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def measurement_of(values: dict[str, Any]) -> Measurement:
+    results = {name: [Result(**result) for result in results] for name, results in values["results"].items()}
+    products = values["products"] and Products(**values["products"])
+    return Measurement(**{**values, "results": results, "products": products})
+
+
+def write(path: Path, measurements: Mapping[str, Measurement]) -> None:
+    """Write the tables, and all that they were made from beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: asdict(measurement) for name, measurement in measurements.items()}
+    path.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    path.write_text(render(measurements), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

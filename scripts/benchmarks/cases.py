@@ -1,0 +1,51 @@
+"""What is measured: which programs do which work. A new case is a new entry of CASES."""
+
+from dataclasses import dataclass
+
+from benchmarks.jobs import Layers, Precision, Task
+
+
+@dataclass(frozen=True)
+class Program:
+    """A column of the comparison."""
+
+    name: str
+    environment: str
+    """The virtual environment that it runs in, and the module beside this one that runs it there."""
+    compiled: bool = False
+
+
+LITLORA = Program("litlora", "litlora")
+LITLORA_COMPILED = Program("litlora --compile", "litlora", compiled=True)
+PEFT = Program("PEFT + transformers", "peft")
+TRANSFORMERS = Program("transformers", "peft")
+LITGPT = Program("litgpt", "litgpt")
+PRODUCTS = Program("matrix products", "products")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table: the same work by several programs."""
+
+    name: str
+    task: Task
+    precision: Precision
+    programs: tuple[Program, ...]
+    layers: Layers = "query and value"
+
+    @property
+    def title(self) -> str:
+        number = {"32-true": "float32", "bf16-true": "bfloat16"}[self.precision]
+        return f"Generation, {number}" if self.task == "generate" else f"Training, {number}, LoRA on {self.layers}"
+
+
+TRAINING = (LITLORA, LITLORA_COMPILED, PEFT, LITGPT)
+GENERATION = (LITLORA, LITLORA_COMPILED, TRANSFORMERS, LITGPT)
+CASES = (
+    Case("train-32", "train", "32-true", TRAINING),
+    Case("train-bf16", "train", "bf16-true", TRAINING),
+    Case("train-all-32", "train", "32-true", (LITLORA, LITLORA_COMPILED, PEFT), "all linear layers"),
+    Case("train-all-bf16", "train", "bf16-true", (LITLORA, LITLORA_COMPILED, PEFT), "all linear layers"),
+    Case("generate-32", "generate", "32-true", GENERATION),
+    Case("generate-bf16", "generate", "bf16-true", GENERATION),
+)

@@ -1,0 +1,72 @@
+"""The virtual environments of the programs, and how a job is done in one of them."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.jobs import Job
+
+ROOT = Path(__file__).parents[2]
+HOME = ROOT / ".benchmark"
+TORCH = "torch==2.13.0"  # the same for all, so that programs are compared
+REQUIREMENTS = {
+    "litlora": ("--editable", str(ROOT)),
+    "peft": ("peft==0.21.2", "transformers==5.23.0", "accelerate==1.15.0"),
+    "litgpt": ("litgpt==0.5.13",),
+}
+
+
+class ProgramError(Exception):
+    """What a program cannot do, and why."""
+
+
+@dataclass
+class Environments:
+    """The python of each environment that is there, and why others are not."""
+
+    pythons: dict[str, Path] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def install(name: str) -> Path:
+    """Make the environment unless it is there as it should be, and return its python."""
+    folder = HOME / name
+    python, stamp = folder / "bin/python", folder / "installed.txt"
+    wanted = wanted_in(name)
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        sys.stderr.write(f"installing {name} into {folder}\n")
+        run([sys.executable, "-m", "venv", str(folder)], HOME / f"{name}.log")
+        run([str(python), "-m", "pip", "install", "--quiet", TORCH, *REQUIREMENTS[name]], HOME / f"{name}.log")
+        stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def wanted_in(name: str) -> str:
+    """Return what an environment is made from: the requirements, and for litlora those of its own."""
+    own = (ROOT / "pyproject.toml").read_text(encoding="utf-8") if name == "litlora" else ""
+    return "\n".join((TORCH, *REQUIREMENTS[name], own))
+
+
+def do(job: Job, python: Path, module: str) -> Any:
+    """Do a job in a process of its own, and return what its last line of JSON says."""
+    command = [str(python), "-m", f"benchmarks.{module}", json.dumps(asdict(job))]
+    output = run(command, job.work / f"{module}-{job.task}.log")
+    return json.loads(output.splitlines()[-1])
+
+
+def run(command: list[str], log: Path) -> str:
+    """Return what a command writes; a failure is said with its last line, and all of it stands in the log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = os.environ | quiet | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with log.open("w", encoding="utf-8") as errors:
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+    if done.returncode:
+        lines = log.read_text(encoding="utf-8").splitlines()
+        sys.stderr.write(f"{log} says why this failed:\n")
+        raise ProgramError(lines[-1] if lines else f"exit code {done.returncode}")
+    return done.stdout

@@ -1,0 +1,148 @@
+"""litlora's part of the benchmark: its own commands, timed from inside."""
+
+import csv
+import importlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks import jobs
+from benchmarks.jobs import Job, Result, peak_memory_gb, serve, versions
+from litlora.__main__ import run
+from litlora.batches import global_batches
+from litlora.model import GPT
+from litlora.records import RunFolder
+
+PACKAGES = ("litlora", "torch")
+SEED = 1337
+
+
+def train(job: Job) -> Result:
+    """Fine-tune on the rows; a compiled run goes over them twice, and the second time counts."""
+    epochs = 2 if job.compiled else 1
+    with tempfile.TemporaryDirectory() as scratch, step_times() as times:
+        write_in_order(job, Path(scratch))
+        run(train_flags(job, Path(scratch), epochs))
+        report = json.loads((Path(scratch) / "run/final/report.json").read_text(encoding="utf-8"))
+        with (Path(scratch) / "run/metrics.csv").open(encoding="utf-8", newline="") as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    cold, warm = times[job.steps] - times[0], times[-1] - times[-1 - job.steps]
+    return Result(
+        seconds=warm,
+        tokens=report["tokens"] // epochs,
+        supervised=report["supervised_tokens"] // epochs,
+        losses=losses[: job.steps],
+        memory_gb=peak_memory_gb(),
+        versions=versions(*PACKAGES),
+        cold_seconds=cold - warm,
+    )
+
+
+def train_flags(job: Job, scratch: Path, epochs: int) -> list[str]:
+    """Return the command line of a run without validation and without a change of the learning rate."""
+    switches = ("key", "projection", "mlp", "head") if job.layers == "all linear layers" else ()
+    settings: dict[str, Any] = {
+        "checkpoint_dir": job.checkpoint,
+        "data_dir": scratch,
+        "out_dir": scratch / "run",
+        "precision": job.precision,
+        "lora_r": jobs.RANK,
+        "lora_alpha": jobs.ALPHA,
+        "lora_dropout": jobs.DROPOUT,
+        "seed": SEED,
+        "train.epochs": epochs,
+        "train.global_batch_size": job.global_batch_size,
+        "train.micro_batch_size": jobs.MICRO_BATCH_SIZE,
+        "train.max_seq_length": jobs.MAX_SEQ_LENGTH,
+        "train.learning_rate": jobs.LEARNING_RATE,
+        "train.min_lr": jobs.LEARNING_RATE,
+        "train.lr_warmup_steps": 0,
+        "eval.initial_validation": "false",
+        "eval.final_validation": "false",
+        **{f"lora_{switch}": "true" for switch in switches},
+        **compile_flag(job),
+    }
+    return as_flags("finetune_lora", settings)
+
+
+def write_in_order(job: Job, folder: Path) -> None:
+    """Write the data so that, once litlora has shuffled it, it is visited as the other programs visit it."""
+    lines = (job.data / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    visited = [
+        place for batch in global_batches(range(job.rows), job.global_batch_size, seed=SEED, epoch=1) for place in batch
+    ]
+    ordered = [line for _, line in sorted(zip(visited, lines, strict=True))]
+    (folder / "train.jsonl").write_text("\n".join(ordered) + "\n", encoding="utf-8")
+    (folder / "val.jsonl").write_bytes((job.data / "val.jsonl").read_bytes())
+
+
+@contextmanager
+def step_times() -> Iterator[list[float]]:
+    """Give the list that gets the time when training is about to start, and when each step has been logged."""
+    times: list[float] = []
+
+    def timed(method: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any, **options: Any) -> None:
+            method(*arguments, **options)
+            times.append(time.perf_counter())
+
+        return call
+
+    with patch.multiple(RunFolder, open=timed(RunFolder.open), log=timed(RunFolder.log)):
+        yield times
+
+
+def generate(job: Job) -> Result:
+    """Generate greedily twice, and time the second: the first warms up, and compiles where that is asked for."""
+    command = importlib.import_module("litlora.commands.generate")
+    runs: list[tuple[float, list[int]]] = []
+
+    def timed(model: GPT, prompt: Sequence[int], *arguments: Any, **options: Any) -> Iterator[int]:
+        start, ids = time.perf_counter(), list(prompt[: jobs.PROMPT_TOKENS])
+        for token in stream(model, tuple(ids), *arguments, **{**options, "stop_ids": ()}):
+            ids.append(token)
+            yield token
+        runs.append((time.perf_counter() - start, ids))
+
+    stream = command.stream_tokens
+    with patch.object(command, "stream_tokens", timed):
+        run(generate_flags(job))
+    (cold, _), (warm, ids) = runs
+    return Result(
+        seconds=warm,
+        tokens=jobs.NEW_TOKENS,
+        ids=ids,
+        memory_gb=peak_memory_gb(),
+        versions=versions(*PACKAGES),
+        cold_seconds=cold - warm,
+    )
+
+
+def generate_flags(job: Job) -> list[str]:
+    settings: dict[str, Any] = {
+        "checkpoint_dir": job.checkpoint,
+        "prompt": job.text,
+        "precision": job.precision,
+        "max_new_tokens": jobs.NEW_TOKENS,
+        "temperature": 0,
+        "num_samples": 2,
+        **compile_flag(job),
+    }
+    return as_flags("generate", settings)
+
+
+def compile_flag(job: Job) -> dict[str, str]:
+    return {"compile": "true"} if job.compiled else {}
+
+
+def as_flags(command: str, settings: dict[str, Any]) -> list[str]:
+    return [command, *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
+
+
+if __name__ == "__main__":
+    serve({"train": train, "generate": generate})

@@ -1,0 +1,127 @@
+"""The Markdown tables of measurements."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from benchmarks.cases import LITLORA, LITLORA_COMPILED
+from benchmarks.jobs import NEW_TOKENS, PROMPT_TOKENS, Result
+from benchmarks.measuring import Measurement, leading
+
+
+def render(measurements: Mapping[str, Measurement]) -> str:
+    """Return all tables, under a line that says on what and with what they were made."""
+    versions: dict[str, str] = {}
+    for measurement in measurements.values():
+        for results in measurement.results.values():
+            versions |= results[0].versions
+    parts = [f"{machine()}; " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
+    parts += [section(name, measurement) for name, measurement in measurements.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def machine() -> str:
+    """Return the name of the processor, and how many threads every program has."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
+
+
+def section(name: str, measurement: Measurement) -> str:
+    """Return the title, the table and the notes of a case."""
+    columns = TRAINING if measurement.task == "train" else GENERATION
+    rows = [[program, *(cell(measurement, program) for cell in columns.values())] for program in measurement.results]
+    lines = [f"**{measurement.title}** (`{name}`): {work(measurement)}", "", line(["", *columns])]
+    lines += [line(["---", *("--:" for _ in columns)]), *map(line, rows)]
+    notes = [*compiling(measurement), *(f"{program}: {why}." for program, why in measurement.missing.items())]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)] if notes else lines)
+
+
+def work(measurement: Measurement) -> str:
+    """Say what every program did, how often, and what bounds it."""
+    results = next(iter(measurement.results.values()), [])
+    times = f"repetitions: {len(results)}"
+    if not results or measurement.task == "generate":
+        return f"{NEW_TOKENS} tokens after {PROMPT_TOKENS}, greedy, {times}."
+    counts = f"{results[0].tokens:,} tokens, {results[0].supervised:,} of them supervised"
+    said = f"{measurement.rows} rows with {counts}, {times}"
+    if not measurement.products:
+        return f"{said}."
+    return f"{said}; the limit is {limit(measurement):.1f} s, at {measurement.products.rate / 1e9:.0f} GFLOP/s."
+
+
+def limit(measurement: Measurement) -> float:
+    result = next(iter(measurement.results.values()))[0]
+    return measurement.products.limit(result.tokens, result.supervised) if measurement.products else math.nan
+
+
+def compiling(measurement: Measurement) -> list[str]:
+    """Say what compiling costs, and after how much work it is won back."""
+    compiled, eager = (measurement.results.get(p.name) for p in (LITLORA_COMPILED, LITLORA))
+    if not compiled or not eager:
+        return []
+    cold = median(result.cold_seconds for result in compiled)
+    saved = middle(eager) - middle(compiled)
+    steps = len(eager[0].losses)
+    unit, number = ("steps", cold / saved * steps) if steps else ("tokens", cold / saved * eager[0].tokens)
+    worth = f", which are won back after {math.ceil(number):,} {unit}" if saved > 0 else ", which are never won back"
+    return [f"{LITLORA_COMPILED.name} first compiles for {cold:.1f} s{worth}."]
+
+
+def middle(results: Sequence[Result]) -> float:
+    return median(result.seconds for result in results)
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Return the median, the least and the greatest."""
+    center, least, most = (f"{value:.{digits}f}" for value in (median(values), min(values), max(values)))
+    return f"{center} ({least} to {most})"
+
+
+def seconds(measurement: Measurement, program: str) -> str:
+    return spread([result.seconds for result in measurement.results[program]])
+
+
+def ratio(measurement: Measurement, program: str) -> str:
+    """Return the time in times of the first program's."""
+    first = next(iter(measurement.results.values()))
+    return f"{middle(measurement.results[program]) / middle(first):.2f}"
+
+
+def rate(measurement: Measurement, program: str) -> str:
+    return spread([result.tokens / result.seconds for result in measurement.results[program]])
+
+
+def memory(measurement: Measurement, program: str) -> str:
+    return f"{median(result.memory_gb for result in measurement.results[program]):.2f}"
+
+
+def share(measurement: Measurement, program: str) -> str:
+    return f"{limit(measurement) / middle(measurement.results[program]):.0%}"
+
+
+def same_tokens(measurement: Measurement, program: str) -> str:
+    """Return how many tokens are the first program's, until the first that is not."""
+    first = next(iter(measurement.results.values()))[0]
+    return str(leading(first.ids, measurement.results[program][0].ids))
+
+
+TRAINING: dict[str, Callable[[Measurement, str], str]] = {
+    "seconds: median (least to most)": seconds,
+    "× the first's": ratio,
+    "tokens/s": rate,
+    "peak memory, GB": memory,
+    "share of the limit": share,
+}
+GENERATION: dict[str, Callable[[Measurement, str], str]] = {
+    "tokens/s: median (least to most)": rate,
+    "seconds, × the first's": ratio,
+    "peak memory, GB": memory,
+    "same tokens": same_tokens,
+}
