@@ -12,11 +12,9 @@ class Program:
     name: str
     environment: str
     """The virtual environment that it runs in, and the module beside this one that runs it there."""
-    compiled: bool = False
 
 
 LITLORA = Program("litlora", "litlora")
-LITLORA_COMPILED = Program("litlora --compile", "litlora", compiled=True)
 PEFT = Program("PEFT + transformers", "peft")
 TRANSFORMERS = Program("transformers", "peft")
 LITGPT = Program("litgpt", "litgpt")
@@ -39,13 +37,13 @@ class Case:
         return f"Generation, {number}" if self.task == "generate" else f"Training, {number}, LoRA on {self.layers}"
 
 
-TRAINING = (LITLORA, LITLORA_COMPILED, PEFT, LITGPT)
-GENERATION = (LITLORA, LITLORA_COMPILED, TRANSFORMERS, LITGPT)
+TRAINING = (LITLORA, PEFT, LITGPT)
+GENERATION = (LITLORA, TRANSFORMERS, LITGPT)
 CASES = (
     Case("train-32", "train", "32-true", TRAINING),
     Case("train-bf16", "train", "bf16-true", TRAINING),
-    Case("train-all-32", "train", "32-true", (LITLORA, LITLORA_COMPILED, PEFT), "all linear layers"),
-    Case("train-all-bf16", "train", "bf16-true", (LITLORA, LITLORA_COMPILED, PEFT), "all linear layers"),
+    Case("train-all-32", "train", "32-true", (LITLORA, PEFT), "all linear layers"),
+    Case("train-all-bf16", "train", "bf16-true", (LITLORA, PEFT), "all linear layers"),
     Case("generate-32", "generate", "32-true", GENERATION),
     Case("generate-bf16", "generate", "bf16-true", GENERATION),
 )

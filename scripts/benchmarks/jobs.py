@@ -29,7 +29,6 @@ class Job:
     folder: str
     rows: int = 0
     layers: Layers = "query and value"
-    compiled: bool = False
 
     @property
     def work(self) -> Path:
@@ -74,8 +73,6 @@ class Result:
     """Of each step, as means over its supervised tokens."""
     ids: list[int] = field(default_factory=list)
     """The prompt and what was generated."""
-    cold_seconds: float = 0.0
-    """What a compiled program needed on top, once."""
 
 
 @dataclass(frozen=True)

@@ -23,27 +23,24 @@ SEED = 1337
 
 
 def train(job: Job) -> Result:
-    """Fine-tune on the rows; a compiled run goes over them twice, and the second time counts."""
-    epochs = 2 if job.compiled else 1
+    """Fine-tune on the rows, once."""
     with tempfile.TemporaryDirectory() as scratch, step_times() as times:
         write_in_order(job, Path(scratch))
-        run(train_flags(job, Path(scratch), epochs))
+        run(train_flags(job, Path(scratch)))
         report = json.loads((Path(scratch) / "run/final/report.json").read_text(encoding="utf-8"))
         with (Path(scratch) / "run/metrics.csv").open(encoding="utf-8", newline="") as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    cold, warm = times[job.steps] - times[0], times[-1] - times[-1 - job.steps]
     return Result(
-        seconds=warm,
-        tokens=report["tokens"] // epochs,
-        supervised=report["supervised_tokens"] // epochs,
-        losses=losses[: job.steps],
+        seconds=times[-1] - times[0],
+        tokens=report["tokens"],
+        supervised=report["supervised_tokens"],
+        losses=losses,
         memory_gb=peak_memory_gb(),
         versions=versions(*PACKAGES),
-        cold_seconds=cold - warm,
     )
 
 
-def train_flags(job: Job, scratch: Path, epochs: int) -> list[str]:
+def train_flags(job: Job, scratch: Path) -> list[str]:
     """Return the command line of a run without validation and without a change of the learning rate."""
     switches = ("key", "projection", "mlp", "head") if job.layers == "all linear layers" else ()
     settings: dict[str, Any] = {
@@ -55,7 +52,6 @@ def train_flags(job: Job, scratch: Path, epochs: int) -> list[str]:
         "lora_alpha": jobs.ALPHA,
         "lora_dropout": jobs.DROPOUT,
         "seed": SEED,
-        "train.epochs": epochs,
         "train.global_batch_size": job.global_batch_size,
         "train.micro_batch_size": jobs.MICRO_BATCH_SIZE,
         "train.max_seq_length": jobs.MAX_SEQ_LENGTH,
@@ -65,7 +61,6 @@ def train_flags(job: Job, scratch: Path, epochs: int) -> list[str]:
         "eval.initial_validation": "false",
         "eval.final_validation": "false",
         **{f"lora_{switch}": "true" for switch in switches},
-        **compile_flag(job),
     }
     return as_flags("finetune_lora", settings)
 
@@ -98,7 +93,7 @@ def step_times() -> Iterator[list[float]]:
 
 
 def generate(job: Job) -> Result:
-    """Generate greedily twice, and time the second: the first warms up, and compiles where that is asked for."""
+    """Generate greedily twice, and time the second: the first warms up."""
     command = importlib.import_module("litlora.commands.generate")
     runs: list[tuple[float, list[int]]] = []
 
@@ -112,14 +107,13 @@ def generate(job: Job) -> Result:
     stream = command.stream_tokens
     with patch.object(command, "stream_tokens", timed):
         run(generate_flags(job))
-    (cold, _), (warm, ids) = runs
+    seconds, ids = runs[1]
     return Result(
-        seconds=warm,
+        seconds=seconds,
         tokens=jobs.NEW_TOKENS,
         ids=ids,
         memory_gb=peak_memory_gb(),
         versions=versions(*PACKAGES),
-        cold_seconds=cold - warm,
     )
 
 
@@ -131,13 +125,8 @@ def generate_flags(job: Job) -> list[str]:
         "max_new_tokens": jobs.NEW_TOKENS,
         "temperature": 0,
         "num_samples": 2,
-        **compile_flag(job),
     }
     return as_flags("generate", settings)
-
-
-def compile_flag(job: Job) -> dict[str, str]:
-    return {"compile": "true"} if job.compiled else {}
 
 
 def as_flags(command: str, settings: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ class Measurement:
     precision: Precision
     rows: int
     results: dict[str, list[Result]] = field(default_factory=dict)
-    products: Products | None = None
+    products: list[Products] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     """Why a program is not among the results."""
 
@@ -42,11 +42,11 @@ def measure(case: Case, job: Job, environments: Environments, repetitions: int) 
     measurement.missing = {p.name: missing[p.environment] for p in case.programs if p.environment in missing}
     for repetition in range(repetitions):
         if case.task == "train":
-            found = Products(**do(replace(job, task="products"), pythons["litlora"], PRODUCTS.environment))
-            measurement.products = max(found, measurement.products or found, key=lambda products: products.rate)
+            found = do(replace(job, task="products"), pythons["litlora"], PRODUCTS.environment)
+            measurement.products.append(Products(**found))
         for program in case.programs[:: -1 if repetition % 2 else 1]:
             if program.name not in measurement.missing:
-                take(measurement, program, replace(job, compiled=program.compiled), pythons[program.environment])
+                take(measurement, program, job, pythons[program.environment])
     return measurement
 
 

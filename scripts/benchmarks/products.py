@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +38,14 @@ def upcast(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rate(tokens: int, shape: torch.Size, dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Return the floating-point operations per second of the fastest of several products."""
+    """Return the floating-point operations per second of the median of several products."""
     x, weight = torch.randn(tokens, shape[1], dtype=dtype), torch.randn(shape, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + SECONDS
-    while time.perf_counter() < end or best == float("inf"):
+    seconds: list[float] = []
+    while sum(seconds) < SECONDS:
         start = time.perf_counter()
         multiply(x, weight)
-        best = min(best, time.perf_counter() - start)
-    return 2 * tokens * shape.numel() / best
+        seconds.append(time.perf_counter() - start)
+    return 2 * tokens * shape.numel() / median(seconds)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The Markdown tables of measurements."""
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.cases import LITLORA, LITLORA_COMPILED
 from benchmarks.jobs import NEW_TOKENS, PROMPT_TOKENS, Result
 from benchmarks.measuring import Measurement, leading
 
@@ -35,7 +33,7 @@ def section(name: str, measurement: Measurement) -> str:
     rows = [[program, *(cell(measurement, program) for cell in columns.values())] for program in measurement.results]
     lines = [f"**{measurement.title}** (`{name}`): {work(measurement)}", "", line(["", *columns])]
     lines += [line(["---", *("--:" for _ in columns)]), *map(line, rows)]
-    notes = [*compiling(measurement), *(f"{program}: {why}." for program, why in measurement.missing.items())]
+    notes = [f"{program}: {why}." for program, why in measurement.missing.items()]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)] if notes else lines)
 
 
@@ -49,25 +47,13 @@ def work(measurement: Measurement) -> str:
     said = f"{measurement.rows} rows with {counts}, {times}"
     if not measurement.products:
         return f"{said}."
-    return f"{said}; the limit is {limit(measurement):.1f} s, at {measurement.products.rate / 1e9:.0f} GFLOP/s."
+    best = median(products.rate for products in measurement.products) / 1e9
+    return f"{said}; the limit is {limit(measurement):.1f} s, at {best:.0f} GFLOP/s."
 
 
 def limit(measurement: Measurement) -> float:
     result = next(iter(measurement.results.values()))[0]
-    return measurement.products.limit(result.tokens, result.supervised) if measurement.products else math.nan
-
-
-def compiling(measurement: Measurement) -> list[str]:
-    """Say what compiling costs, and after how much work it is won back."""
-    compiled, eager = (measurement.results.get(p.name) for p in (LITLORA_COMPILED, LITLORA))
-    if not compiled or not eager:
-        return []
-    cold = median(result.cold_seconds for result in compiled)
-    saved = middle(eager) - middle(compiled)
-    steps = len(eager[0].losses)
-    unit, number = ("steps", cold / saved * steps) if steps else ("tokens", cold / saved * eager[0].tokens)
-    worth = f", which are won back after {math.ceil(number):,} {unit}" if saved > 0 else ", which are never won back"
-    return [f"{LITLORA_COMPILED.name} first compiles for {cold:.1f} s{worth}."]
+    return median(products.limit(result.tokens, result.supervised) for products in measurement.products)
 
 
 def middle(results: Sequence[Result]) -> float:
