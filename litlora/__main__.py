@@ -31,12 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except LitLoraError as error:
-        sys.stderr.write(f"litlora: {error}\n")
+        say(str(error))
+        return 1
+    except OSError as error:  # a name that no system call takes, a file that may not be read
+        if error.filename is None:
+            raise
+        say(f"{error.filename} cannot be read or written: {error.strerror}")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("litlora: stopped\n")
+        say("stopped")
         return 130
     return 0
+
+
+def say(sentence: str) -> None:
+    """Say what is wrong, in one line whatever the names that a file brought into it hold."""
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+    sys.stderr.write(f"litlora: {printable}\n")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -76,7 +87,7 @@ class Parser(ArgumentParser):
         message = re.sub(rf"\b({'|'.join(COMMANDS)})\.", "--", " ".join(message.split()))
         message = re.sub("hf_[A-Za-z0-9]{10,}", "hf_...", message)  # a token after a misspelt flag
         command = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
-        sys.stderr.write(f"litlora: {message}; see {command} --help\n")
+        say(f"{message}; see {command} --help")
         sys.exit(2)
 
 

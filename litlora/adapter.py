@@ -1,23 +1,27 @@
 """What lies in an adapter directory, written and read as PEFT does, and how an adapter meets its base."""
 
 import json
+import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from litlora.checkpoint import fingerprint, first_three, load_model, open_safetensors
+from litlora.checkpoint import DTYPES, fingerprint, first_three, load_model, open_safetensors
 from litlora.errors import LitLoraError
-from litlora.files import read_json
+from litlora.files import YAML_FAULTS, read_json
 from litlora.lora import LoRAConfig, add_lora, lora_parameters
 from litlora.model import GPT
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PROMPT_STYLE = "prompt_style.yaml"
+FINAL = "final"  # in the folder of a run
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
@@ -34,6 +38,11 @@ HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others (PiSS
 def is_adapter(directory: Path) -> bool:
     """Tell an adapter directory from a checkpoint's."""
     return (directory / CONFIG).is_file()
+
+
+def meant(out_dir: Path) -> str | None:
+    """Ask for the final adapter in the stead of the run's folder that holds it."""
+    return f"did you mean {out_dir / FINAL}?" if is_adapter(out_dir / FINAL) else None
 
 
 def write_adapter(directory: Path, model: torch.nn.Module, lora: LoRAConfig, base_dir: Path, prompt_style: str) -> None:
@@ -55,16 +64,25 @@ def write_adapter(directory: Path, model: torch.nn.Module, lora: LoRAConfig, bas
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", FINGERPRINT: fingerprint(base_dir)})
+    content = save(tensors, metadata={"format": "pt", FINGERPRINT: fingerprint(base_dir)})
+    (directory / WEIGHTS).write_bytes(_in_order(content))
     style = yaml.safe_dump({"prompt_style": prompt_style}, allow_unicode=True)
     (directory / PROMPT_STYLE).write_text(style, encoding="utf-8")
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sort the keys of a safetensors header, whose order is left to chance: equal adapters are equal files."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def read_lora_config(adapter_dir: Path) -> LoRAConfig:
     """Read the shape and reach of an adapter; LitLoraError names a key that is not implemented."""
     if not is_adapter(adapter_dir):
         hint = f"train one with: litlora finetune_lora --out_dir {adapter_dir.parent}"
-        raise LitLoraError(f"no adapter in {adapter_dir} (expected {CONFIG}); {hint}")
+        raise LitLoraError(f"no adapter in {adapter_dir} (expected {CONFIG}); {meant(adapter_dir) or hint}")
     path = adapter_dir / CONFIG
     config = read_json(path)
     _refuse_what_is_not_implemented(path, config)
@@ -75,7 +93,16 @@ def read_lora_config(adapter_dir: Path) -> LoRAConfig:
         target_modules=_target_modules(path, config.get("target_modules")),
         use_rslora=config.get("use_rslora") is True,
     )
+    _check_rank(path, lora.r)
     return lora
+
+
+def _check_rank(path: Path, rank: int) -> None:
+    """Refuse a rank that no matrix of the adapter has, before layers of it take memory."""
+    handle = open_safetensors(path.with_name(WEIGHTS))
+    longest = max((max(handle.get_slice(name).get_shape(), default=0) for name in handle.keys()), default=0)  # noqa: SIM118
+    if rank > longest:
+        raise LitLoraError(f'{path} has "r": {rank}, but no matrix in {WEIGHTS} has so many rows or columns')
 
 
 def _refuse_what_is_not_implemented(path: Path, config: dict[str, Any]) -> None:
@@ -89,7 +116,7 @@ def _refuse_what_is_not_implemented(path: Path, config: dict[str, Any]) -> None:
 
 def _number(path: Path, config: dict[str, Any], key: str, kind: Any) -> Any:
     value = config.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise LitLoraError(f'{path} has "{key}": {value!r}, but it must be a number above 0')
     return value
 
@@ -100,8 +127,11 @@ def _target_modules(path: Path, value: object) -> tuple[str, ...] | str:
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return tuple(value)
     if isinstance(value, str):
-        return value
-    raise LitLoraError(f'{path} has "target_modules": {value!r}, but it must be a list of layer names')
+        with suppress(re.error, OverflowError, RecursionError):
+            return re.compile(value).pattern
+    raise LitLoraError(
+        f'{path} has "target_modules": {value!r}, but it must be a list of layer names or a regular expression'
+    )
 
 
 def read_prompt_style(directory: Path) -> str | None:
@@ -111,7 +141,7 @@ def read_prompt_style(directory: Path) -> str | None:
         return None
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError) as error:
+    except YAML_FAULTS as error:
         raise LitLoraError(f"{path} is not valid YAML") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt_style"), str):
         raise LitLoraError(f"{path} must hold one key, prompt_style, with a text")
@@ -121,6 +151,8 @@ def read_prompt_style(directory: Path) -> str | None:
 def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None]:
     """Tell base and adapter apart: a checkpoint is a base alone, an adapter has the given base or the one it names."""
     if not is_adapter(directory):
+        if hint := meant(directory):
+            raise LitLoraError(f"{directory} is the folder of a run; {hint}")
         if base_dir is not None:
             raise LitLoraError(f"--base_dir ({base_dir}) goes with an adapter, but {directory} has no {CONFIG}")
         return directory, None
@@ -160,13 +192,18 @@ def read_matrices(model: GPT, adapter_dir: Path, base_dir: Path) -> dict[str, Te
     if trained_on is not None and trained_on != fingerprint(base_dir):
         hint = "name its own with --base_dir"
         raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base_dir}; {hint}")
-    expected = lora_parameters(model)
-    found = {name.removeprefix(PREFIX) for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118
+    expected = {PREFIX + name: parameter.shape for name, parameter in lora_parameters(model).items()}
+    found = {name for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118
     misfit = f"the adapter {adapter_dir} does not fit the base {base_dir}"
     if found != set(expected) or not found:
-        raise LitLoraError(f"{misfit}: they differ in {first_three(sorted(found ^ set(expected))) or 'every layer'}")
-    matrices: dict[str, Tensor] = {name: handle.get_tensor(PREFIX + name) for name in expected}
-    for name, matrix in matrices.items():
-        if matrix.shape != expected[name].shape:
-            raise LitLoraError(f"{misfit}: {name} is {tuple(matrix.shape)}, not {tuple(expected[name].shape)}")
-    return matrices
+        others = sorted(name.removeprefix(PREFIX) for name in found ^ set(expected))
+        raise LitLoraError(f"{misfit}: they differ in {first_three(others) or 'every layer'}")
+    for name, shape in expected.items():
+        stored, short = handle.get_slice(name), name.removeprefix(PREFIX)
+        if tuple(stored.get_shape()) != shape:
+            raise LitLoraError(f"{misfit}: {short} is {tuple(stored.get_shape())}, not {tuple(shape)}")
+        if stored.get_dtype() not in DTYPES:
+            raise LitLoraError(
+                f"{misfit}: {short} is stored as {stored.get_dtype()}, not as one of {', '.join(DTYPES)}"
+            )
+    return {name.removeprefix(PREFIX): handle.get_tensor(name) for name in expected}

@@ -17,6 +17,11 @@ def require(condition: bool, flag: str, value: object, need: str) -> None:
         raise LitLoraError(f"{flag} ({value}) must be {need}")
 
 
+def require_seed(seed: int) -> None:
+    """Refuse a seed that torch's generators do not take."""
+    require(0 <= seed < 2**63, "--seed", seed, "0 or more, and below 2^63")
+
+
 @dataclass(frozen=True)
 class TrainArgs:
     """How the training loop runs."""
@@ -122,6 +127,7 @@ class PrepareArgs:
     """Decides which rows are kept for validation."""
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         fraction = self.val_split_fraction
         require(0 < fraction < 1, "--val_split_fraction", fraction, "between 0 and 1, both exclusive")
 
@@ -207,6 +213,7 @@ class FinetuneLoraArgs:
 
     def __post_init__(self) -> None:
         require(self.devices == 1, "--devices", self.devices, "1")
+        require_seed(self.seed)
         require(self.lora_r >= 1, "--lora_r", self.lora_r, "at least 1")
         require(self.lora_alpha >= 1, "--lora_alpha", self.lora_alpha, "at least 1")
         require(0 <= self.lora_dropout < 1, "--lora_dropout", self.lora_dropout, "at least 0 and below 1")
@@ -224,6 +231,8 @@ class FinetuneLoraArgs:
         if not isinstance(init_args, dict) or "lr" not in init_args:
             return
         rate = init_args["lr"]
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        require(is_number, "--optimizer.init_args.lr", rate, "a number")
         if self.train.learning_rate not in (TrainArgs.learning_rate, rate):
             raise LitLoraError(
                 f"--train.learning_rate ({self.train.learning_rate}) and --optimizer.init_args.lr ({rate}) "
@@ -270,6 +279,7 @@ class GenerateArgs:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
+        require_seed(self.seed)
         require(self.temperature >= 0, "--temperature", self.temperature, "0 or more")
         require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1, or null for all")
         require(0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")

@@ -44,10 +44,17 @@ def read_hub_config(checkpoint_dir: Path) -> dict[str, Any]:
 
 def check_checkpoint(checkpoint_dir: Path) -> GPT:
     """Refuse a checkpoint whose weights are not exactly those of its config; return its model without weights."""
+    return _checked(checkpoint_dir)[0]
+
+
+def _checked(checkpoint_dir: Path) -> tuple[GPT, "Weights"]:
+    config = load_config(checkpoint_dir)
+    weights = Weights(checkpoint_dir)
+    weights.check_layers(config.num_hidden_layers)
     with torch.device("meta"):
-        model = GPT(load_config(checkpoint_dir))
-    Weights(checkpoint_dir).check(model)
-    return model
+        model = GPT(config)
+    weights.check(model)
+    return model, weights
 
 
 def load_model(checkpoint_dir: Path, dtype: torch.dtype, device: torch.device) -> GPT:
@@ -56,8 +63,8 @@ def load_model(checkpoint_dir: Path, dtype: torch.dtype, device: torch.device) -
     The weights are memory-mapped and go to the device one tensor at a time; on a CPU in the checkpoint's own dtype
     they are not copied at all. Raises LitLoraError unless names and shapes are exactly those of the config.
     """
-    model = check_checkpoint(checkpoint_dir)
-    state = {name: weight.to(device, dtype) for name, weight in Weights(checkpoint_dir).items()}
+    model, weights = _checked(checkpoint_dir)
+    state = {name: weight.to(device, dtype) for name, weight in weights.items()}
     tied = model.config.tie_word_embeddings
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -91,6 +98,11 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse a config of more layers than there are tensors, before a model of them is built."""
+        if layers > len(self):
+            self._refuse(f'config.json has "num_hidden_layers": {layers}, but the weights are {len(self)} tensors')
 
     def check(self, model: GPT) -> None:
         """Refuse weights whose names or shapes are not exactly the model's, or that are no floating-point numbers."""

@@ -1,6 +1,7 @@
 """The shape of a model, read from the checkpoint's own config.json."""
 
 import json
+import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +23,10 @@ ONLY_VALUES: dict[str, Any] = {
     "partial_rotary_factor": 1,
     "pruned_heads": {},
 }
+# Beyond these no model goes, and arithmetic on its shape could overflow.
+MOST = 2**20
+LENGTHS = ("vocab_size", "max_position_embeddings", "original_max_position_embeddings", "sliding_window")
+MOST_OF = dict.fromkeys(LENGTHS, 2**31)
 SHOWN = 60  # characters of a value in a refusal
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # Keys that do not change what the network computes: provenance, initialisation, generation, serving.
@@ -165,12 +170,14 @@ def _size(values: dict[str, Any], key: str) -> int:
     value = _given(values, key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _refusal(key, value, "it must be a whole number above 0")
+    if value > (most := MOST_OF.get(key, MOST)):
+        raise _refusal(key, value, f"it must be at most {most}")
     return value
 
 
 def _number(values: dict[str, Any], key: str, default: float | None = None) -> float:
     value = _given({key: default} | values, key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise _refusal(key, value, "it must be a number above 0")
     return float(value)
 

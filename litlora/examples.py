@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from litlora.errors import LitLoraError
-from litlora.files import write_whole
+from litlora.files import finish_writing, write_together
 from litlora.rows import RawFile, RowError, jsonl_lines, jsonl_rows, kind, open_file, parse_rows
 
 
@@ -62,6 +62,7 @@ def read_examples(path: Path) -> list[Example]:
 
 def open_split(path: Path) -> BufferedReader:
     """Open a prepared split, or say how to prepare it."""
+    finish_writing(path.parent)
     command = f"litlora prepare_json --source FILE --destination_path {path.parent}"
     return open_file(path, if_missing=f"no {path.name} in {path.parent}; prepare one with: {command}")
 
@@ -210,15 +211,16 @@ def split(examples: list[Example], val_split_fraction: float, seed: int) -> tupl
 def write_dataset(
     destination: Path, train: Sequence[Example], val: Sequence[Example], origin: Mapping[str, object]
 ) -> None:
-    """Write train.jsonl, val.jsonl and, last, dataset.json, which says where they came from."""
+    """Write train.jsonl, val.jsonl and dataset.json, which says where they came from."""
     facts = {**origin, "rows": len(train) + len(val), "train": len(train), "val": len(val)}
     about = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
-    write_whole(
+    write_together(
+        destination,
         {
-            destination / "train.jsonl": _to_jsonl(train),
-            destination / "val.jsonl": _to_jsonl(val),
-            destination / "dataset.json": about.encode(errors="backslashreplace"),  # a file's name may be no UTF-8
-        }
+            "train.jsonl": _to_jsonl(train),
+            "val.jsonl": _to_jsonl(val),
+            "dataset.json": about.encode(errors="backslashreplace"),  # a file's name may be no UTF-8
+        },
     )
 
 

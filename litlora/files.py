@@ -6,17 +6,22 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from io import BufferedReader
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+import yaml
+
 from litlora.errors import LitLoraError
 
+# As which PyYAML refuses a text; all but the first where a value is not of the kind that its tag says.
+YAML_FAULTS = (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BLOCK = 4_000_000  # bytes of a file that are hashed at one time
 DIGEST_THREADS = 8
+TOGETHER = ".together"  # folder of files that are whole and wait for their names
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,22 +50,49 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
     with ExitStack() as cleanup:
         partials = {path: _stage(path, content, cleanup) for path, content in contents.items()}
         for path, partial in partials.items():
-            with _failure_said(path):
+            with failure_said(path):
                 partial.replace(path)
-                _sync(path.parent)
+                sync(path.parent)
 
 
 def _stage(path: Path, content: bytes, cleanup: ExitStack) -> Path:
     """Write `content` beside `path`, under a name that `cleanup` removes if it is still there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _failure_said(path.parent):
+    with failure_said(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _failure_said(path), partial.open("wb") as file:
+    with failure_said(path), partial.open("wb") as file:
         cleanup.callback(partial.unlink, missing_ok=True)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     return partial
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files of a folder that change at one moment, whatever happens: from then on `finish_writing` moves them."""
+    with failure_said(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    finish_writing(folder)
+    for orphan in folder.glob(f".{TOGETHER}.*"):  # of a process that was killed
+        shutil.rmtree(orphan, ignore_errors=True)
+    with whole_directory(folder / TOGETHER) as staging:
+        for name, content in contents.items():
+            with failure_said(folder / name):
+                (staging / name).write_bytes(content)
+    finish_writing(folder)
+
+
+def finish_writing(folder: Path) -> None:
+    """Give their names to files that `write_together` wrote but, since it was killed, did not move."""
+    staging = folder / TOGETHER
+    if not staging.is_dir():
+        return
+    for path in [folder / staged.name for staged in staging.iterdir()]:
+        with failure_said(path), suppress(FileNotFoundError):  # another process moves them too
+            (staging / path.name).replace(path)
+    with failure_said(folder), suppress(FileNotFoundError):
+        sync(folder)
+        staging.rmdir()
 
 
 @contextmanager
@@ -70,21 +102,21 @@ def whole_directory(path: Path) -> Iterator[Path]:
     Raises LitLoraError when it cannot be written, or when `path` is there already and holds something.
     """
     partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
-    with _failure_said(path):
+    with failure_said(path):
         partial.mkdir(parents=True)
     try:
-        with _failure_said(path):
+        with failure_said(path):
             yield partial
             for file in partial.iterdir():
-                _sync(file)
-            _sync(partial)
+                sync(file)
+            sync(partial)
             partial.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file's content, or the renames in a folder, outlast a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -94,7 +126,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _failure_said(path: Path) -> Iterator[None]:
+def failure_said(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and why."""
     try:
         yield
     except OSError as error:
@@ -103,8 +136,8 @@ def _failure_said(path: Path) -> Iterator[None]:
 
 def check_writable(path: Path, flag: str) -> None:
     """Refuse a folder in which nothing could be written; nothing is left behind."""
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

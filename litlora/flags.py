@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,37 @@ from jsonargparse import get_loader
 
 from litlora.args import FinetuneLoraArgs
 from litlora.errors import LitLoraError
+from litlora.files import YAML_FAULTS
 
 CONFIG = "--config"
 OPTIMIZER = "--optimizer"
+GROUPS = ("--train", "--eval")  # each takes a YAML file, or YAML itself, with the settings of that group
+MOST_VALUES = 10_000  # of a YAML file; aliases can make a few lines stand for any number of them
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
     """Put --config first, so that a flag beats the file wherever it stands, and join the --optimizer flags into one."""
     configs, rest = _take(list(_split_at_equals(arguments)), CONFIG)
     optimizer, rest = _take(rest, OPTIMIZER)
-    contents = {path: _read(Path(path)) for _, path in configs}
+    contents = {path: _read(CONFIG, path) for _, path in configs}
+    _check_groups(rest)
     files = [part for flag, path in configs if contents[path] is not None for part in (flag, path)]
     return [*rest[:1], *files, *rest[1:], *_joined(optimizer, [contents[path] for _, path in configs])]
+
+
+def _check_groups(arguments: Sequence[str]) -> None:
+    """Check the YAML that follows the flag of a group of settings."""
+    for flag, value in pairwise(arguments):
+        if flag in GROUPS and value.lstrip().startswith("{"):
+            _check(f"{flag} {value}", value)
+        elif flag in GROUPS:
+            _read(flag, value)
 
 
 def _split_at_equals(arguments: Sequence[str]) -> Iterator[str]:
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        if equals and (flag == CONFIG or flag.split(".")[0] == OPTIMIZER):
+        if equals and (flag in (CONFIG, *GROUPS) or flag.split(".")[0] == OPTIMIZER):
             yield from (flag, value)
         else:
             yield argument
@@ -75,38 +89,53 @@ def _parse(text: str) -> Any:
     """Read a value as the parser reads those of other flags: 1e-3 is a number, False is no text."""
     try:
         return get_loader("yaml")(text)
-    except yaml.YAMLError:
+    except YAML_FAULTS:
         return text
 
 
-def _read(path: Path) -> Any:
-    """Read a YAML file, and refuse what YAML takes in silence: a key that is given twice, of which the last wins."""
+def _read(flag: str, path: str) -> Any:
+    """Read a YAML file that a flag names."""
     try:
-        text = path.read_text(encoding="utf-8")
-        _refuse_repeated_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
-        return _parse(text)
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise LitLoraError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise LitLoraError(f"{flag} {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LitLoraError(f"{flag} {path} is not valid YAML: {error}") from error
+    return _check(f"{flag} {path}", text)
+
+
+def _check(source: str, text: str) -> Any:
+    """Parse YAML, and refuse what YAML takes in silence: a key that is given twice, or endless aliases."""
+    try:
+        _refuse_surprises(source, yaml.compose(text, Loader=yaml.SafeLoader))
+        return get_loader("yaml")(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         reason = ", ".join(filter(None, [error.context, error.problem]))
-        raise LitLoraError(f"--config {path} line {line} is not valid YAML: {reason}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise LitLoraError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise LitLoraError(f"{source} line {line} is not valid YAML: {reason}") from error
+    except YAML_FAULTS as error:
+        raise LitLoraError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _refuse_repeated_keys(path: Path, root: yaml.Node | None) -> None:
-    nodes, visited = [root], set()
+def _refuse_surprises(source: str, root: yaml.Node | None) -> None:
+    nodes, seen = [root], 0
     while nodes:
-        node = nodes.pop()
-        if not isinstance(node, yaml.MappingNode) or id(node) in visited:  # an alias may lead back to where it stands
-            continue
-        visited.add(id(node))
-        keys = set()
-        for key, value in node.value:
-            name = str(key.value)
-            if name in keys:
-                line = key.start_mark.line + 1
-                raise LitLoraError(f"--config {path} line {line} gives {name} a second time: remove one of them")
-            keys.add(name)
-            nodes.append(value)
+        node, seen = nodes.pop(), seen + 1
+        if seen > MOST_VALUES:
+            raise LitLoraError(f"{source} holds more than {MOST_VALUES:,} values, or an alias of itself: shorten it")
+        if isinstance(node, yaml.MappingNode):
+            _refuse_repeated_keys(source, [key for key, _ in node.value])
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+
+
+def _refuse_repeated_keys(source: str, keys: Sequence[yaml.Node]) -> None:
+    names = set()
+    for key in keys:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise LitLoraError(f"{source} line {line} has a key that is not a name")
+        if key.value in names:
+            raise LitLoraError(f"{source} line {line} gives {key.value} a second time: remove one of them")
+        names.add(key.value)

@@ -1,19 +1,21 @@
 """What is fetched from the Hugging Face Hub, and how its refusals read."""
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
@@ -24,12 +26,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from litlora import __version__
 from litlora.errors import LitLoraError
-from litlora.files import read_json
+from litlora.files import read_json, sync
 from litlora.layout import (
     CONFIG,
     GENERATION_CONFIG,
@@ -44,6 +48,10 @@ from litlora.layout import (
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
 TERMS = ("README.md", *LICENCES)
 REPO_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's rules
+STAGING = ".download"  # in the folder of a checkpoint: what of its files has arrived, until they are whole
+TRANSIENT = {429, 500, 502, 503, 504}
+WAITS = (1.0, 2.0, 4.0)  # seconds before the Hub is asked again, unless it says itself for how long
+LONGEST_WAIT = 300.0
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -77,9 +85,30 @@ class Repo:
         return HfApi(token=self.token, library_name="litlora", library_version=__version__)
 
     @property
+    def headers(self) -> dict[str, str]:
+        """What the Hub's client sends along, the token among it; it does not follow a redirect to another host."""
+        return build_hf_headers(token=self.token, library_name="litlora", library_version=__version__)
+
+    @property
     def page(self) -> str:
         """The address of the repository for a person."""
         return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+
+
+Answer = TypeVar("Answer")
+
+
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """Ask again a few times where the Hub is overloaded or has a fault of its own."""
+    for wait in WAITS:
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in TRANSIENT:
+                raise
+            asked = error.response.headers.get("Retry-After", "")
+            time.sleep(min(float(asked), LONGEST_WAIT) if asked.isdecimal() else wait)
+    return ask()
 
 
 @dataclass(frozen=True)
@@ -94,13 +123,15 @@ class Snapshot:
     def of(cls, repo: Repo) -> "Snapshot":
         """Ask the Hub, once, so that everything that is fetched is of one commit."""
         timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = repo.api.model_info(repo.id, revision=repo.revision, files_metadata=True, timeout=timeout)
+        info = patiently(
+            lambda: repo.api.model_info(repo.id, revision=repo.revision, files_metadata=True, timeout=timeout)
+        )
         files = {file.rfilename: file for file in info.siblings or () if "/" not in file.rfilename}
         return cls(repo, str(info.sha), files)
 
-    def describes(self, path: Path) -> bool:
-        """Say whether a file on the disk is the one that the Hub lists by its name, from its size and hash."""
-        listed = self.files[path.name]
+    def describes(self, name: str, path: Path) -> bool:
+        """Say whether a file on the disk is the one that the Hub lists by this name, from its size and hash."""
+        listed = self.files[name]
         if not path.is_file() or path.stat().st_size != listed.size:
             return False
         with path.open("rb") as file:
@@ -109,13 +140,37 @@ class Snapshot:
             blob = hashlib.sha1(b"blob %d\0" % listed.size, usedforsecurity=False)  # as git names a file's content
             return hashlib.file_digest(file, lambda: blob).hexdigest() == listed.blob_id
 
-    def fetch(self, name: str, folder: Path) -> Path:
-        """Bring a file into `folder`, unless it is there, and make sure that it is what the Hub lists."""
-        path = folder / name
-        self.repo.api.hf_hub_download(self.repo.id, name, revision=self.commit, local_dir=folder)
-        if not self.describes(path):
+    def lacking(self, name: str, staging: Path) -> int:
+        """Return how many bytes of a file have not arrived in `staging`."""
+        path = staging / self._content_name(name)
+        return (self.files[name].size or 0) - (path.stat().st_size if path.exists() else 0)
+
+    def fetch(self, name: str, staging: Path) -> Path:
+        """Bring a file into `staging`, on from where an earlier run was cut, and make sure it is what the Hub lists."""
+        path = staging / self._content_name(name)
+        patiently(lambda: self._go_on(name, path))
+        if not self.describes(name, path):
+            path.unlink()
             raise LitLoraError(f"{name} of {self.repo} did not arrive as the Hub lists it: run the same command again")
         return path
+
+    def _content_name(self, name: str) -> str:
+        """Return a name that is another for every other content, so that no bytes of two contents are mixed."""
+        listed = self.files[name]
+        return hashlib.sha256(f"{listed.blob_id} {listed.lfs and listed.lfs.sha256}".encode()).hexdigest()
+
+    def _go_on(self, name: str, path: Path) -> None:
+        with path.open("ab") as file:
+            if file.tell() >= (self.files[name].size or 0):
+                return
+            # Not through hf_hub_download, whose transfers begin anew once their process is gone.
+            http_get(
+                hf_hub_url(self.repo.id, name, revision=self.commit),
+                file,
+                resume_size=file.tell(),
+                headers=self.repo.headers | {"Accept-Encoding": "identity"},
+                displayed_filename=name,
+            )
 
 
 @dataclass(frozen=True)
@@ -131,22 +186,64 @@ def fetch_checkpoint(repo: Repo, checkpoint_root: Path, tokenizer_only: bool) ->
     """Complete CHECKPOINT_ROOT/ORG/NAME with what litlora reads of a checkpoint.
 
     A file gets its name there only once it is whole and checked, and one that is there and intact is not fetched
-    again, so that a run after an interrupted one goes on with what is missing.
+    again, so that a run after an interrupted one goes on with what is missing, at the very byte.
     """
     folder = checkpoint_root / repo.id
     with _refusals_said(repo, checkpoint_root, "--checkpoint_root"):
         snapshot = Snapshot.of(repo)
         wanted = _tokenizer_files(snapshot) if tokenizer_only else _checkpoint_files(snapshot)
-        checkpoint_root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=checkpoint_root, prefix=".download-") as staging:
+        with _staging(folder, repo) as staging:
             if INDEX in wanted:
-                wanted += _shards(snapshot, folder, Path(staging))
+                wanted += _shards(snapshot, folder, staging)
             _refuse_leftovers(folder, wanted, repo)
-            missing = [name for name in wanted if not snapshot.describes(folder / name)]
-            _check_room(checkpoint_root, sum(snapshot.files[name].size or 0 for name in missing))
+            missing = [name for name in wanted if not snapshot.describes(name, folder / name)]
+            _check_room(checkpoint_root, sum(snapshot.lacking(name, staging) for name in missing))
             for name in missing:
-                _move(snapshot.fetch(name, Path(staging)), folder / name)
+                _move(snapshot.fetch(name, staging), folder / name)
+            for partial in staging.iterdir():  # of another commit
+                partial.unlink()
     return Fetched(folder, snapshot.commit, missing)
+
+
+@contextmanager
+def _staging(folder: Path, repo: Repo) -> Iterator[Path]:
+    """Lend a place for files on their way, which one process has at a time; what is empty in the end vanishes."""
+    staging = folder / STAGING
+    lock = _lock(staging, repo)
+    try:
+        yield staging
+    except LitLoraError:  # nothing of this repository is wanted, unlike after a cut transfer
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        for partial in staging.glob("*"):
+            if not partial.stat().st_size:
+                partial.unlink()
+        for empty in (staging, folder, folder.parent):
+            with suppress(OSError):  # something lies there
+                empty.rmdir()
+        os.close(lock)
+
+
+def _lock(folder: Path, repo: Repo) -> int:
+    """Make a folder, wait until no other process has it, and return the descriptor that keeps it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as closing:  # whoever had it before may have removed it
+            lock = os.open(folder, os.O_RDONLY)
+            closing.callback(os.close, lock)
+            _wait(lock, repo)
+            if os.path.samestat(os.fstat(lock), folder.stat()):
+                closing.pop_all()
+                return lock
+
+
+def _wait(lock: int, repo: Repo) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.stderr.write(f"waiting for another download of {repo}\n")
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def fetch_dataset_file(repo_id: str, filename: str, token: str | None) -> Path:
@@ -185,7 +282,7 @@ def _without_weights(snapshot: Snapshot) -> str:
 def _shards(snapshot: Snapshot, folder: Path, staging: Path) -> list[str]:
     """Name the files that the index names; it is fetched unless it is in `folder`."""
     kept = folder / INDEX
-    index = read_json(kept if snapshot.describes(kept) else snapshot.fetch(INDEX, staging))
+    index = read_json(kept if snapshot.describes(INDEX, kept) else snapshot.fetch(INDEX, staging))
     weight_map = index.get("weight_map")
     shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     unknown = [name for name in shards if name not in snapshot.files or not name.endswith(".safetensors")]
@@ -214,10 +311,9 @@ def _check_room(folder: Path, needed: int) -> None:
 
 def _move(source: Path, target: Path) -> None:
     """Give a complete file its final name, after its content is safe on the disk."""
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
-    target.parent.mkdir(parents=True, exist_ok=True)
+    sync(source)
     source.replace(target)
+    sync(target.parent)
 
 
 @contextmanager
@@ -242,7 +338,7 @@ def _refusal(error: BaseException, repo: Repo) -> str:
             return f"{repo} is not fetched, because HF_HUB_OFFLINE is set: unset it to reach the Hub"
         case FileMetadataError() | json.JSONDecodeError():
             return f"what answers at {constants.ENDPOINT} is not a Hub: check HF_ENDPOINT and the proxy"
-    # Not only httpx2's errors: hf_xet, which moves large files, raises RuntimeError.
+    # Not only httpx2's errors: hf_xet, which moves a data set's large files, raises RuntimeError.
     fault = f"{repo} could not be fetched from {constants.ENDPOINT} ({str(error).partition(chr(10))[0]})"
     return f"{fault}: check the connection, and run the same command again to go on with what is missing"
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from litlora.errors import LitLoraError
+from litlora.limits import bounded
 from litlora.linear import frozen_linear
 
 # Which layers each --lora_* switch adapts, by the last part of their names.
@@ -162,7 +164,12 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
 
 def adapted_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the names of the linear layers that the config targets, in the model's order."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and config.targets(name)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    try:
+        with bounded():  # a pattern of a few characters can take years
+            return [name for name in names if config.targets(name)]
+    except (MemoryError, TimeoutError) as error:
+        raise LitLoraError(f"target_modules ({config.target_modules}) cannot be looked for: {error}") from error
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

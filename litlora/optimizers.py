@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -19,15 +20,26 @@ def build_optimizer(optimizer: str | dict[str, Any], parameters: Iterable[nn.Par
     kind = _find(given["class_path"])
     try:
         return kind(parameters, **{"lr": lr, **(given.get("init_args") or {})})
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise LitLoraError(f"--optimizer {given['class_path']} refuses its init_args: {error}") from error
+
+
+def check_optimizer(optimizer: str | dict[str, Any], lr: float, device: torch.device) -> None:
+    """Refuse an optimizer that cannot be built or cannot take a step, by one step of a throw-away parameter."""
+    parameter = nn.Parameter(torch.zeros(2, 2, device=device))
+    built = build_optimizer(optimizer, [parameter], lr)
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        built.step()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise LitLoraError(f"--optimizer {type(built).__name__} cannot take a step: {error}") from error
 
 
 def _find(class_path: str) -> type[Optimizer]:
     module, _, name = class_path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module or "torch.optim"), name, None)
-    except ImportError as error:
+    except (ImportError, TypeError) as error:  # TypeError: a relative name
         raise LitLoraError(f"--optimizer {class_path} cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise LitLoraError(f"--optimizer {class_path} is not a torch optimizer, such as AdamW or torch.optim.SGD")

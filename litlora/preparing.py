@@ -1,5 +1,6 @@
 """From a source to a prepared data set: what the prepare commands share."""
 
+import re
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
@@ -58,6 +59,9 @@ def fetch(source: str) -> RawFile:
 def _download(url: str) -> bytes:
     if not url.lower().startswith(("http://", "https://")):
         raise LitLoraError(f"--source ({url}) must be a file or an address that starts with http:// or https://")
+    if re.match("[^/]*//[^/?#]*@", url):
+        fault = "holds a user name or password, which would stand in dataset.json"
+        raise LitLoraError(f"--source {fault}: fetch the file yourself, and give its path")
     _say(f"fetching {url}")
     try:
         request = Request(url, headers={"User-Agent": f"litlora/{__version__}"})

@@ -4,15 +4,18 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from textwrap import shorten
 from typing import Any, NoReturn, Protocol
 
 import jinja2
 from jinja2 import ext, nodes
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from litlora.errors import LitLoraError
 from litlora.examples import Example
+from litlora.limits import bounded
 
 ALPACA = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -34,6 +37,7 @@ Write a response that appropriately completes the request.
 
 ### Response:
 """
+MAX_BITS = 10_000  # of a number in a chat template
 MAX_RENDERED = 10_000_000  # characters; a chat template that writes more would never end
 
 
@@ -119,9 +123,10 @@ class ChatStyle:
                 "tokenizer_config.json), and this one has none; use alpaca, none, or a text with {instruction}"
             )
         try:
-            self._template = _environment().from_string(chat_template)
-        except jinja2.TemplateError as error:
-            _refuse(f"has an error: {error}", error)
+            with bounded():  # constants are folded here
+                self._template = _environment().from_string(chat_template)
+        except Exception as error:  # whatever the checkpoint's code may raise
+            _refuse(f"has an error: {_said(error)}", error)
         self._eos_token = eos_token
         self._tokens = {"eos_token": eos_token} | ({"bos_token": bos_token} if bos_token else {})
 
@@ -166,12 +171,13 @@ class ChatStyle:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            for part in self._template.generate(values, **self._tokens):
-                text += part
-                if len(text) > MAX_RENDERED:
-                    raise jinja2.TemplateRuntimeError("its text does not end")
+            with bounded():
+                for part in self._template.generate(values, **self._tokens):
+                    text += part
+                    if len(text) > MAX_RENDERED:
+                        raise jinja2.TemplateRuntimeError("its text does not end")
         except Exception as error:  # whatever the checkpoint's code may raise
-            _refuse(f"fails on a conversation: {str(error) or type(error).__name__}", error)
+            _refuse(f"fails on a conversation: {_said(error)}", error)
         return text
 
 
@@ -183,16 +189,31 @@ def _question(instruction: str, input: str) -> dict[str, str]:
     return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
 
 
+def _said(error: Exception) -> str:
+    return shorten(str(error), 200) or type(error).__name__
+
+
 def _refuse(reason: str, cause: Exception | None = None) -> NoReturn:
     sentence = " ".join(f"--prompt_style chat: the checkpoint's chat template {reason}".split())
     raise LitLoraError(f"{sentence}; use alpaca, none, or a text with {{instruction}}") from cause
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """A sandbox whose numbers stay small, since no limit of time interrupts their arithmetic."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > MAX_BITS:
+                raise jinja2.exceptions.SecurityError("its numbers are too large")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Give a chat template what transformers gives it, and nothing of this machine."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from litlora.adapter import write_adapter
 from litlora.args import FinetuneLoraArgs
 from litlora.errors import LitLoraError
-from litlora.files import check_writable, whole_directory, write_whole
+from litlora.files import check_writable, failure_said, whole_directory, write_whole
 from litlora.lora import LoRAConfig
 from litlora.state import Progress, write_state
 
@@ -42,12 +42,12 @@ class RunFolder:
 
     def check(self) -> None:
         """Refuse a folder that cannot be written, holds a run already, or none to go on with; nothing is created."""
+        check_writable(self.path, "--out_dir")
         if self.metrics.exists() and not self.args.resume:
             hint = "choose another, remove it, or go on with it by --resume true"
             raise LitLoraError(f"--out_dir ({self.path}) holds a run already: {hint}")
         if (self.path / "final").exists():
             raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: choose another, or remove it")
-        check_writable(self.path, "--out_dir")
         self.resume_from()
 
     def resume_from(self) -> Path | None:
@@ -80,7 +80,7 @@ class RunFolder:
 
     def log(self, **values: float | None) -> None:
         """Append a row to metrics.csv, at once, so that a killed run keeps its log."""
-        with self.metrics.open("a", newline="", encoding="utf-8") as file:
+        with failure_said(self.metrics), self.metrics.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
 
     def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -70,7 +70,7 @@ def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
                 scalars[key] = value
     for device in range(torch.cuda.device_count()):
         tensors[f"cuda_generator.{device}"] = torch.cuda.get_rng_state(device)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    (folder / TENSORS).write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     counters = {"progress": dataclasses.asdict(progress), "optimizer": scalars}
     (folder / COUNTERS).write_text(json.dumps(counters, indent=2) + "\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -38,6 +39,8 @@ PIECE = 4_000_000  # bytes of a split that a process reads at one time
 SMALL = 8_000_000  # bytes that are done before other processes have started
 TEXTS = 512  # that are encoded at one time
 MOST_PROCESSES = 16
+ORPHANED = 24 * 3600  # seconds after which no process is still at work on tokens
+KEPT = 4  # of each split, beside the data: for other tokenizers, prompt styles and rows
 
 
 class Tokens(NamedTuple):
@@ -176,7 +179,18 @@ def open_splits(splits: Sequence[Split], recipe: Recipe) -> list[Tokens]:
         return [_map(split.folder) for split in splits]
     with _home(splits[0].folder.parent) as home:
         _make({split.path: home / split.name for split in missing}, recipe)
+        for split in missing:
+            _prune(home, split.path.stem)
         return [_map(home / split.name if split in missing else split.folder) for split in splits]
+
+
+def _prune(folder: Path, stem: str) -> None:
+    """Remove the tokens of a split that are older than the newest few, and what killed processes left of others."""
+    made = sorted(folder.glob(f"{stem}-*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    partials = folder.glob(f".{stem}-*.partial")
+    orphans = [path for path in partials if time.time() - path.stat().st_mtime > ORPHANED]
+    for old in (*made[KEPT:], *orphans):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _has_tokens(folder: Path) -> bool:

@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from itertools import chain
@@ -42,20 +43,21 @@ class Tokenizer:
     """A checkpoint's tokenizer, which gives the ids that transformers gives for the same folder."""
 
     def __init__(self, checkpoint_dir: Path) -> None:
-        settings = _read_settings(checkpoint_dir)
-        config = _read_json(checkpoint_dir / "config.json")
-        self._backend = _read_backend(checkpoint_dir, settings, config)
-        self.files = tuple(path for name in TOKENIZER_FILES if (path := checkpoint_dir / name).is_file())
-        self.chat_template = _chat_template(checkpoint_dir, settings)
-        self.vocab_size = self._backend.get_vocab_size()
-        self.bos_token = _text_of(settings.get("bos_token"))
-        self.bos_id = self._backend.token_to_id(self.bos_token) if self.bos_token else None
-        eos_ids = self._eos_ids(checkpoint_dir, settings, config)
-        self.eos_id, self.eos_token = eos_ids[0], self._backend.id_to_token(eos_ids[0]) or ""
-        self.stop_ids = frozenset(eos_ids)
-        self._register([*_special_texts(settings), self.eos_token])
-        self._added = self._backend.get_added_tokens_decoder()
-        self._is_byte_level, self._drops_first_space = _probe_decoder(checkpoint_dir, self._backend)
+        with _misfit_said(checkpoint_dir):
+            settings = _read_settings(checkpoint_dir)
+            config = _read_json(checkpoint_dir / "config.json")
+            self._backend = _read_backend(checkpoint_dir, settings, config)
+            self.files = tuple(path for name in TOKENIZER_FILES if (path := checkpoint_dir / name).is_file())
+            self.chat_template = _chat_template(checkpoint_dir, settings)
+            self.vocab_size = self._backend.get_vocab_size()
+            self.bos_token = _text_of(settings.get("bos_token"))
+            self.bos_id = self._backend.token_to_id(self.bos_token) if self.bos_token else None
+            eos_ids = self._eos_ids(checkpoint_dir, settings, config)
+            self.eos_id, self.eos_token = eos_ids[0], self._backend.id_to_token(eos_ids[0]) or ""
+            self.stop_ids = frozenset(eos_ids)
+            self._register([*_special_texts(settings), self.eos_token])
+            self._added = self._backend.get_added_tokens_decoder()
+            self._is_byte_level, self._drops_first_space = _probe_decoder(checkpoint_dir, self._backend)
 
     def _eos_ids(self, checkpoint_dir: Path, settings: dict[str, Any], config: dict[str, Any]) -> list[int]:
         """List every id that ends a text, the tokenizer's own first."""
@@ -64,7 +66,7 @@ class Tokenizer:
         generation = _read_json(checkpoint_dir / "generation_config.json")
         declared = [named, config.get("eos_token_id"), generation.get("eos_token_id")]
         flat = [i for value in declared for i in (value if isinstance(value, list) else [value])]
-        ids = [i for i in flat if isinstance(i, int)]
+        ids = [i for i in flat if isinstance(i, int) and 0 <= i < 2**32]
         if not ids or not self._backend.id_to_token(ids[0]):
             raise LitLoraError(
                 f"the tokenizer in {checkpoint_dir} has no token that ends a text: "
@@ -160,6 +162,17 @@ def _spans(encodings: Sequence[tokenizers.Encoding], lengths: NDArray[np.int32])
     return spans
 
 
+@contextmanager
+def _misfit_said(checkpoint_dir: Path) -> Iterator[None]:
+    """Say that files are not of one tokenizer, where a value is of another kind or names what is not there."""
+    try:
+        yield
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise LitLoraError(
+            f"the tokenizer's files in {checkpoint_dir} do not go together ({error}); download the checkpoint again"
+        ) from error
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -220,13 +233,7 @@ def _read_backend(checkpoint_dir: Path, settings: dict[str, Any], config: dict[s
     if (checkpoint_dir / "tokenizer.json").is_file():
         return _read_tokenizer_json(checkpoint_dir, settings, config)
     if (checkpoint_dir / "tokenizer.model").is_file():
-        try:
-            return _read_sentencepiece(checkpoint_dir, settings)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise LitLoraError(
-                f"the files beside {checkpoint_dir / 'tokenizer.model'} do not go with it ({error}); "
-                "download the checkpoint again"
-            ) from error
+        return _read_sentencepiece(checkpoint_dir, settings)
     raise LitLoraError(
         f"no tokenizer in {checkpoint_dir} (expected tokenizer.json or tokenizer.model); "
         "fetch it with: litlora download --repo_id ORG/NAME --tokenizer_only true"

@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, Family
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 from litlora.__main__ import main
 
+QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)
+settings.register_profile(
+    "few", max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=QUIET
+)
+settings.register_profile("thorough", settings.get_profile("few"), max_examples=1000, derandomize=False)
+settings.load_profile("few")
 PICO = Path(__file__).parent.parent / "checkpoints" / "pico"
 ROWS = [
     {"instruction": "Name a fruit that is green.", "input": "", "output": "A pear is green, and so is a lime."},

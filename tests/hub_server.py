@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,13 +62,14 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of `method` whose path ends with `path`."""
+    """What goes wrong with the next `times` requests whose path ends with `path`, redirects left out."""
 
     path: str
-    method: str = "GET"
     times: int = 1
     status: int | None = None
     """Answer with this status and nothing else."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What goes with that status."""
     body: bytes | None = None
     """Answer with this body, whatever was asked for."""
     cut_after: int | None = None
@@ -91,6 +92,8 @@ class HubServer(ThreadingHTTPServer):
         self.grants: dict[str, set[str]] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.ranges: list[str] = []
+        self.events: dict[str, Callable[[], object]] = {}
         self.has_xet = False
         self.closing = threading.Event()
 
@@ -126,20 +129,28 @@ class HubServer(ThreadingHTTPServer):
         self.faults.append(fault)
         return fault
 
+    def when(self, path: str, event: Callable[[], object]) -> None:
+        """Let something happen as soon as a path that ends so is asked for."""
+        self.events[path] = event
+
     def fetched(self) -> list[str]:
         """Name the files whose content was asked for, and forget the requests so far."""
-        names = [
-            request.rsplit("/", 1)[1] for request in self.requests if re.match(f"GET ({CDN}|.*/resolve/)", request)
-        ]
+        paths = [request.removeprefix("GET ") for request in self.requests if request.startswith("GET ")]
+        names = [path.rsplit("/", 1)[1] for path in paths if _is_content(path)]
         self.requests.clear()
         return names
 
-    def take_fault(self, method: str, path: str) -> Fault | None:
+    def take_fault(self, path: str) -> Fault | None:
         for fault in self.faults:
-            if fault.times and fault.method == method and path.endswith(fault.path):
+            if fault.times and path.endswith(fault.path) and (_is_content(path) or "/resolve/" not in path):
                 fault.times -= 1
                 return fault
         return None
+
+
+def _is_content(path: str) -> bool:
+    """Say whether what lies at a path is a file's content, and not a redirect to it."""
+    return path.startswith(CDN) or ("/resolve/" in path and not path.endswith(LFS_SUFFIXES))
 
 
 @contextmanager
@@ -175,9 +186,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
-        self.fault = self.server.take_fault(self.command, path) or Fault(path)
+        self.server.ranges += self.headers.get_all("Range", []) if _is_content(path) else []
+        for event in [event for end, event in self.server.events.items() if path.endswith(end)]:
+            event()
+        self.fault = self.server.take_fault(path) or Fault(path)
         if self.fault.status:
-            self._send(self.fault.status)
+            self._send(self.fault.status, headers=self.fault.headers)
         elif path.startswith(CDN):
             self._serve_lfs(path.removeprefix(CDN).split("/")[0])
         elif path == "/xet":

@@ -128,3 +128,11 @@ def test_the_matrices_come_back_to_the_bit(adapter, tiny):
     stored = load_file(adapter / "adapter_model.safetensors")
     for name, parameter in lora_parameters(open_on(tiny, adapter)).items():
         assert torch.equal(parameter, stored[f"base_model.model.{name}"])
+
+
+def test_the_same_adapter_is_the_same_file_byte_for_byte(adapter, tiny, tmp_path):
+    model = open_on(tiny, adapter)
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+        write_adapter(tmp_path / str(number), model, LoRAConfig(4, 8, 0.1, ("q_proj", "v_proj")), tiny, "none")
+    assert len({(tmp_path / str(number) / "adapter_model.safetensors").read_bytes() for number in range(8)}) == 1

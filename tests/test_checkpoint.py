@@ -7,9 +7,11 @@ import pytest
 import torch
 from families import FAMILIES, Family
 from reference import hugging_face
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from litlora import checkpoint as checkpoint_module
 from litlora.checkpoint import Weights, check_checkpoint, fingerprint, load_model, weight_files
 from litlora.errors import LitLoraError
 from litlora.model import GPT
@@ -154,3 +156,60 @@ def test_a_fingerprint_tells_any_single_byte_of_the_weights(family: Family, make
 
 def test_a_fingerprint_is_the_same_for_a_copy_elsewhere(checkpoint, tmp_path):
     assert fingerprint(Path(shutil.copytree(checkpoint, tmp_path / "copy"))) == fingerprint(checkpoint)
+
+
+def test_each_file_of_weights_is_opened_once(sharded, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        checkpoint_module, "safe_open", lambda path, **options: (opened.append(path), safe_open(path, **options))[1]
+    )
+    load(sharded)
+    assert sorted(opened) == weight_files(sharded)
+
+
+def test_shards_may_be_links_to_elsewhere_as_in_the_hubs_cache(sharded, tiny, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/main"
+    shutil.copytree(sharded, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert_same_weights(load(snapshot), load(tiny))
+
+
+def header_of(folder: Path) -> tuple[dict[str, dict[str, list[int]]], bytes]:
+    content = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda tensors: tensors["model.norm.weight"].update(data_offsets=[0, 2**62]),
+        lambda tensors: tensors["model.norm.weight"].update(data_offsets=[-8, 120]),
+        lambda tensors: tensors["model.norm.weight"].update(shape=[2**32, 2**32]),
+        lambda tensors: tensors["model.norm.weight"].update(shape=[31]),
+        lambda tensors: tensors["model.norm.weight"].update(dtype="F64"),
+        lambda tensors: tensors["model.norm.weight"].update(tensors["lm_head.weight"]),
+        lambda tensors: tensors["model.norm.weight"].update(
+            data_offsets=tensors["model.layers.0.input_layernorm.weight"]["data_offsets"]
+        ),
+        lambda tensors: tensors.pop("model.norm.weight"),
+    ],
+    ids=["beyond the end", "before the start", "overflow", "shape", "dtype", "same place", "overlap", "hole"],
+)
+def test_a_header_that_lies_about_sizes_is_refused(copy, lie):
+    tensors, data = header_of(copy)
+    lie(tensors)
+    header = json.dumps(tensors).encode()
+    (copy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(LitLoraError, match="is cut or not a safetensors file"):
+        load(copy)
+
+
+@pytest.mark.parametrize("length", [0, 2**31, 2**63, 2**64 - 1])
+def test_a_header_that_lies_about_its_own_length_is_refused(copy, length):
+    path = copy / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(LitLoraError, match="is cut or not a safetensors file"):
+        load(copy)

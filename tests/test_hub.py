@@ -1,6 +1,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+import litlora.hub
 from litlora.errors import LitLoraError
 from litlora.hub import REPO_ID, Repo, fetch_checkpoint, fetch_dataset_file
 
@@ -27,6 +29,7 @@ TOKEN = "hf_aBcDeFgHiJ"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with reachable_hub(monkeypatch, tmp_path) as server:
+        monkeypatch.setattr(litlora.hub, "WAITS", (0.0, 0.0, 0.0))
         yield server
 
 
@@ -122,11 +125,40 @@ def test_one_checkpoint_is_not_fetched_over_another(hub: HubServer, root: Path):
     assert contents(root / "org/name") == SINGLE
 
 
-def test_cut_transfer_goes_on_where_it_was_cut(hub: HubServer, root: Path):
+def test_cut_transfer_goes_on_where_it_was_cut(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.add("org/name", SINGLE)
     hub.fail(Fault("model.safetensors", cut_after=3000))
     fetch(root, "org/name")
+    assert hub.ranges == ["bytes=3000-"]
     assert hub.fetched().count("model.safetensors") == 2
+    assert contents(root / "org/name") == SINGLE
+
+
+def test_run_after_a_failed_one_goes_on_where_it_was_cut(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.add("org/name", SINGLE)
+    hub.fail(Fault("model.safetensors", cut_after=3000))
+    hub.fail(Fault("model.safetensors", status=403))
+    refusal(root, "org/name")
+    assert fetch(root, "org/name") == ["model.safetensors"]
+    assert hub.ranges == ["bytes=3000-"] * 2
+    assert contents(root / "org/name") == SINGLE
+
+
+@pytest.mark.parametrize("damage", [b"x" * 3000, b"x" * 9000], ids=["other bytes", "too many"])
+def test_remains_that_are_damaged_are_not_kept(
+    hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.add("org/name", SINGLE)
+    hub.fail(Fault("model.safetensors", cut_after=3000))
+    hub.fail(Fault("model.safetensors", status=403))
+    refusal(root, "org/name")
+    (remains,) = (root / "org/name/.download").iterdir()
+    remains.write_bytes(damage)
+    assert "did not arrive as the Hub lists it" in refusal(root, "org/name")
+    fetch(root, "org/name")
     assert contents(root / "org/name") == SINGLE
 
 
@@ -142,11 +174,11 @@ def test_file_that_arrives_changed_is_not_kept(hub: HubServer, root: Path):
 
 def test_failed_transfer_keeps_whole_files_for_the_next_run(hub: HubServer, root: Path):
     hub.add("org/name", SHARDED)
-    hub.fail(Fault("model-00002-of-00002.safetensors", status=500))
+    hub.fail(Fault("model-00002-of-00002.safetensors", status=500, times=4))
     assert refusal(root, "org/name") == (
         f"{hub.url} answers 500 Internal Server Error for model org/name: run the same command again later"
     )
-    assert not list(root.glob(".*"))
+    assert not list((root / "org/name").glob(".*"))
     assert fetch(root, "org/name") == ["model-00002-of-00002.safetensors"]
 
 
@@ -309,7 +341,7 @@ def test_place_that_cannot_be_written_is_said(hub: HubServer, tmp_path: Path):
     root = tmp_path / "file"
     root.write_bytes(b"")
     assert refusal(root, "org/name") == (
-        f"cannot write into {root} (File exists): mend that, or choose another place with --checkpoint_root"
+        f"cannot write into {root} (Not a directory): mend that, or choose another place with --checkpoint_root"
     )
 
 
@@ -338,33 +370,80 @@ def test_web_server_that_is_no_hub_is_said(hub: HubServer, root: Path):
 @pytest.mark.parametrize(("status", "phrase"), [(403, "403 Forbidden"), (404, "404 Not Found")])
 def test_file_that_the_hub_holds_back_is_said(hub: HubServer, root: Path, status: int, phrase: str):
     hub.add("org/name", SINGLE)
-    hub.fail(Fault("model.safetensors", method="HEAD", status=status))
+    hub.fail(Fault("tokenizer.json", status=status))
     assert refusal(root, "org/name") == (
         f"{hub.url} answers {phrase} for model org/name: run the same command again later"
     )
 
 
-def test_answer_without_a_hubs_headers_is_said(hub: HubServer, root: Path):
+def test_page_in_the_place_of_a_file_is_not_kept(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
-    hub.fail(Fault("config.json", method="HEAD", status=200))
-    assert refusal(root, "org/name") == f"what answers at {hub.url} is not a Hub: check HF_ENDPOINT and the proxy"
+    hub.fail(Fault("config.json", body=b"<html>Please log in to the WLAN</html>"))
+    assert refusal(root, "org/name") == (
+        "config.json of model org/name did not arrive as the Hub lists it: run the same command again"
+    )
+    assert not left_behind(root)
 
 
 def test_overloaded_hub_is_said(hub: HubServer, root: Path):
-    hub.fail(Fault("/revision/main", status=503))
+    hub.fail(Fault("/revision/main", status=503, times=4))
     assert refusal(root, "org/name") == (
         f"{hub.url} answers 503 Service Unavailable for model org/name: run the same command again later"
     )
 
 
-def test_failure_of_xet_storage_is_said(hub: HubServer, root: Path):
+@pytest.mark.parametrize("path", ["/revision/main", "config.json", "model.safetensors"])
+@pytest.mark.parametrize(("status", "headers"), [(500, {}), (503, {}), (429, {"Retry-After": "0"})])
+def test_hub_that_recovers_is_asked_again(
+    hub: HubServer, root: Path, path: str, status: int, headers: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.add("org/name", SINGLE)
-    hub.has_xet = True
-    sentence = refusal(root, "org/name")
-    assert sentence.startswith(f"model org/name could not be fetched from {hub.url} (")
-    assert "404 Not Found" in sentence
-    assert "\n" not in sentence
-    assert contents(root / "org/name") == TEXTS
+    hub.fail(Fault(path, status=status, headers=headers))
+    fetch(root, "org/name")
+    assert contents(root / "org/name") == SINGLE
+
+
+def test_hub_is_asked_again_when_it_says_so(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    hub.add("org/name", SINGLE)
+    hub.fail(Fault("/revision/main", status=429, headers={"Retry-After": "17"}))
+    fetch(root, "org/name")
+    assert waits == [17]
+
+
+def test_every_file_is_of_the_commit_that_was_listed(hub: HubServer, root: Path):
+    hub.add("org/name", SINGLE)
+    hub.add("org/name", SINGLE, revision="as it was")
+    newer = {name: content + b" " for name, content in SINGLE.items()}
+    hub.when("config.json", lambda: hub.add("org/name", newer))
+    fetch(root, "org/name")
+    assert contents(root / "org/name") == SINGLE
+
+
+def test_file_that_names_a_place_outside_is_left_alone(hub: HubServer, root: Path, tmp_path: Path):
+    names = ("../../evil", "../tokenizer.model", "/etc/evil", "..", "sub/../../config.json")
+    hub.add("org/name", {**SINGLE, **dict.fromkeys(names, b"evil")})
+    fetch(root, "org/name")
+    assert contents(root) == {f"org/name/{name}": content for name, content in SINGLE.items()}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"evil"]
+
+
+def test_repository_with_xet_storage_is_fetched_over_http(hub: HubServer, root: Path):
+    hub.add("org/name", SINGLE)
+    hub.has_xet = True  # where nothing answers
+    fetch(root, "org/name")
+    assert contents(root / "org/name") == SINGLE
+
+
+def test_two_downloads_at_once_take_turns(hub: HubServer, root: Path, capsys: pytest.CaptureFixture[str]):
+    hub.add("org/name", SHARDED)
+    with ThreadPoolExecutor(4) as pool:
+        fetched = list(pool.map(lambda _: fetch(root, "org/name"), range(4)))
+    assert sorted(map(len, fetched)) == [0, 0, 0, len(SHARDED)]
+    assert contents(root / "org/name") == SHARDED
+    assert sorted(hub.fetched()) == sorted(SHARDED)
 
 
 def test_dataset_file_is_fetched_once(hub: HubServer):

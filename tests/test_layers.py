@@ -8,7 +8,7 @@ import litlora
 PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
-    args config files layout linear loss rows
+    args config files layout limits linear loss rows
     attention examples hub lora optimizers state
     model preparing prompts
     checkpoint sampling tokenizer

@@ -70,6 +70,14 @@ def test_an_address_is_fetched_and_said(site, capsys):
     assert capsys.readouterr() == ("", f"fetching {url}\n")
 
 
+@pytest.mark.parametrize("address", ["https://me:secret@host/rows.jsonl", "HTTP://secret@host/rows.jsonl?a=b"])
+def test_an_address_with_a_password_is_refused_without_saying_it(address):
+    assert refusal(address) == (
+        "--source holds a user name or password, which would stand in dataset.json: "
+        "fetch the file yourself, and give its path"
+    )
+
+
 @pytest.mark.parametrize(
     ("path", "problem"),
     [

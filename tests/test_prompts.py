@@ -5,9 +5,10 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from litlora import limits
 from litlora.errors import LitLoraError
 from litlora.examples import Example, Turn
-from litlora.prompts import PromptStyle, build_prompt_style
+from litlora.prompts import ChatStyle, PromptStyle, build_prompt_style
 
 EOS = "</s>"
 ADD = Turn("Add them.", "3", input="1 and 2")
@@ -262,3 +263,26 @@ def test_a_template_with_a_syntax_error_is_refused_in_one_sentence():
         style("chat", "{% if messages %}")
     assert isinstance(error.value.__cause__, jinja2.TemplateSyntaxError)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10**11 }}",
+        "{{ 'a'.center(10**11) }}",
+        "{{ '%99999999999d' % 1 }}",
+        "{{ 10 ** (10 ** 9) }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(messages) }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_a_chat_template_can_neither_reach_out_nor_exhaust_the_machine(template, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    with pytest.raises(LitLoraError, match="--prompt_style chat: the checkpoint's chat template ") as refused:
+        ChatStyle(template, "<s>", "</s>").prompt("Hello")
+    assert len(str(refused.value)) < 400

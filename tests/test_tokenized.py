@@ -100,6 +100,18 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def test_only_the_tokens_of_the_newest_recipes_are_kept(data, tokenizer):
+    orphan, at_work = (data / FOLDER / f".train-{name}.partial" for name in ("orphan", "at work"))
+    orphan.mkdir(parents=True)
+    at_work.mkdir()
+    os.utime(orphan, (0, 0))
+    recipes = [Recipe(tokenizer, f"{number} {{instruction}}", mask_prompt=True) for number in range(6)]
+    for recipe in recipes:
+        open_all(data, recipe)
+    newest = {find_split(data / f"{name}.jsonl", recipe).name for name in ("train", "val") for recipe in recipes[-4:]}
+    assert {folder.name for folder in folders(data)} == newest | {at_work.name}
+
+
 def test_data_that_cannot_be_written_trains_all_the_same(data, recipe, capsys, tmp_path, monkeypatch):
     made = [[array.copy() for array in split] for split in open_all(data, recipe)]
     shutil.rmtree(data / FOLDER)

@@ -432,7 +432,7 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path, kind):
     [{"bos_token": "<bos>"}, {"added_tokens_decoder": {"x": {}}}, {"added_tokens_decoder": {"32000": "<x>"}}],
 )
 def test_settings_that_do_not_go_with_a_sentencepiece_model_are_refused(tmp_path, settings):
-    with pytest.raises(LitLoraError, match=r"^the files beside \S*tokenizer\.model do not go with it"):
+    with pytest.raises(LitLoraError, match=r"^the tokenizer's files in \S* do not go together"):
         Tokenizer(sentencepiece_folder(tmp_path, **settings))
 
 

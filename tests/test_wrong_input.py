@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from litlora import limits
 from litlora.__main__ import main
 
 Spoil = Callable[[], object]
@@ -146,8 +148,15 @@ def case(name: str, spoil: Spoil, *rest: object) -> object:
         case("tensor too many", lambda: weigh(model__layers__2__mlp__up_proj__weight=torch.ones(48, 32)),
              "base: the weights have model.layers.2.mlp.up_proj.weight, of which config.json says nothing; "
              f"{ANOTHER_MODEL}"),
+        case("tensor whose name writes to the terminal", lambda: weigh(**{"\x1b[2J\n": torch.ones(1)}),
+             f"base: the weights have \\x1b[2J\\n, of which config.json says nothing; {ANOTHER_MODEL}"),
         case("tensor too few", lambda: weigh(model__norm__weight=None),
              f"base: the weights lack model.norm.weight; {ANOTHER_MODEL}"),
+        case("layers without end", lambda: change("base/config.json", num_hidden_layers=1_000_000),
+             f'base: config.json has "num_hidden_layers": 1000000, but the weights are 21 tensors; {ANOTHER_MODEL}'),
+        case("size beyond any model", lambda: change("base/config.json", hidden_size=2**40),
+             'base: config.json has "hidden_size": 1099511627776, which litlora does not support: '
+             "it must be at most 1048576"),
         case("layer too few", lambda: change("base/config.json", num_hidden_layers=3),
              "base: the weights lack model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
              f"model.layers.2.mlp.gate_proj.weight and 6 more; {ANOTHER_MODEL}"),
@@ -265,6 +274,16 @@ def test_data_that_is_none_is_refused(spoil, sentence, capsys):
         ("--optimizer.foo 1", "--optimizer.foo is not a setting: there are class_path and init_args.NAME"),
         ("--optimizer.init_args.lr 1 --train.learning_rate 2",
          "--train.learning_rate (2.0) and --optimizer.init_args.lr (1) are the same setting: give one of them"),
+        ("--optimizer ..x",
+         "--optimizer ..x cannot be imported: the 'package' argument is required to perform a relative import for '.'"),
+        ("--optimizer SparseAdam", "--optimizer SparseAdam cannot take a step: SparseAdam does not support dense "
+         "gradients, please consider Adam instead"),
+        ("--optimizer.init_args.lr fast", "--optimizer.init_args.lr (fast) must be a number"),
+        ("--optimizer.init_args.lr true", "--optimizer.init_args.lr (True) must be a number"),
+        ("--optimizer.init_args.lr null", "--optimizer.init_args.lr (None) must be a number"),
+        ("--optimizer.init_args.lr -1", "--train.learning_rate (-1) must be above 0"),
+        ("--seed -1", "--seed (-1) must be 0 or more, and below 2^63"),
+        ("--seed 9223372036854775808", "--seed (9223372036854775808) must be 0 or more, and below 2^63"),
         ("--resume true", "--resume: there is no checkpoint in out; start without --resume"),
         ("--resume nowhere", "--resume: there is no checkpoint in nowhere; start without --resume"),
         ("--config nowhere.yaml", "--config nowhere.yaml cannot be read: No such file or directory"),
@@ -317,6 +336,50 @@ def test_a_file_of_settings_that_is_none_is_refused(content, sentence, capsys):
     check(capsys, [*FINETUNE, "--config", "run.yaml"], f"--config run.yaml {sentence}")
 
 
+@pytest.mark.parametrize("flags", [["--train", "train.yaml"], ["--train=train.yaml"]], ids=["two words", "one word"])
+def test_a_file_for_one_group_of_settings_is_checked_as_well(flags, capsys):
+    write("train.yaml", "epochs: 4\nepochs: 8\n")
+    check(capsys, [*FINETUNE, *flags], "--train train.yaml line 2 gives epochs a second time: remove one of them")
+
+
+def test_a_group_of_settings_on_the_command_line_is_checked_as_well(capsys):
+    sentence = "--eval {interval: 4, interval: 8} line 1 gives interval a second time: remove one of them"
+    check(capsys, [*FINETUNE, "--eval", "{interval: 4, interval: 8}"], sentence)
+
+
+@pytest.mark.parametrize("content", ["lora_r: &a [*a]\n", "lora_r: &a {x: *a}\n", "&a seed: *a\nlora_r: &b {<<: *b}\n"])
+def test_a_file_of_settings_that_holds_itself_is_refused(content, capsys):
+    write("run.yaml", content)
+    assert main([*FINETUNE, "--config", "run.yaml"]) == 1
+    assert capsys.readouterr().err.startswith("litlora: --config run.yaml ")
+
+
+def test_a_few_lines_that_stand_for_a_billion_values_are_refused(capsys):
+    write(
+        "run.yaml",
+        "a: &a [1, 1]\n" + "".join(f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]\n" for x, y in pairwise("abcdefghijk")),
+    )
+    check(
+        capsys,
+        [*FINETUNE, "--config", "run.yaml"],
+        "--config run.yaml holds more than 10,000 values, or an alias of itself: shorten it",
+    )
+
+
+def test_what_is_printed_in_the_place_of_a_token_is_not_taken_for_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["download", "--repo_id", "org/name", "--access_token", "hf_aBcDeFgHiJ", "--print_config"])
+    printed = capsys.readouterr().out
+    assert "hf_" not in printed
+    write("run.yaml", printed)
+    check(
+        capsys,
+        ["download", "--config", "run.yaml"],
+        "--access_token cannot be **********; see litlora download --help",
+        code=2,
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -347,6 +410,7 @@ def test_a_key_that_does_not_exist_or_has_another_type_exits_with_2(content, sen
              "--out_dir (/proc/litlora/run) cannot be written: No such file or directory"),
         case("run", lambda: (Path("out").mkdir(), write("out/metrics.csv")), "out",
              "--out_dir (out) holds a run already: choose another, remove it, or go on with it by --resume true"),
+        case("very long name", nothing, "o" * 300, f"--out_dir ({'o' * 300}) cannot be written: File name too long"),
         case("finished run", lambda: Path("out/final").mkdir(parents=True), "out",
              "--out_dir (out) holds a finished run: choose another, or remove it"),
     ],
@@ -398,6 +462,8 @@ def test_a_mistake_in_the_settings_is_said_before_anything_is_tokenized(capsys):
     [
         ("--checkpoint_dir nowhere",
          "there is no checkpoint folder nowhere; fetch one with: litlora download --repo_id ORG/NAME"),
+        (f"--checkpoint_dir {'x' * 300}",
+         f"{'x' * 300}/adapter_config.json cannot be read or written: File name too long"),
         ("--prompt=", "the prompt is empty: give one with --prompt or on standard input"),
         ("--temperature -1", "--temperature (-1.0) must be 0 or more"),
         ("--top_p 0", "--top_p (0.0) must be above 0 and at most 1"),
@@ -432,13 +498,32 @@ def test_generate_refuses_what_it_cannot_do(flags, sentence, capsys):
         case("other matrices", lambda: change("adapter/adapter_config.json", r=4),
              "the adapter adapter does not fit the base base: "
              "model.layers.0.self_attn.q_proj.lora_A.weight is (8, 32), not (4, 32)"),
+        case("pattern that is none", lambda: change("adapter/adapter_config.json", target_modules="("),
+             'adapter/adapter_config.json has "target_modules": \'(\', '
+             "but it must be a list of layer names or a regular expression"),
+        case("rank beyond any matrix", lambda: change("adapter/adapter_config.json", r=10**12),
+             f'adapter/adapter_config.json has "r": {10**12}, '
+             "but no matrix in adapter_model.safetensors has so many rows or columns"),
+        case("scale that is no number", lambda: change("adapter/adapter_config.json", lora_alpha=float("nan")),
+             'adapter/adapter_config.json has "lora_alpha": nan, but it must be a number above 0'),
+        case("pattern that takes years", lambda: change("adapter/adapter_config.json", target_modules="(.|.)*!"),
+             "target_modules ((.|.)*!) cannot be looked for: it takes more than 0.3 seconds"),
         case("another kind of adapter", lambda: change("adapter/adapter_config.json", use_dora=True),
              'adapter/adapter_config.json has "use_dora": True, which litlora does not implement'),
     ],
 )  # fmt: skip
-def test_an_adapter_that_does_not_fit_is_refused(command, spoil, sentence, capsys):
+def test_an_adapter_that_does_not_fit_is_refused(command, spoil, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
     spoil()
     check(capsys, command, sentence)
+
+
+def test_the_folder_of_a_run_is_told_from_its_adapter(capsys):
+    Path("run").mkdir()
+    Path("adapter").rename("run/final")
+    check(capsys, [*GENERATE, "--checkpoint_dir", "run"], "run is the folder of a run; did you mean run/final?")
+    sentence = "no adapter in run (expected adapter_config.json); did you mean run/final?"
+    check(capsys, [*MERGE, "--checkpoint_dir", "run"], sentence)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
 from litlora.model import GPT
-from litlora.optimizers import build_optimizer
+from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
 from litlora.records import RunFolder
 from litlora.sampling import Sampler, generate
@@ -36,7 +36,9 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     folder = RunFolder(args, lora_config(args), tokenizer.files)
     folder.check()
     limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)
-    build_optimizer(args.optimizer, [torch.nn.Parameter(torch.empty(0))], args.train.learning_rate)  # only a check
+    # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
+    fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
+    check_optimizer(args.optimizer, args.train.learning_rate, fabric.device)
     recipe = Recipe(tokenizer, args.prompt_style, args.mask_prompt)
     splits = [find_split(args.data_dir / f"{name}.jsonl", recipe) for name in ("train", "val")]
     shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
@@ -45,8 +47,6 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
         for split, tokens in zip(splits, open_splits(splits, recipe), strict=True)
     )
 
-    # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
-    fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     gpt = load_model(args.checkpoint_dir, dtype, fabric.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,9 +27,9 @@ def merge_lora(args: MergeLoraArgs) -> None:
     """Merge an adapter into its base and write the result as a checkpoint."""
     lora = read_lora_config(args.checkpoint_dir)
     base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
+    check_writable(args.out_dir, "--out_dir")
     if args.out_dir.exists():
         raise LitLoraError(f"--out_dir ({args.out_dir}) is there already: choose another, or remove it")
-    check_writable(args.out_dir, "--out_dir")
     model = check_checkpoint(base_dir)
     add_lora(model, lora)
     adapter = Adapter(read_matrices(model, args.checkpoint_dir, base_dir), lora.scaling)
@@ -73,12 +74,19 @@ def write_weights(folder: Path, base_dir: Path, adapter: Adapter, untie: bool) -
         tensors = {name: adapter.merged(name, handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
         if untie and EMBEDDING in tensors and HEAD not in Weights(base_dir):
             tensors[HEAD] = adapter.merged(HEAD, tensors[EMBEDDING])
-        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        save_tensors(tensors, folder / path.name)
         weight_map |= dict.fromkeys(tensors, path.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / INDEX, index)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # as which safetensors raises what the system refused
+        raise LitLoraError(f"cannot write {path.name} of the merged checkpoint: {error}") from error
 
 
 def write_config(folder: Path, base_dir: Path, untie: bool) -> None:

@@ -4,12 +4,14 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import Fault, HubServer, reachable_hub
+from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
 TOKEN = "hf_aBcDeFgHiJ"
@@ -58,17 +60,23 @@ def test_checkpoint_arrives_byte_for_byte_and_only_once(hub: HubServer, tmp_path
 
 
 def test_killed_download_goes_on_with_what_is_missing(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
+    chunk = constants.DOWNLOAD_CHUNK_SIZE
+    checkpoint[SHARDS[1]] = os.urandom(chunk + 2000)
     hub.add("org/name", checkpoint)
-    fault = hub.fail(Fault(SHARDS[1], stall_after=1000))
+    fault = hub.fail(Fault(SHARDS[1], stall_after=chunk + 1000))
     with subprocess.Popen(command(), cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         assert fault.stalled.wait(60)
+        folder = tmp_path / "checkpoints/org/name"
+        while not any(path.stat().st_size == chunk for path in folder.glob(".download/*")):
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    folder = tmp_path / "checkpoints/org/name"
     assert (folder / SHARDS[0]).read_bytes() == checkpoint[SHARDS[0]]
     assert not (folder / SHARDS[1]).exists()
     hub.fetched()
     assert run(tmp_path).returncode == 0
+    assert hub.ranges == [f"bytes={chunk}-"]
     assert hub.fetched() == [SHARDS[1]]
+    assert not (folder / ".download").exists()
     assert (folder / SHARDS[1]).read_bytes() == checkpoint[SHARDS[1]]
 
 
@@ -103,7 +111,7 @@ def test_refusal_is_one_sentence_without_the_token(hub: HubServer, tmp_path: Pat
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_disk_that_fills_up_on_the_way_leaves_only_whole_files(
+def test_disk_that_fills_up_on_the_way_keeps_what_has_arrived(
     hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]
 ):
     hub.add("org/name", {**checkpoint, SHARDS[1]: os.urandom(50_000)})
@@ -113,6 +121,10 @@ def test_disk_that_fills_up_on_the_way_leaves_only_whole_files(
         "litlora: cannot write into checkpoints (File too large): "
         "mend that, or choose another place with --checkpoint_root"
     )
-    root = tmp_path / "checkpoints"
-    left = {path.name for path in root.rglob("*") if path.is_file()}
-    assert left == {"config.json", "tokenizer.json", "model.safetensors.index.json", SHARDS[0]}
+    folder = tmp_path / "checkpoints/org/name"
+    whole = {"config.json", "tokenizer.json", "model.safetensors.index.json", SHARDS[0]}
+    assert {path.name for path in folder.iterdir()} == {*whole, ".download"}
+    hub.fetched()
+    assert run(tmp_path).returncode == 0
+    assert (hub.fetched(), hub.ranges) == ([SHARDS[1]], ["bytes=20000-"])
+    assert {path.name for path in folder.iterdir()} == {*whole, SHARDS[1]}
