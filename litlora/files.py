@@ -45,7 +45,7 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
     with ExitStack() as cleanup:
         partials = {path: _stage(path, content, cleanup) for path, content in contents.items()}
         for path, partial in partials.items():
-            with _failure_said(path):
+            with failure_said(path):
                 partial.replace(path)
                 _sync(path.parent)
 
@@ -53,9 +53,9 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
 def _stage(path: Path, content: bytes, cleanup: ExitStack) -> Path:
     """Write `content` beside `path`, under a name that `cleanup` removes if it is still there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _failure_said(path.parent):
+    with failure_said(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _failure_said(path), partial.open("wb") as file:
+    with failure_said(path), partial.open("wb") as file:
         cleanup.callback(partial.unlink, missing_ok=True)
         file.write(content)
         file.flush()
@@ -70,10 +70,10 @@ def whole_directory(path: Path) -> Iterator[Path]:
     Raises LitLoraError when it cannot be written, or when `path` is there already and holds something.
     """
     partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
-    with _failure_said(path):
+    with failure_said(path):
         partial.mkdir(parents=True)
     try:
-        with _failure_said(path):
+        with failure_said(path):
             yield partial
             for file in partial.iterdir():
                 _sync(file)
@@ -94,7 +94,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _failure_said(path: Path) -> Iterator[None]:
+def failure_said(path: Path) -> Iterator[None]:
+    """Turn a failure to write into the sentence that names the path."""
     try:
         yield
     except OSError as error:
