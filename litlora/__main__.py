@@ -27,12 +27,15 @@ COMMANDS: dict[str, type] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 a user's mistake; the parser itself exits with 2."""
+    """Run a command and return its exit code: 0 done, 1 a user's mistake, others of a run that was told to stop.
+
+    The parser itself exits with 2.
+    """
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except LitLoraError as error:
         say(str(error))
-        return 1
+        return error.exit_code
     except OSError as error:  # a name that no system call takes, a file that may not be read
         if error.filename is None:
             raise

@@ -1,6 +1,6 @@
 """What the flags and YAML keys of each command are: documented by attribute docstrings, self-checking."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,13 @@ def require_seed(seed: int) -> None:
     require(0 <= seed < 2**63, "--seed", seed, "0 or more, and below 2^63")
 
 
+def plain(value: Any) -> Any:
+    """Turn nested dataclasses and paths into what YAML holds."""
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    return str(value) if isinstance(value, Path) else value
+
+
 @dataclass(frozen=True)
 class TrainArgs:
     """How the training loop runs."""
@@ -36,6 +43,8 @@ class TrainArgs:
     """Passes over the training split."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, however many epochs are asked for."""
+    max_time: float | None = None
+    """Seconds after which the run saves a checkpoint and stops, to be gone on with by --resume."""
     max_seq_length: int | None = None
     """Most tokens of one example; longer ones are cut. By default the checkpoint's own limit."""
     learning_rate: float = 2e-4
@@ -50,6 +59,8 @@ class TrainArgs:
     """Clip the norm of all gradients at this value; null for no clipping."""
     save_interval: int = 1000
     """Save a resumable checkpoint every this many steps."""
+    save_total_limit: int | None = None
+    """Keep only this many of the newest checkpoints, and the one with the best validation loss; null keeps all."""
     log_interval: int = 1
     """Write a row of metrics.csv every this many steps."""
     activation_checkpointing: bool = False
@@ -58,9 +69,11 @@ class TrainArgs:
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "epochs", "save_interval", "log_interval"):
             require(getattr(self, name) >= 1, f"--train.{name}", getattr(self, name), "at least 1")
-        for name in ("micro_batch_tokens", "max_steps", "max_seq_length"):
+        for name in ("micro_batch_tokens", "max_steps", "max_seq_length", "save_total_limit"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--train.{name}", value, "at least 1, or null")
+        time = self.max_time
+        require(time is None or time > 0, "--train.max_time", time, "above 0, or null")
         steps = self.lr_warmup_steps
         require(steps is None or steps >= 0, "--train.lr_warmup_steps", steps, "0 or more, or null")
         fraction = self.lr_warmup_fraction
@@ -88,11 +101,16 @@ class EvalArgs:
     """Validate after the last step."""
     evaluate_example: int = 0
     """Which row of the validation split the sample answer is for, counted from 0."""
+    keep_best: bool = False
+    """Let the final adapter be the one with the best validation loss instead of the last one."""
+    patience: int | None = None
+    """Stop when this many validations in a row have not been better than the best one; null never stops early."""
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, "--eval.interval", self.interval, "at least 1")
-        iters = self.max_iters
-        require(iters is None or iters >= 1, "--eval.max_iters", iters, "at least 1, or null")
+        for name in ("max_iters", "patience"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--eval.{name}", value, "at least 1, or null")
         for name in ("max_new_tokens", "evaluate_example"):
             require(getattr(self, name) >= 0, f"--eval.{name}", getattr(self, name), "0 or more")
 
@@ -209,7 +227,9 @@ class FinetuneLoraArgs:
     seed: int = 1337
     """Decides the adapter's start, the order of the examples and dropout."""
     resume: bool | Path = False
-    """Go on from the newest checkpoint in out_dir (true), or from the one at this path."""
+    """Go on from the newest whole checkpoint in out_dir (true), or from the one at this path."""
+    overwrite: bool = False
+    """Replace a run that out_dir holds; together with --resume, only the final adapter of a finished one."""
 
     def __post_init__(self) -> None:
         require(self.devices == 1, "--devices", self.devices, "1")

@@ -1,8 +1,10 @@
 """Tokens -> samples -> global batches -> micro-batches without padding."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 from litlora.loss import IGNORE_INDEX
 from litlora.tokenized import Tokens
 
+T = TypeVar("T", covariant=True)
+PROMISING = 100  # global batches among which the longest micro-batch is looked for
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -18,6 +23,8 @@ class Sample:
 
     tokens: Tensor
     labels: Tensor
+    row: int = 0
+    """Which row of the split it is, counted from 1; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,18 @@ class Samples:
         row = index if self._rows is None else int(self._rows[index])
         stored = torch.from_numpy(self._tokens.example(row, int(self.lengths[index]))).long()
         tokens = torch.where(stored < 0, ~stored, stored)
-        return Sample(tokens[:-1], torch.where(stored < 0, IGNORE_INDEX, stored)[1:])
+        return Sample(tokens[:-1], torch.where(stored < 0, IGNORE_INDEX, stored)[1:], row + 1)
 
 
-def global_batches(samples: Samples, size: int, *, seed: int, epoch: int, skip: int = 0) -> Iterator[list[Sample]]:
+class Numbered(Protocol[T]):
+    """Things that are asked for by number, such as samples, or their numbers alone."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T: ...
+
+
+def global_batches(samples: Numbered[T], size: int, *, seed: int, epoch: int, skip: int = 0) -> Iterator[list[T]]:
     """Yield the global batches of an epoch behind the first `skip`; their order follows from seed and epoch alone.
 
     The last one may be smaller.
@@ -71,6 +86,26 @@ def global_batches(samples: Samples, size: int, *, seed: int, epoch: int, skip: 
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed + epoch))
     for start in range(skip * size, len(samples), size):
         yield [samples[index] for index in order[start : start + size].tolist()]
+
+
+def longest_micro_batch(
+    samples: Samples, batches: Iterable[list[int]], size: int, max_tokens: int | None
+) -> list[Sample]:
+    """Return the samples of the micro-batch with the most tokens, of all global batches of these numbers.
+
+    Only those global batches are split whose mean and longest sample together promise the most.
+    """
+
+    def promise(batch: list[int]) -> float:
+        lengths = samples.lengths[batch]
+        return float(lengths.sum() / math.ceil(len(batch) / size) + lengths.max())
+
+    groups = [
+        [batch[place] for place in group]
+        for batch in nlargest(PROMISING, batches, key=promise)
+        for group in split(samples.lengths[batch].tolist(), size, max_tokens)
+    ]
+    return [samples[number] for number in max(groups, key=lambda group: int(samples.lengths[group].sum()))]
 
 
 def in_file_order(samples: Samples, size: int) -> Iterator[list[Sample]]:
@@ -84,12 +119,15 @@ def micro_batches(samples: Sequence[Sample], size: int, max_tokens: int | None) 
 
     They are balanced: none is much longer than another.
     """
-    lengths = [len(sample.tokens) for sample in samples]
-    if max_tokens is None:
-        groups = balance(lengths, math.ceil(len(lengths) / size), most=size)
-    else:
-        groups = fewest(lengths, max_tokens)
+    groups = split([len(sample.tokens) for sample in samples], size, max_tokens)
     return [join([samples[index] for index in group]) for group in groups]
+
+
+def split(lengths: Sequence[int], size: int, max_tokens: int | None) -> list[list[int]]:
+    """Part the samples of these lengths into micro-batches."""
+    if max_tokens is None:
+        return balance(lengths, math.ceil(len(lengths) / size), most=size)
+    return fewest(lengths, max_tokens)
 
 
 def fewest(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import yaml
@@ -13,12 +15,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from litlora.adapter import write_adapter
-from litlora.args import FinetuneLoraArgs
+from litlora.args import FinetuneLoraArgs, plain
 from litlora.errors import LitLoraError
-from litlora.files import check_writable, failure_said, whole_directory, write_whole
+from litlora.files import failure_said, whole_directory, write_whole
 from litlora.lora import LoRAConfig
+from litlora.manifest import write_manifest
+from litlora.resuming import Identity, newest_whole, whole
 from litlora.state import Progress, write_state
 
+METRICS = "metrics.csv"
 COLUMNS = (
     "step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb",
 )  # fmt: skip
@@ -31,6 +36,7 @@ class RunFolder:
     args: FinetuneLoraArgs
     lora: LoRAConfig
     tokenizer_files: tuple[Path, ...]
+    identity: Identity
 
     @property
     def path(self) -> Path:
@@ -38,63 +44,93 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.csv"
+        return self.path / METRICS
 
-    def check(self) -> None:
-        """Refuse a folder that cannot be written, holds a run already, or none to go on with; nothing is created."""
-        check_writable(self.path, "--out_dir")
-        if self.metrics.exists() and not self.args.resume:
-            hint = "choose another, remove it, or go on with it by --resume true"
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The step folders, the oldest first."""
+        return sorted((path for path in self.path.glob("step-*") if step_of(path)), key=step_of)
+
+    def check(self) -> Path | None:
+        """Return the checkpoint to start from, or None for a run from the start; nothing is created or removed.
+
+        Refuses a folder that holds another run, or no whole checkpoint of this one to go on with.
+        """
+        start = self._start()
+        if self.final.exists() and not self.args.overwrite:
+            hint = "choose another, or replace it by --overwrite true"
+            raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {hint}")
+        own = self.args.resume is True or self._is_own(start)
+        if (self.metrics.exists() or self.checkpoints) and not own and not self.args.overwrite:
+            hint = "choose another, go on with it by --resume true, or replace it by --overwrite true"
             raise LitLoraError(f"--out_dir ({self.path}) holds a run already: {hint}")
-        if (self.path / "final").exists():
-            raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: choose another, or remove it")
-        self.resume_from()
+        if start is not None:
+            self.identity.check(start)
+        return start
 
-    def resume_from(self) -> Path | None:
-        """Return the checkpoint that --resume asks for, or None for a run from the start."""
+    def _start(self) -> Path | None:
+        if isinstance(self.args.resume, Path):
+            return whole(self.args.resume)
         if not self.args.resume:
             return None
-        if isinstance(self.args.resume, Path):
-            found = [self.args.resume] if (self.args.resume / "training_state.json").is_file() else []
-        else:
-            found = sorted(self.path.glob("step-*"))
-        if not found:
-            where = self.path if self.args.resume is True else self.args.resume
-            raise LitLoraError(f"--resume: there is no checkpoint in {where}; start without --resume")
-        return found[-1]
+        if not self.checkpoints:
+            sys.stderr.write(f"there is no checkpoint in {self.path} yet: starting at the first step\n")
+            return None
+        return newest_whole(self.checkpoints)
 
-    def open(self, progress: Progress) -> None:
-        """Write the settings, and a metrics.csv that ends where the progress stands."""
-        settings = plain(dataclasses.replace(self.args, resume=False))
-        rows = self._rows_until(progress.step) if progress.step else [",".join(COLUMNS)]
+    def _is_own(self, start: Path | None) -> bool:
+        return start is not None and start.resolve().parent == self.path.resolve()
+
+    def open(self, start: Path | None, step: int) -> None:
+        """Remove what lies behind the start, and write the settings and a metrics.csv that ends there."""
+        for path in list(self.path.glob(".*.partial")):  # left by a killed run, for this one has the lock
+            remove(path)
+        for path in self.checkpoints:
+            if step_of(path) > step or not self._is_own(start):
+                remove(path)
+        if not self._is_own(start):
+            remove(self.final)
+        settings = plain(dataclasses.replace(self.args, resume=False, overwrite=False))
         write_whole(
             {
                 self.path / "hyperparameters.yaml": yaml.safe_dump(settings, sort_keys=False).encode(),
-                self.metrics: ("\n".join(rows) + "\n").encode(),
+                self.metrics: "".join(f"{row}\n" for row in rows_until(start, step)).encode(),
             }
         )
-
-    def _rows_until(self, step: int) -> list[str]:
-        header, *rows = self.metrics.read_text(encoding="utf-8").splitlines()
-        return [header, *(row for row in rows if int(row.split(",")[0]) <= step)]
 
     def log(self, **values: float | None) -> None:
         """Append a row to metrics.csv, at once, so that a killed run keeps its log."""
         with failure_said(self.metrics), self.metrics.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
 
-    def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
-        """Save the adapter and all that an exact continuation needs."""
-        with whole_directory(self.path / f"step-{progress.step:06d}") as folder:
+    def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
+        """Save the adapter and all that an exact continuation needs, and return its folder."""
+        path = self.path / f"step-{progress.step:06d}"
+        with whole_directory(path) as folder:
             self._write_adapter(folder, model)
             write_state(folder, optimizer, progress)
+            self.identity.write(folder)
+            write_manifest(folder)
+        self._keep_to_limit(progress.best.step)
+        return path
+
+    def _keep_to_limit(self, best: int) -> None:
+        limit = self.args.train.save_total_limit
+        for path in self.checkpoints[:-limit] if limit else ():
+            if step_of(path) != best:
+                remove(path)
 
     def save_final(self, model: nn.Module, report: dict[str, Any]) -> Path:
         """Save the adapter with the report of the run, and return its folder."""
-        with whole_directory(self.path / "final") as folder:
+        remove(self.final)
+        with whole_directory(self.final) as folder:
             self._write_adapter(folder, model)
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        return self.path / "final"
+        return self.final
 
     def _write_adapter(self, folder: Path, model: nn.Module) -> None:
         write_adapter(folder, model, self.lora, self.args.checkpoint_dir, self.args.prompt_style)
@@ -102,8 +138,28 @@ class RunFolder:
             shutil.copyfile(path, folder / path.name)
 
 
-def plain(value: Any) -> Any:
-    """Turn nested dataclasses and paths into what YAML holds."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return str(value) if isinstance(value, Path) else value
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's folder is named after; 0 for another folder."""
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else 0
+
+
+def rows_until(start: Path | None, step: int) -> list[str]:
+    """Return the header of metrics.csv, and the rows that the run of a checkpoint has left up to its step."""
+    header = ",".join(COLUMNS)
+    metrics = None if start is None else start.parent / METRICS
+    if metrics is None or not metrics.is_file():
+        return [header]
+    rows = (row.split(",") for row in metrics.read_text(encoding="utf-8").splitlines())
+    whole_rows = (row for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal())
+    return [header, *(",".join(row) for row in whole_rows if int(row[0]) <= step)]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there, so that a folder is never seen in part."""
+    if not path.exists():
+        return
+    with failure_said(path):
+        doomed = path.with_name(f".{path.name.strip('.')}.{token_hex(4)}.partial")
+        path.rename(doomed)
+        shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()

@@ -1,15 +1,19 @@
-"""Training state beside an adapter: optimizer, random generator and counters, stored without a pickle."""
+"""Training state beside an adapter: optimizer, random generators, counters and the best adapter, without a pickle."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.optim import Optimizer
 
+from litlora.errors import LitLoraError
 from litlora.files import read_json
 
 TENSORS = "training_state.safetensors"
@@ -28,6 +32,18 @@ class StepResult:
 
 
 @dataclass
+class Best:
+    """The lowest validation loss of a run so far."""
+
+    loss: float | None = None
+    step: int = 0
+    beaten: int = 0
+    """How many validations in a row have not been better since."""
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+    """The adapter that had it, where it is to be kept."""
+
+
+@dataclass
 class Progress:
     """How far a run is; losses and tokens of an epoch are those of the present one."""
 
@@ -39,17 +55,30 @@ class Progress:
     epoch_loss: float = 0.0
     """Sum of the losses of the epoch's supervised tokens so far."""
     epoch_supervised_tokens: int = 0
+    val_loss: float | None = None
+    """Validation loss after the present step, if one was taken."""
+    best: Best = field(default_factory=Best)
 
     def add(self, epoch: int, result: StepResult) -> None:
         """Count one more step."""
         if epoch != self.epoch:
             self.epoch, self.epoch_loss, self.epoch_supervised_tokens = epoch, 0.0, 0
         self.step += 1
+        self.val_loss = None
         self.tokens += result.tokens
         self.supervised_tokens += result.supervised_tokens
         self.seconds += result.seconds
         self.epoch_loss += result.loss * result.supervised_tokens
         self.epoch_supervised_tokens += result.supervised_tokens
+
+    def validated(self, loss: float, matrices: Mapping[str, Tensor]) -> None:
+        """Note the validation loss after the present step, and the adapter that had it if it is the best so far."""
+        self.val_loss = loss
+        if self.best.loss is None or loss < self.best.loss:
+            kept = {name: matrix.detach().to("cpu", copy=True) for name, matrix in matrices.items()}
+            self.best = Best(loss, self.step, matrices=kept)
+        else:
+            self.best.beaten += 1
 
     @property
     def train_loss(self) -> float:
@@ -59,7 +88,9 @@ class Progress:
 
 def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
     """Write what an exact continuation needs, beside the adapter."""
+    best = dataclasses.replace(progress.best, matrices={})
     tensors: dict[str, Tensor] = {"cpu_generator": torch.get_rng_state()}
+    tensors |= {f"best.{name}": matrix for name, matrix in progress.best.matrices.items()}
     scalars: dict[str, object] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
@@ -71,20 +102,31 @@ def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
     for device in range(torch.cuda.device_count()):
         tensors[f"cuda_generator.{device}"] = torch.cuda.get_rng_state(device)
     (folder / TENSORS).write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-    counters = {"progress": dataclasses.asdict(progress), "optimizer": scalars}
+    counters = {"progress": dataclasses.asdict(dataclasses.replace(progress, best=best)), "optimizer": scalars}
     (folder / COUNTERS).write_text(json.dumps(counters, indent=2) + "\n", encoding="utf-8")
 
 
 def restore_state(folder: Path, optimizer: Optimizer) -> Progress:
-    """Put optimizer and random generators back to where `write_state` found them, and return the counters."""
-    tensors, counters = load_file(folder / TENSORS), read_json(folder / COUNTERS)
+    """Put optimizer and random generators back to where `write_state` found them, and return the progress."""
+    try:
+        return _restore(load_file(folder / TENSORS), read_json(folder / COUNTERS), optimizer)
+    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise LitLoraError(f"{folder} holds no training state of this optimizer: {error}") from error
+
+
+def _restore(tensors: dict[str, Tensor], counters: dict[str, Any], optimizer: Optimizer) -> Progress:
     torch.set_rng_state(tensors.pop("cpu_generator"))
     state: dict[int, dict[str, object]] = {}
+    matrices: dict[str, Tensor] = {}
     for key, value in (tensors | counters["optimizer"]).items():
-        kind, index, *name = key.split(".", 2)
-        if kind == "cuda_generator":
-            torch.cuda.set_rng_state(value, int(index))
-        else:
-            state.setdefault(int(index), {})[name[0]] = value
+        kind, _, name = key.partition(".")
+        if kind == "best":
+            matrices[name] = value
+        elif kind == "optimizer":
+            index, _, name = name.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        elif int(name) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, int(name))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return Progress(**counters["progress"])
+    progress = counters["progress"]
+    return Progress(**progress | {"best": Best(**progress["best"] | {"matrices": matrices})})

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import TypeVar
 
 import torch
 from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
@@ -15,12 +16,24 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from litlora.args import FinetuneLoraArgs, TrainArgs
-from litlora.batches import MicroBatch, Sample, Samples, global_batches, in_file_order, micro_batches
+from litlora.batches import (
+    MicroBatch,
+    Numbered,
+    Sample,
+    Samples,
+    global_batches,
+    in_file_order,
+    micro_batches,
+)
 from litlora.errors import LitLoraError
+from litlora.lora import lora_parameters
 from litlora.loss import supervised_loss
 from litlora.model import GPT, evaluating
 from litlora.records import RunFolder
 from litlora.state import Progress, StepResult
+from litlora.stopping import Stopping
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,31 +51,46 @@ class Run:
     folder: RunFolder
     answer: Callable[[], str]
     """Gives the model's present answer to the example that is shown at each validation; "" for none."""
+    stopping: Stopping
 
 
-def fit(run: Run, progress: Progress) -> float | None:
-    """Train from where `progress` stands to the last step; return the validation loss after it, if one was taken."""
-    args, total, val_loss = run.args, total_steps(len(run.train), run.args.train), None
+def fit(run: Run, progress: Progress) -> None:
+    """Train from where `progress` stands to the last step, unless validation says, or the run is told, to stop."""
+    args, total = run.args, total_steps(len(run.train), run.args.train)
     with tqdm(total=total, initial=progress.step, unit="step", file=sys.stderr, mininterval=_talk_interval()) as bar:
         if progress.step == 0 and args.eval.initial_validation:
             run.folder.log(step=0, epoch=0, val_loss=validate_and_show(run, 0))
         for epoch, step, batch in steps(run.train, args, after=progress.step, total=total):
+            if is_out_of_patience(run, progress):
+                break
             rate = learning_rate(step, total, args.train)
-            result = train_step(
-                run, micro_batches(batch, args.train.micro_batch_size, args.train.micro_batch_tokens), rate, step
-            )
+            result = train_step(run, batch, rate, step)
             progress.add(epoch, result)
-            final = step == total and args.eval.final_validation
-            val_loss = validate_and_show(run, step) if final or step % args.eval.interval == 0 else None
-            if val_loss is not None or step % args.train.log_interval == 0:
-                run.folder.log(**row(progress, result, rate, val_loss))
-            if step % args.train.save_interval == 0:
-                run.folder.save_step(run.gpt, run.optimizer, progress)
+            if step % args.eval.interval == 0 or (step == total and args.eval.final_validation):
+                progress.validated(
+                    validate_and_show(run, step), lora_parameters(run.gpt) if args.eval.keep_best else {}
+                )
+            if progress.val_loss is not None or step % args.train.log_interval == 0:
+                run.folder.log(**row(progress, result, rate))
+            is_told = step < total and run.stopping.reason() is not None
+            if is_told or step % args.train.save_interval == 0:
+                saved = run.folder.save_step(run.gpt, run.optimizer, progress)
             bar.set_postfix_str(
                 f"loss {result.loss:.4f}, {result.tokens / result.seconds:,.0f} tokens/s", refresh=False
             )
             bar.update()
-    return val_loss
+            if is_told:
+                raise run.stopping.stopped(f"after step {step} of {total}, which is saved in {saved}")
+
+
+def is_out_of_patience(run: Run, progress: Progress) -> bool:
+    """Tell whether too many validations in a row have not been better than the best, and say so."""
+    best, patience = progress.best, run.args.eval.patience
+    if patience is None or best.beaten < patience:
+        return False
+    since = f"no validation has been better than that of step {best.step} ({best.loss:.4f})"
+    tqdm.write(f"stopped early after step {progress.step}: {since}", file=sys.stderr)
+    return True
 
 
 def _talk_interval() -> float:
@@ -70,8 +98,8 @@ def _talk_interval() -> float:
 
 
 def steps(
-    samples: Samples, args: FinetuneLoraArgs, *, after: int, total: int
-) -> Iterator[tuple[int, int, list[Sample]]]:
+    samples: Numbered[T], args: FinetuneLoraArgs, *, after: int, total: int
+) -> Iterator[tuple[int, int, list[T]]]:
     """Yield epoch, step and global batch of every step behind `after`; all of it follows from the seed alone."""
     size, step = args.train.global_batch_size, after
     per_epoch = math.ceil(len(samples) / size)
@@ -102,12 +130,13 @@ def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
     return args.min_lr + (args.learning_rate - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train_step(run: Run, batch: Sequence[MicroBatch], rate: float, step: int) -> StepResult:
+def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> StepResult:
     """Take one optimizer step on a global batch, with the mean over all its supervised tokens as the loss."""
     start = time.perf_counter()
-    supervised = sum(micro.supervised for micro in batch)
+    micros = micro_batches(batch, run.args.train.micro_batch_size, run.args.train.micro_batch_tokens)
+    supervised = sum(micro.supervised for micro in micros)
     loss = torch.zeros((), device=run.fabric.device)
-    for micro in batch:
+    for micro in micros:
         part = summed_loss(run, micro) / supervised
         run.fabric.backward(part)
         loss += part.detach()
@@ -115,15 +144,20 @@ def train_step(run: Run, batch: Sequence[MicroBatch], rate: float, step: int) ->
     norm = run.fabric.clip_gradients(run.model, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
     mean, grad_norm = loss.item(), float(norm)  # type: ignore[arg-type]
     if not math.isfinite(mean) or not math.isfinite(grad_norm):
-        raise LitLoraError(
-            f"step {step} has the loss {mean} and a gradient norm of {grad_norm}: lower the learning rate"
-        )
+        raise not_finite(f"step {step} has the loss {mean} and a gradient norm of {grad_norm}", batch)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
     run.optimizer.zero_grad()
-    tokens = sum(len(micro.tokens) for micro in batch)
+    tokens = sum(len(micro.tokens) for micro in micros)
     return StepResult(mean, grad_norm, tokens, supervised, time.perf_counter() - start)
+
+
+def not_finite(fault: str, batch: Sequence[Sample]) -> LitLoraError:
+    """Name the examples that a step failed on."""
+    rows = ", ".join(str(sample.row) for sample in sorted(batch, key=lambda sample: sample.row))
+    hint = "lower --train.learning_rate, or look at these rows; what is saved so far stays"
+    return LitLoraError(f"{fault} on train.jsonl rows {rows} (the first row is 1): {hint}")
 
 
 def summed_loss(run: Run, micro: MicroBatch) -> torch.Tensor:
@@ -157,13 +191,13 @@ def validate_and_show(run: Run, step: int) -> float:
     return val_loss
 
 
-def row(progress: Progress, result: StepResult, rate: float, val_loss: float | None) -> dict[str, float | None]:
+def row(progress: Progress, result: StepResult, rate: float) -> dict[str, float | None]:
     """Return the row of metrics.csv for a step."""
     return {
         "step": progress.step,
         "epoch": progress.epoch,
         "loss": result.loss,
-        "val_loss": val_loss,
+        "val_loss": progress.val_loss,
         "learning_rate": rate,
         "grad_norm": result.grad_norm,
         "tokens": progress.tokens,

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from litlora.batches import Sample, Samples, global_batches, in_file_order, join, micro_batches
+from litlora.batches import (
+    Sample,
+    Samples,
+    global_batches,
+    in_file_order,
+    join,
+    longest_micro_batch,
+    micro_batches,
+)
 from litlora.examples import Example, Turn
 from litlora.loss import IGNORE_INDEX
 from litlora.tokenized import Tokens, encode
@@ -162,3 +170,15 @@ def test_an_epoch_may_begin_behind_some_global_batches():
 def test_a_split_may_be_read_in_the_order_of_its_file():
     groups = list(in_file_order(numbered(5), 2))
     assert [[int(sample.tokens[0]) for sample in group] for group in groups] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize(("size", "max_tokens"), [(4, None), (1, None), (16, None), (4, 700)])
+def test_the_longest_micro_batch_of_all_epochs_is_found_without_reading_them(size, max_tokens):
+    lengths = np.random.default_rng(0).integers(1, 300, 500)
+    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
+    samples = Samples(Tokens(np.zeros(offsets[-1], np.int32), offsets, np.zeros(500, np.int32)), max_seq_length=300)
+    order = {"size": 16, "seed": 1}
+    batches = [batch for epoch in (1, 2, 3) for batch in global_batches(samples, epoch=epoch, **order)]
+    sizes = [sum(micro.lengths) for batch in batches for micro in micro_batches(batch, size, max_tokens)]
+    numbers = (batch for epoch in (1, 2, 3) for batch in global_batches(range(500), epoch=epoch, **order))
+    assert len(join(longest_micro_batch(samples, numbers, size, max_tokens)).tokens) == max(sizes)

@@ -8,14 +8,15 @@ import litlora
 PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
-    args config files layout limits linear loss rows
-    attention examples hub lora optimizers state
+    args config files layout limits linear loss rows stopping
+    attention examples hub locking lora manifest optimizers state
     model preparing prompts
     checkpoint sampling tokenizer
-    adapter
+    adapter resuming
     records tokenized
     batches
     training
+    memory
     commands
     flags
     __main__

@@ -167,7 +167,11 @@ def test_a_resumed_run_ends_as_the_unbroken_one_to_the_bit(tiny, data_dir, tmp_p
 def test_a_loss_that_is_no_number_stops_the_run(tiny, data_dir, tmp_path, capsys):
     flags = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path, "--precision", "32-true"]
     assert main(["finetune_lora", *map(str, flags), "--train.learning_rate", "1e30", "--train.epochs", "9"]) == 1
-    assert "litlora: step 2 has the loss nan" in capsys.readouterr().err
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    rows = ", ".join(map(str, range(1, 16)))
+    fault = f"step 2 has the loss nan and a gradient norm of nan on train.jsonl rows {rows} (the first row is 1)"
+    hint = "lower --train.learning_rate, or look at these rows; what is saved so far stays"
+    assert sentence == f"litlora: {fault}: {hint}"
     assert not (tmp_path / "final").exists()
 
 

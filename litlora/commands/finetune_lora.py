@@ -2,8 +2,10 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,34 +15,47 @@ from torch.optim import Optimizer
 from litlora.adapter import load_matrices
 from litlora.args import FinetuneLoraArgs
 from litlora.batches import Samples
-from litlora.checkpoint import check_checkpoint, load_model
+from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
+from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
+from litlora.memory import check_memory
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
 from litlora.records import RunFolder
+from litlora.resuming import Identity, no_checkpoint
 from litlora.sampling import Sampler, generate
 from litlora.state import Progress, restore_state
-from litlora.tokenized import Recipe, Tokens, find_split, open_splits
+from litlora.stopping import Stopping
+from litlora.tokenized import Recipe, Split, Tokens, find_split, open_splits
 from litlora.tokenizer import Tokenizer
 from litlora.training import Run, fit, peak_memory_gb, total_steps
 
 
 def finetune_lora(args: FinetuneLoraArgs) -> None:
     """Fine-tune a checkpoint with LoRA."""
+    stopping = Stopping(args.train.max_time)
+    if args.resume is True and not args.out_dir.exists():
+        raise no_checkpoint(args.out_dir)
+    with locked(args.out_dir, "--out_dir"):
+        train_adapter(args, stopping)
+
+
+def train_adapter(args: FinetuneLoraArgs, stopping: Stopping) -> None:
+    """Train in a folder that is this process's own."""
     config = check_checkpoint(args.checkpoint_dir).config
     tokenizer = Tokenizer(args.checkpoint_dir)
     style = tokenizer.prompt_style(args.prompt_style)
-    folder = RunFolder(args, lora_config(args), tokenizer.files)
-    folder.check()
     limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)
     # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
     fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
     check_optimizer(args.optimizer, args.train.learning_rate, fabric.device)
     recipe = Recipe(tokenizer, args.prompt_style, args.mask_prompt)
     splits = [find_split(args.data_dir / f"{name}.jsonl", recipe) for name in ("train", "val")]
+    folder = RunFolder(args, lora_config(args), tokenizer.files, Identity.of(args, contents(args, splits)))
+    start = folder.check()
     shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
     train, val = (
         samples_of(split.path.name, tokens, limit, args.train.micro_batch_tokens)
@@ -54,14 +69,23 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
     model, optimizer = fabric.setup(gpt, optimizer)
-    progress = go_on(folder, gpt, optimizer)
+    progress = go_on(folder, start, gpt, optimizer)
 
     answer = partial(sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens)
-    run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train, val, args, folder, answer)
+    run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping)
     say_plan(run)
-    val_loss = fit(run, progress)
-    final = folder.save_final(gpt, report(gpt, progress, val_loss))
+    check_memory(run, progress.step)
+    folder.open(start, progress.step)
+    with stopping.heeding_signals():
+        fit(run, progress)
+    final = folder.save_final(gpt, report(gpt, progress, take_best(gpt, progress)))
     say(f"adapter in {final}")
+
+
+def contents(args: FinetuneLoraArgs, splits: Sequence[Split]) -> dict[str, str]:
+    """Return the hashes of what a run reads: the base's weights, and the tokens of each split."""
+    tokens = {f"the rows or the tokenizer of {split.path.name}": split.name for split in splits}
+    return {"the base's weights": fingerprint(args.checkpoint_dir)} | tokens
 
 
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
@@ -93,14 +117,24 @@ def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | 
     return samples
 
 
-def go_on(folder: RunFolder, gpt: GPT, optimizer: Optimizer) -> Progress:
-    """Open the run's folder, at the start or where the checkpoint that --resume asks for stands."""
-    start = folder.resume_from()
-    if start is not None:
-        load_matrices(gpt, start, folder.args.checkpoint_dir)
-    progress = Progress() if start is None else restore_state(start, optimizer)
-    folder.open(progress)
-    return progress
+def go_on(folder: RunFolder, start: Path | None, gpt: GPT, optimizer: Optimizer) -> Progress:
+    """Put the adapter and the training state to where the checkpoint stands that the run starts from, if any."""
+    if start is None:
+        return Progress()
+    load_matrices(gpt, start, folder.args.checkpoint_dir)
+    return restore_state(start, optimizer)
+
+
+def take_best(gpt: GPT, progress: Progress) -> float | None:
+    """Put the best adapter in the place of the last one, if it is kept; return the validation loss of the result."""
+    best = progress.best
+    if not best.matrices:
+        return progress.val_loss
+    say(f"the best validation loss is that of step {best.step}: {best.loss:.4f}")
+    with torch.no_grad():
+        for name, parameter in lora_parameters(gpt).items():
+            parameter.copy_(best.matrices[name])
+    return best.loss
 
 
 def sample_answer(
