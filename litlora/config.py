@@ -22,6 +22,7 @@ ONLY_VALUES: dict[str, Any] = {
     "partial_rotary_factor": 1,
     "pruned_heads": {},
 }
+REASONS = {"quantization_config": "take the checkpoint that it was made from, which --quantize can quantize"}
 SHOWN = 60  # characters of a value in a refusal
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # Keys that do not change what the network computes: provenance, initialisation, generation, serving.
@@ -107,7 +108,7 @@ def _refuse_what_is_not_implemented(hub: dict[str, Any]) -> None:
             if value != ONLY_VALUES[key]:
                 raise _refusal(key, value, f"only {_shown(ONLY_VALUES[key])} is implemented")
         elif value is not False:
-            raise _refusal(key, value, "this key is not implemented and may change the result")
+            raise _refusal(key, value, REASONS.get(key, "this key is not implemented and may change the result"))
 
 
 def _heads(values: dict[str, Any]) -> dict[str, int]:

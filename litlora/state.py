@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,7 +64,7 @@ def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
     tensors: dict[str, Tensor] = {"cpu_generator": torch.get_rng_state()}
     scalars: dict[str, object] = {}
     for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
+        for name, value in _flat(values):
             key = f"optimizer.{index}.{name}"
             if isinstance(value, Tensor):
                 tensors[key] = value
@@ -70,9 +72,19 @@ def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
                 scalars[key] = value
     for device in range(torch.cuda.device_count()):
         tensors[f"cuda_generator.{device}"] = torch.cuda.get_rng_state(device)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    # Copies, since optimizers may share tensors among their parameters, and safetensors refuses that.
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+        folder / TENSORS,
+    )
     counters = {"progress": dataclasses.asdict(progress), "optimizer": scalars}
     (folder / COUNTERS).write_text(json.dumps(counters, indent=2) + "\n", encoding="utf-8")
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield the state of a parameter, of which bitsandbytes wraps a part in a dictionary that it need not be in."""
+    for name, value in values.items():
+        yield from value.items() if isinstance(value, dict) else [(name, value)]
 
 
 def restore_state(folder: Path, optimizer: Optimizer) -> Progress:

@@ -9,6 +9,7 @@ PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
     args config files layout linear loss rows
+    quantize
     attention examples hub lora optimizers state
     model preparing prompts
     checkpoint sampling tokenizer

@@ -20,6 +20,7 @@ from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_param
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer
 from litlora.prompts import PromptStyle
+from litlora.quantize import Quantization, import_bitsandbytes
 from litlora.records import RunFolder
 from litlora.sampling import Sampler, generate
 from litlora.state import Progress, restore_state
@@ -37,6 +38,8 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     folder.check()
     limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)
     build_optimizer(args.optimizer, [torch.nn.Parameter(torch.empty(0))], args.train.learning_rate)  # only a check
+    if args.quantize:
+        import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     recipe = Recipe(tokenizer, args.prompt_style, args.mask_prompt)
     splits = [find_split(args.data_dir / f"{name}.jsonl", recipe) for name in ("train", "val")]
     shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
@@ -49,7 +52,8 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    gpt = load_model(args.checkpoint_dir, dtype, fabric.device)
+    quantization = Quantization(args.quantize, dtype) if args.quantize else None
+    gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
     add_lora(gpt, folder.lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
