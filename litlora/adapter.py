@@ -17,6 +17,7 @@ from litlora.errors import LitLoraError
 from litlora.files import YAML_FAULTS, read_json
 from litlora.lora import LoRAConfig, add_lora, lora_parameters
 from litlora.model import GPT
+from litlora.quantize import Quantization, quantization_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,6 +26,8 @@ FINAL = "final"  # in the folder of a run
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
+# PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
+BASE, QUANTIZATION = "auto_mapping", "quantization_config"
 # Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
 IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
 WITHOUT_EFFECT = {
@@ -47,7 +50,9 @@ def meant(out_dir: Path) -> str | None:
 
 def write_adapter(directory: Path, model: torch.nn.Module, lora: LoRAConfig, base_dir: Path, prompt_style: str) -> None:
     """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on."""
+    quantization = quantization_of(model)
     config = {
+        BASE: None if quantization is None else {QUANTIZATION: quantization.hub},
         "base_model_name_or_path": str(base_dir.resolve()),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -103,6 +108,18 @@ def _check_rank(path: Path, rank: int) -> None:
     longest = max((max(handle.get_slice(name).get_shape(), default=0) for name in handle.keys()), default=0)  # noqa: SIM118
     if rank > longest:
         raise LitLoraError(f'{path} has "r": {rank}, but no matrix in {WEIGHTS} has so many rows or columns')
+
+
+def read_quantization(adapter_dir: Path) -> Quantization | None:
+    """Return how the base was quantized when the adapter was trained, or None where it was not, or is not said."""
+    base = read_json(adapter_dir / CONFIG).get(BASE)
+    hub = base.get(QUANTIZATION) if isinstance(base, dict) else None
+    if hub is None:
+        return None
+    try:
+        return Quantization.from_hub(hub)
+    except LitLoraError as error:
+        raise LitLoraError(f"{adapter_dir} was trained on {error}") from error
 
 
 def _refuse_what_is_not_implemented(path: Path, config: dict[str, Any]) -> None:
@@ -163,9 +180,15 @@ def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None
     return Path(named), directory
 
 
-def load_with_adapter(base_dir: Path, adapter_dir: Path | None, dtype: torch.dtype, device: torch.device) -> GPT:
+def load_with_adapter(
+    base_dir: Path,
+    adapter_dir: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> GPT:
     """Load the model of a base, with an adapter if there is one."""
-    model = load_model(base_dir, dtype, device)
+    model = load_model(base_dir, dtype, device, quantization)
     if adapter_dir is not None:
         load_adapter(model, adapter_dir, base_dir)
     return model

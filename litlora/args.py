@@ -9,6 +9,7 @@ from jsonargparse.typing import SecretStr
 from litlora.errors import LitLoraError
 
 Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
+Quantize = Literal["bnb.nf4", "bnb.nf4-dq"]
 
 
 def require(condition: bool, flag: str, value: object, need: str) -> None:
@@ -194,6 +195,8 @@ class FinetuneLoraArgs:
     """Folder that gets the run's metrics, checkpoints and final adapter."""
     precision: Precision = "bf16-true"
     """Of the base and its arithmetic; the adapter's weights are float32 whatever this says."""
+    quantize: Quantize | None = None
+    """Keep the base's blocks in 4 bits: bnb.nf4, or bnb.nf4-dq, whose scales are quantized as well."""
     devices: int = 1
     """How many devices to train on."""
     lora_r: int = 8
@@ -232,6 +235,9 @@ class FinetuneLoraArgs:
     """Replace a run that out_dir holds; together with --resume, only the final adapter of a finished one."""
 
     def __post_init__(self) -> None:
+        if self.quantize and self.precision == "bf16-mixed":
+            hint = "choose bf16-true or 32-true, in which the adapter is float32 as well"
+            raise LitLoraError(f"--quantize {self.quantize} does not go with --precision bf16-mixed: {hint}")
         require(self.devices == 1, "--devices", self.devices, "1")
         require_seed(self.seed)
         require(self.lora_r >= 1, "--lora_r", self.lora_r, "at least 1")
@@ -293,8 +299,10 @@ class GenerateArgs:
     """alpaca, none, chat, or a text with {instruction}; by default an adapter's own, else none."""
     base_dir: Path | None = None
     """Folder of the adapter's base; by default the one that the adapter names."""
-    precision: Literal["bf16-true", "32-true"] = "bf16-true"
-    """Of the base and its arithmetic."""
+    precision: Literal["bf16-true", "32-true"] | None = None
+    """Of the base and its arithmetic; by default as an adapter over 4 bits was trained, else bf16-true."""
+    quantize: Quantize | Literal["none"] | None = None
+    """Keep the base's blocks in 4 bits: bnb.nf4 or bnb.nf4-dq; by default as an adapter was trained, else none."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):
@@ -315,3 +323,5 @@ class MergeLoraArgs:
     """Folder that gets the merged checkpoint."""
     base_dir: Path | None = None
     """Folder of the base; by default the one that the adapter names."""
+    dequantized_base: bool = False
+    """Merge into the base's weights as they are in 4 bits, for an adapter that was trained on these."""

@@ -7,13 +7,14 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from litlora.config import GPTConfig
 from litlora.errors import LitLoraError
 from litlora.files import read_json
 from litlora.layout import CONFIG, INDEX, PICKLES, WEIGHTS
 from litlora.model import GPT
+from litlora.quantize import NF4Linear, Quantization
 
 SAMPLES, SAMPLE = 64, 1 << 16
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -57,14 +58,22 @@ def _checked(checkpoint_dir: Path) -> tuple[GPT, "Weights"]:
     return model, weights
 
 
-def load_model(checkpoint_dir: Path, dtype: torch.dtype, device: torch.device) -> GPT:
+def load_model(
+    checkpoint_dir: Path, dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None
+) -> GPT:
     """Build the model of a checkpoint with its weights.
 
-    The weights are memory-mapped and go to the device one tensor at a time; on a CPU in the checkpoint's own dtype
-    they are not copied at all. Raises LitLoraError unless names and shapes are exactly those of the config.
+    The weights are memory-mapped and go to the device one tensor at a time, those of the blocks quantized if asked
+    for; on a CPU in the checkpoint's own dtype the others are not copied at all. Raises LitLoraError unless names and
+    shapes are exactly those of the config.
     """
     model, weights = _checked(checkpoint_dir)
-    state = {name: weight.to(device, dtype) for name, weight in weights.items()}
+    if quantization:
+        for name in block_linears(model):
+            model.set_submodule(name, NF4Linear(weights.once(f"{name}.weight").to(device), quantization))
+    own = model.state_dict()
+    state = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
+    state |= {name: weights[name].to(device, dtype) for name in weights if name in own}
     tied = model.config.tie_word_embeddings
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -74,6 +83,12 @@ def load_model(checkpoint_dir: Path, dtype: torch.dtype, device: torch.device) -
     return model.to(device)
 
 
+def block_linears(model: GPT) -> list[str]:
+    """Return the names of the linear layers of the blocks: all but the output head."""
+    modules = model.model.layers.named_modules(prefix="model.layers")
+    return [name for name, module in modules if isinstance(module, nn.Linear)]
+
+
 class Weights(Mapping[str, Tensor]):
     """The tensors of a checkpoint by name, memory-mapped from one or several safetensors files."""
 
@@ -81,16 +96,22 @@ class Weights(Mapping[str, Tensor]):
         self.checkpoint_dir = checkpoint_dir
         self.files = weight_files(checkpoint_dir)
         self._where: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         for path in self.files:
             handle = open_safetensors(path)
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 if name in self._where:
                     raise LitLoraError(f"{checkpoint_dir} holds the tensor {name} twice; download it again")
                 if not name.endswith(DERIVED):
-                    self._where[name] = handle
+                    self._where[name], self._paths[name] = handle, path
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
+
+    def once(self, name: str) -> Tensor:
+        """Return a tensor by a map of its own, so that what was read of the file leaves memory with it."""
+        tensor: Tensor = open_safetensors(self._paths[name]).get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -27,6 +27,7 @@ ONLY_VALUES: dict[str, Any] = {
 MOST = 2**20
 LENGTHS = ("vocab_size", "max_position_embeddings", "original_max_position_embeddings", "sliding_window")
 MOST_OF = dict.fromkeys(LENGTHS, 2**31)
+REASONS = {"quantization_config": "take the checkpoint that it was made from, which --quantize can quantize"}
 SHOWN = 60  # characters of a value in a refusal
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # Keys that do not change what the network computes: provenance, initialisation, generation, serving.
@@ -112,7 +113,7 @@ def _refuse_what_is_not_implemented(hub: dict[str, Any]) -> None:
             if value != ONLY_VALUES[key]:
                 raise _refusal(key, value, f"only {_shown(ONLY_VALUES[key])} is implemented")
         elif value is not False:
-            raise _refusal(key, value, "this key is not implemented and may change the result")
+            raise _refusal(key, value, REASONS.get(key, "this key is not implemented and may change the result"))
 
 
 def _heads(values: dict[str, Any]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,30 @@ from torch.autograd.function import once_differentiable
 
 SLAB = 2048
 """Rows of a bfloat16 weight that exist in float32 at one time, where products are computed so."""
+STORED_SLAB = 512
+"""Rows of a stored weight that exist as numbers at one time on a CPU: fewer, since each is there in several dtypes."""
 
 
-def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
+class StoredWeight(Protocol):
+    """A weight (out, in) that is stored otherwise than it is computed with, and read some rows at a time."""
+
+    shape: torch.Size
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+    def times_row(self, x: Tensor) -> Tensor:
+        """Return x W^T for a single row x (1, in) on a GPU, without gradients."""
+
+
+def frozen_linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     """Return x W^T (T, out) for x (T, in) and a weight (out, in) that needs no gradient."""
-    if has_slow_products(x) and len(x) > 1:  # a single row is bound by memory, and a cast would move more of it
-        out: Tensor = _UpcastLinear.apply(x, weight)  # type: ignore[no-untyped-call]
-        return out
-    return F.linear(x, weight)
+    if len(x) == 1 and x.is_cuda and not isinstance(weight, Tensor) and not torch.is_grad_enabled():
+        return weight.times_row(x)
+    # A single row is bound by memory, and a cast would move more of it.
+    if isinstance(weight, Tensor) and (len(x) == 1 or not has_slow_products(x)):
+        return F.linear(x, weight)
+    out: Tensor = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
 
 
 class Linear(nn.Linear):
@@ -41,29 +57,45 @@ def _has_bfloat16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _UpcastLinear(torch.autograd.Function):
-    """A bfloat16 product computed in float32, where it is exact but for the order of its sums, and rounded once.
+class _SlabLinear(torch.autograd.Function):
+    """A product with a weight that is cast or dequantized slab by slab, again for the gradient: nothing of it is kept.
 
-    The weight is cast slab by slab, again for the gradient: its float32 copy never leaves the cache.
+    On a CPU a slab never leaves the cache. Where bfloat16 products are slow they are computed in float32, in which
+    they are exact but for the order of their sums, and rounded once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        out, wide = x.new_empty(len(x), len(weight)), x.float()
-        for rows in _slabs(weight):
-            out[:, rows] = F.linear(wide, weight[rows].float())
+    def forward(ctx: Any, x: Tensor, weight: StoredWeight) -> Tensor:
+        ctx.weight = weight
+        out, wide = x.new_empty(len(x), weight.shape[0]), x.to(_arithmetic(x))
+        for rows in _slabs(weight, x):
+            _product(wide, weight[rows].to(wide.dtype), out[:, rows])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        total = gradient.new_zeros(len(gradient), weight.shape[1], dtype=torch.float32)
-        for rows in _slabs(weight):
-            total.addmm_(gradient[:, rows].float(), weight[rows].float())
+        dtype = _arithmetic(gradient)
+        total = gradient.new_zeros(len(gradient), ctx.weight.shape[1], dtype=dtype)
+        for rows in _slabs(ctx.weight, gradient):
+            total.addmm_(gradient[:, rows].to(dtype), ctx.weight[rows].to(dtype))
         return total.to(gradient.dtype), None
 
 
-def _slabs(weight: Tensor) -> Iterator[slice]:
-    return (slice(start, start + SLAB) for start in range(0, len(weight), SLAB))
+def _product(x: Tensor, slab: Tensor, out: Tensor) -> None:
+    """Write x W^T to its place, rounded if that has another dtype; else nothing lies in memory twice."""
+    if out.dtype is x.dtype:
+        torch.mm(x, slab.t(), out=out)
+    else:
+        out.copy_(F.linear(x, slab))
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float32 if has_slow_products(x) else x.dtype
+
+
+def _slabs(weight: StoredWeight, x: Tensor) -> Iterator[slice]:
+    rows = weight.shape[0]
+    on_cpu = SLAB if isinstance(weight, Tensor) else STORED_SLAB
+    size = on_cpu if x.device.type == "cpu" else rows
+    return (slice(start, start + size) for start in range(0, rows, size))

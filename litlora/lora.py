@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from litlora.errors import LitLoraError
 from litlora.limits import bounded
 from litlora.linear import frozen_linear
+from litlora.quantize import NF4Linear
 
 # Which layers each --lora_* switch adapts, by the last part of their names.
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
@@ -56,7 +57,7 @@ class LoRALinear(nn.Module):
     weight's precision is: steps far smaller than the weights must not round to nothing.
     """
 
-    def __init__(self, linear: nn.Linear, *, rank: int, scaling: float, dropout: float) -> None:
+    def __init__(self, linear: nn.Linear | NF4Linear, *, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
         self.weight = linear.weight
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False, dtype=torch.float32)
@@ -157,17 +158,17 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
     for name in adapted_names(model, config):
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, nn.Linear | NF4Linear)
         layer = LoRALinear(linear, rank=config.r, scaling=config.scaling, dropout=config.lora_dropout)
         setattr(model.get_submodule(parent), child, layer)
 
 
 def adapted_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the names of the linear layers that the config targets, in the model's order."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)]
     try:
         with bounded():  # a pattern of a few characters can take years
-            return [name for name in names if config.targets(name)]
+            return [name for name in linears if config.targets(name)]
     except (MemoryError, TimeoutError) as error:
         raise LitLoraError(f"target_modules ({config.target_modules}) cannot be looked for: {error}") from error
 
@@ -178,5 +179,5 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def count(parameters: Iterable[nn.Parameter], *, trainable: bool) -> int:
-    """Count the trainable, or the frozen, of some parameters."""
-    return sum(p.numel() for p in parameters if p.requires_grad is trainable)
+    """Count the trainable, or the frozen, of some parameters; a byte holds two in NF4."""
+    return sum(p.numel() * (2 if p.dtype is torch.uint8 else 1) for p in parameters if p.requires_grad is trainable)

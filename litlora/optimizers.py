@@ -1,4 +1,4 @@
-"""Torch optimizers by name or class path."""
+"""Optimizers of torch and bitsandbytes by name or class path."""
 
 import importlib
 import inspect
@@ -10,10 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from litlora.errors import LitLoraError
+from litlora.quantize import import_bitsandbytes
+
+# Those of bitsandbytes that go by their name alone, and whether their state moves to main memory when a GPU is full.
+PAGED = {"AdamW8bit": False, "PagedAdamW": True, "PagedAdamW8bit": True}
 
 
 def build_optimizer(optimizer: str | dict[str, Any], parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
-    """Build an optimizer from its name in torch.optim, or from its class_path and init_args."""
+    """Build an optimizer from its name in torch or bitsandbytes, or from its class_path and init_args."""
     given: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
     if not isinstance(given.get("class_path"), str) or given.keys() - {"class_path", "init_args"}:
         raise LitLoraError(f"--optimizer ({optimizer}) must be a name, or class_path and init_args")
@@ -37,6 +41,12 @@ def check_optimizer(optimizer: str | dict[str, Any], lr: float, device: torch.de
 
 def _find(class_path: str) -> type[Optimizer]:
     module, _, name = class_path.rpartition(".")
+    if class_path in PAGED:
+        import_bitsandbytes(f"--optimizer {name}")
+        module = "bitsandbytes.optim"
+    if name in PAGED and PAGED[name] and not torch.cuda.is_available():
+        hint = "and there is none here; choose AdamW8bit or AdamW"
+        raise LitLoraError(f"--optimizer {class_path} moves its state out of a full GPU, {hint}")
     try:
         kind = getattr(importlib.import_module(module or "torch.optim"), name, None)
     except (ImportError, TypeError) as error:  # TypeError: a relative name

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
     tensors |= {f"best.{name}": matrix for name, matrix in progress.best.matrices.items()}
     scalars: dict[str, object] = {}
     for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
+        for name, value in _flat(values):
             key = f"optimizer.{index}.{name}"
             if isinstance(value, Tensor):
                 tensors[key] = value
@@ -101,9 +101,17 @@ def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
                 scalars[key] = value
     for device in range(torch.cuda.device_count()):
         tensors[f"cuda_generator.{device}"] = torch.cuda.get_rng_state(device)
-    (folder / TENSORS).write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    # Copies, since optimizers may share tensors among their parameters, and safetensors refuses that.
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    (folder / TENSORS).write_bytes(save(copies))
     counters = {"progress": dataclasses.asdict(dataclasses.replace(progress, best=best)), "optimizer": scalars}
     (folder / COUNTERS).write_text(json.dumps(counters, indent=2) + "\n", encoding="utf-8")
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield the state of a parameter, of which bitsandbytes wraps a part in a dictionary that it need not be in."""
+    for name, value in values.items():
+        yield from value.items() if isinstance(value, dict) else [(name, value)]
 
 
 def restore_state(folder: Path, optimizer: Optimizer) -> Progress:

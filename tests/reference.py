@@ -4,11 +4,23 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from litlora.quantize import Quantization
 
 
 def hugging_face(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager").eval()
+
+
+def in_4_bits(checkpoint: Path, quantization: Quantization) -> PreTrainedModel:
+    # In training mode, since bitsandbytes rearranges its weights in evaluation where a CPU has AVX512-BF16.
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=quantization.dtype,
+        quantization_config=BitsAndBytesConfig(**quantization.hub),
+        attn_implementation="eager",
+    ).train()
 
 
 def with_peft(checkpoint: Path, adapter: Path, *, trainable: bool = False) -> PeftModel:

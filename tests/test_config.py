@@ -121,6 +121,7 @@ def test_what_a_config_leaves_unsaid_is_what_transformers_makes_of_it(hub):
     assert GPTConfig.from_hub(TINY | hub) == theirs(TINY | hub)
 
 
+QUANTIZED = "take the checkpoint that it was made from, which --quantize can quantize"
 NOT_IMPLEMENTED = "this key is not implemented and may change the result"
 WHOLE = "it must be a whole number above 0"
 NUMBER = "it must be a number above 0"
@@ -139,7 +140,7 @@ NUMBER = "it must be a number above 0"
         ("partial_rotary_factor", 0.5, "only 1 is implemented"),
         ("rope_interleaved", True, "only false is implemented"),
         ("sliding_window", 4096, "a model of the type llama has none"),
-        ("quantization_config", {"quant_method": "gptq"}, NOT_IMPLEMENTED),
+        ("quantization_config", {"quant_method": "gptq"}, QUANTIZED),
         ("auto_map", {"AutoConfig": "x.Y"}, NOT_IMPLEMENTED),
         ("a_key_of_the_future", 0, NOT_IMPLEMENTED),
         ("a_key_of_the_future", "", NOT_IMPLEMENTED),
@@ -216,4 +217,4 @@ def test_of_a_long_value_the_beginning_is_shown():
     with pytest.raises(LitLoraError) as refused:
         GPTConfig.from_hub(TINY | {"model_type": "llama", "quantization_config": hub})
     shown = '"quantization_config": {"quant_method": "bitsandbytes", "modules": ["model.layers.0...'
-    assert str(refused.value) == f"config.json has {shown}, which litlora does not support: {NOT_IMPLEMENTED}"
+    assert str(refused.value) == f"config.json has {shown}, which litlora does not support: {QUANTIZED}"

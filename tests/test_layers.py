@@ -9,6 +9,7 @@ PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
     args config files layout limits linear loss rows stopping
+    quantize
     attention examples hub locking lora manifest optimizers state
     model preparing prompts
     checkpoint sampling tokenizer

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litlora import linear
-from litlora.linear import SLAB, Linear, _UpcastLinear, frozen_linear
+from litlora.linear import SLAB, Linear, _SlabLinear, frozen_linear
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -23,7 +23,7 @@ def outcome(product, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("slab", [SLAB, 20])
 def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once(slab, monkeypatch):
     monkeypatch.setattr(linear, "SLAB", slab)  # a weight of 48 rows is one slab, or two and a part
-    found = outcome(_UpcastLinear.apply, torch.bfloat16)
+    found = outcome(_SlabLinear.apply, torch.bfloat16)
     exact = outcome(F.linear, torch.float64)
     for ours, reference in zip(found, exact, strict=True):
         assert ours.dtype is torch.bfloat16
@@ -31,7 +31,7 @@ def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once(slab, monke
 
 
 def test_the_product_is_the_same_by_every_way():
-    ways = (F.linear, frozen_linear, _UpcastLinear.apply)
+    ways = (F.linear, frozen_linear, _SlabLinear.apply)
     first, *others = (outcome(way, torch.bfloat16) for way in ways)
     for other in others:
         for a, b in zip(first, other, strict=True):

@@ -51,7 +51,7 @@ def workplace(tmp_path, monkeypatch, make_checkpoint):
 
 
 def test_the_commands_of_readme_work_one_after_the_other(workplace):
-    assert len(commands()) == 6
+    assert len(commands()) == 7
     for command in commands():
         if command[1:] == ["prepare_alpaca"]:
             command += ["--source", "archive.json"]  # instead of the archive on the internet

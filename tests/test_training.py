@@ -15,6 +15,12 @@ from litlora.args import TrainArgs
 from litlora.prompts import ALPACA, ALPACA_WITH_INPUT
 from litlora.training import learning_rate, total_steps
 
+BASES = [[], ["--quantize", "bnb.nf4-dq"]]
+INIT_ARGS = {
+    "SGD": ["--optimizer.init_args.momentum", 0.9],
+    "AdamW8bit": ["--optimizer.init_args.min_8bit_size", 1],  # or the state of matrices this small would be float32
+}
+
 
 def finetune(checkpoint: Path, data_dir: Path, out_dir: Path, *flags: object) -> Path:
     """Run finetune_lora in float32 and return its final adapter."""
@@ -91,8 +97,9 @@ def test_the_smaller_last_global_batch_of_an_epoch_is_a_step():
     assert total_steps(17, TrainArgs(global_batch_size=8, epochs=2, max_steps=4)) == 4
 
 
-def test_the_adapter_does_not_depend_on_how_a_global_batch_is_split(tiny, data_dir, tmp_path):
-    flags = ["--train.global_batch_size", 16, "--train.epochs", 5, "--train.max_steps", 5, "--lora_head", "true"]
+@pytest.mark.parametrize("base", BASES)
+def test_the_adapter_does_not_depend_on_how_a_global_batch_is_split(tiny, data_dir, tmp_path, base):
+    flags = [*base, "--train.global_batch_size", 16, "--train.epochs", 5, "--train.max_steps", 5, "--lora_head", "true"]
     splits = [("--train.micro_batch_size", size) for size in (1, 2, 4, 16)] + [("--train.micro_batch_tokens", 300)]
     runs = [
         adapter(finetune(tiny, data_dir, tmp_path / str(n), *flags, *split, "--train.max_seq_length", 250))
@@ -103,8 +110,10 @@ def test_the_adapter_does_not_depend_on_how_a_global_batch_is_split(tiny, data_d
             torch.testing.assert_close(other[name], matrix, atol=1e-5, rtol=0)
 
 
-def test_activation_checkpointing_changes_nothing_but_what_is_kept(tiny, data_dir, tmp_path):
-    flags = ["--train.max_steps", 3, "--lora_dropout", 0.2, "--lora_mlp", "true", "--train.activation_checkpointing"]
+@pytest.mark.parametrize("base", BASES)
+def test_activation_checkpointing_changes_nothing_but_what_is_kept(tiny, data_dir, tmp_path, base):
+    flags = [*base, "--train.max_steps", 3, "--lora_dropout", 0.2, "--lora_mlp", "true"]
+    flags += ["--train.activation_checkpointing"]
     with_it, without = (adapter(finetune(tiny, data_dir, tmp_path / on, *flags, on)) for on in ("true", "false"))
     assert all(torch.equal(with_it[name], without[name]) for name in without)
 
@@ -150,10 +159,21 @@ def test_a_validation_may_be_limited_to_its_first_micro_batches(tiny, data_dir, 
     assert float(metrics(tmp_path / "whole")[0]["val_loss"]) == pytest.approx(first, abs=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_a_resumed_run_ends_as_the_unbroken_one_to_the_bit(tiny, data_dir, tmp_path, optimizer):
+@pytest.mark.parametrize("base", BASES)
+def test_a_validation_on_the_way_changes_nothing(tiny, data_dir, tmp_path, base):
+    flags = [*base, "--lora_dropout", 0.2, "--eval.max_new_tokens", 5, "--train.max_steps", 3, "--train.epochs", 3]
+    often, never = (
+        adapter(finetune(tiny, data_dir, tmp_path / str(interval), *flags, "--eval.interval", interval))
+        for interval in (1, 100)
+    )
+    assert all(torch.equal(often[name], never[name]) for name in never)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "AdamW8bit"])
+def test_a_resumed_run_ends_as_the_unbroken_one_to_the_bit(tiny, data_dir, tmp_path, optimizer, base):
     flags = ["--lora_dropout", 0.1, "--train.epochs", 3, "--train.global_batch_size", 4, "--train.save_interval", 5]
-    flags += ["--optimizer", optimizer] + (["--optimizer.init_args.momentum", 0.9] if optimizer == "SGD" else [])
+    flags += [*base, "--optimizer", optimizer, *INIT_ARGS.get(optimizer, [])]
     whole = finetune(tiny, data_dir, tmp_path, *flags)
     unbroken, rows = adapter(whole), metrics(tmp_path)
     whole.rename(tmp_path / "away")

@@ -160,6 +160,9 @@ def case(name: str, spoil: Spoil, *rest: object) -> object:
         case("layer too few", lambda: change("base/config.json", num_hidden_layers=3),
              "base: the weights lack model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
              f"model.layers.2.mlp.gate_proj.weight and 6 more; {ANOTHER_MODEL}"),
+        case("quantized", lambda: change("base/config.json", quantization_config={"quant_method": "gptq"}),
+             'base: config.json has "quantization_config": {"quant_method": "gptq"}, which litlora does not support: '
+             "take the checkpoint that it was made from, which --quantize can quantize"),
         case("quantized tensor", lambda: weigh(model__norm__weight=torch.ones(32, dtype=torch.int8)),
              "base: model.norm.weight is stored as I8, but only F64, F32, F16, BF16 are supported; "
              "use a checkpoint that is not quantized"),
@@ -239,6 +242,9 @@ def test_data_that_is_none_is_refused(spoil, sentence, capsys):
         ("--lora_alpha 0", "--lora_alpha (0) must be at least 1"),
         ("--lora_dropout 1", "--lora_dropout (1.0) must be at least 0 and below 1"),
         ("--devices 2", "--devices (2) must be 1"),
+        ("--quantize bnb.nf4 --precision bf16-mixed",
+         "--quantize bnb.nf4 does not go with --precision bf16-mixed: choose bf16-true or 32-true, in which the "
+         "adapter is float32 as well"),
         ("--lora_query false --lora_value false",
          "nothing would be trained: set at least one of --lora_query, --lora_key, --lora_value, --lora_projection, "
          "--lora_mlp and --lora_head to true"),
@@ -266,6 +272,8 @@ def test_data_that_is_none_is_refused(spoil, sentence, capsys):
         ("--optimizer torch.nn.Linear",
          "--optimizer torch.nn.Linear is not a torch optimizer, such as AdamW or torch.optim.SGD"),
         ("--optimizer no.such.Thing", "--optimizer no.such.Thing cannot be imported: No module named 'no'"),
+        ("--optimizer AdamW8bit --optimizer.init_args.foo 1",
+         "--optimizer AdamW8bit refuses its init_args: AdamW8bit.__init__() got an unexpected keyword argument 'foo'"),
         ("--optimizer LBFGS", "--optimizer LBFGS evaluates the loss several times a step, which is not supported"),
         ("--optimizer.init_args.foo 1",
          "--optimizer AdamW refuses its init_args: AdamW.__init__() got an unexpected keyword argument 'foo'"),
@@ -310,6 +318,8 @@ def test_a_setting_that_cannot_be_is_refused(flags, sentence, capsys):
         ("--train.max_steps many", "--train.max_steps cannot be many"),
         ("--train.learning_rate nan", "--train.learning_rate cannot be nan"),
         ("--precision fp16", "--precision cannot be fp16"),
+        ("--quantize bnb.int8", "--quantize cannot be bnb.int8"),
+        ("--quantize bnb.nf4 --precision 16-mixed", "--precision cannot be 16-mixed"),
     ],
 )
 def test_a_flag_that_does_not_exist_or_has_another_type_exits_with_2(flags, sentence, capsys):
@@ -450,6 +460,13 @@ def test_a_bound_below_the_longest_example_is_refused(capsys):
     )
 
 
+@pytest.mark.parametrize("name", ["PagedAdamW", "PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"])
+def test_a_paged_optimizer_is_refused_where_there_is_no_gpu_to_page_from(name, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    hint = "and there is none here; choose AdamW8bit or AdamW"
+    check(capsys, [*FINETUNE, "--optimizer", name], f"--optimizer {name} moves its state out of a full GPU, {hint}")
+
+
 def test_a_mistake_in_the_settings_is_said_before_anything_is_tokenized(capsys):
     remove("data/tokenized")
     for flags in ("--optimizer Foo", "--resume true", "--eval.evaluate_example 3", "--train.max_seq_length 257"):
@@ -535,6 +552,12 @@ def test_the_folder_of_a_run_is_told_from_its_adapter(capsys):
         case("missing", nothing, "--checkpoint_dir runs/nowhere",
              "no adapter in runs/nowhere (expected adapter_config.json); "
              "train one with: litlora finetune_lora --out_dir runs"),
+        case("not quantized", nothing, "--dequantized_base true",
+             "--dequantized_base: adapter was not trained on a quantized base; leave the flag out"),
+        case("quantized in a way unknown",
+             lambda: change("adapter/adapter_config.json", auto_mapping={"quantization_config": {"bits": 8}}),
+             "--dequantized_base true",
+             "adapter was trained on a base that litlora cannot make: {'bits': 8}"),
         case("base_dir gone", nothing, "--base_dir nowhere",
              "the base of the adapter adapter is not there (nowhere); say where it is with --base_dir"),
         case("out_dir there", lambda: Path("out").mkdir(), "",

@@ -24,6 +24,7 @@ from litlora.memory import check_memory
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
+from litlora.quantize import Quantization, import_bitsandbytes
 from litlora.records import RunFolder
 from litlora.resuming import Identity, no_checkpoint
 from litlora.sampling import Sampler, generate
@@ -52,6 +53,8 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping) -> None:
     # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
     fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
     check_optimizer(args.optimizer, args.train.learning_rate, fabric.device)
+    if args.quantize:
+        import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     recipe = Recipe(tokenizer, args.prompt_style, args.mask_prompt)
     splits = [find_split(args.data_dir / f"{name}.jsonl", recipe) for name in ("train", "val")]
     folder = RunFolder(args, lora_config(args), tokenizer.files, Identity.of(args, contents(args, splits)))
@@ -64,7 +67,8 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping) -> None:
 
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    gpt = load_model(args.checkpoint_dir, dtype, fabric.device)
+    quantization = Quantization(args.quantize, dtype) if args.quantize else None
+    gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
     add_lora(gpt, folder.lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)

@@ -4,10 +4,11 @@ import sys
 
 import torch
 
-from litlora.adapter import find_base, load_with_adapter, read_prompt_style
+from litlora.adapter import find_base, load_with_adapter, read_prompt_style, read_quantization
 from litlora.args import GenerateArgs
 from litlora.checkpoint import load_config
 from litlora.errors import LitLoraError
+from litlora.quantize import Quantization
 from litlora.sampling import Sampler
 from litlora.sampling import generate as stream_tokens
 from litlora.tokenizer import Tokenizer
@@ -23,8 +24,8 @@ def generate(args: GenerateArgs) -> None:
     check_length(len(prompt), args.max_new_tokens, positions)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    model = load_with_adapter(base_dir, adapter_dir, dtype, device)
+    dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))
+    model = load_with_adapter(base_dir, adapter_dir, dtype, device, quantization)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):
         tokens = stream_tokens(model, prompt, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids)
@@ -32,6 +33,15 @@ def generate(args: GenerateArgs) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+def storage(args: GenerateArgs, trained: Quantization | None) -> tuple[torch.dtype, Quantization | None]:
+    """Return dtype and quantization of the base: as asked for, else as the adapter was trained."""
+    dtype = trained.dtype if trained else torch.bfloat16
+    if args.precision:
+        dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
+    name = args.quantize or (trained.name if trained else "none")
+    return dtype, None if name == "none" else Quantization(name, dtype)
 
 
 def read_prompt(given: str | None) -> str:

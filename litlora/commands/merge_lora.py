@@ -11,13 +11,22 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litlora.adapter import find_base, read_lora_config, read_matrices
+from litlora.adapter import find_base, read_lora_config, read_matrices, read_quantization
 from litlora.args import MergeLoraArgs
-from litlora.checkpoint import Weights, check_checkpoint, open_safetensors, read_hub_config, weight_files
+from litlora.checkpoint import (
+    Weights,
+    block_linears,
+    check_checkpoint,
+    open_safetensors,
+    read_hub_config,
+    weight_files,
+)
 from litlora.errors import LitLoraError
 from litlora.files import check_writable, whole_directory
 from litlora.layout import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
 from litlora.lora import add_lora, merged
+from litlora.model import GPT
+from litlora.quantize import Quantization, dequantized
 from litlora.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -31,8 +40,9 @@ def merge_lora(args: MergeLoraArgs) -> None:
     if args.out_dir.exists():
         raise LitLoraError(f"--out_dir ({args.out_dir}) is there already: choose another, or remove it")
     model = check_checkpoint(base_dir)
+    quantized = quantized_weights(model, args.checkpoint_dir) if args.dequantized_base else {}
     add_lora(model, lora)
-    adapter = Adapter(read_matrices(model, args.checkpoint_dir, base_dir), lora.scaling)
+    adapter = Adapter(read_matrices(model, args.checkpoint_dir, base_dir), lora.scaling, quantized)
     untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
     with whole_directory(args.out_dir) as folder:
         write_weights(folder, base_dir, adapter, untie)
@@ -43,18 +53,30 @@ def merge_lora(args: MergeLoraArgs) -> None:
     sys.stderr.write(f"merged checkpoint in {args.out_dir}\n")
 
 
+def quantized_weights(model: GPT, adapter_dir: Path) -> dict[str, Quantization]:
+    """Return which weights of the base were quantized when the adapter was trained, and how."""
+    quantization = read_quantization(adapter_dir)
+    if quantization is None:
+        hint = "leave the flag out"
+        raise LitLoraError(f"--dequantized_base: {adapter_dir} was not trained on a quantized base; {hint}")
+    return {f"{name}.weight": quantization for name in block_linears(model)}
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """The matrices of an adapter, by name, and their factor."""
+    """The matrices of an adapter, by name, their factor, and what of its base is to be dequantized."""
 
     matrices: dict[str, Tensor]
     scaling: float
+    quantized: dict[str, Quantization]
 
     def changes(self, weight: str) -> bool:
         return self._name(weight, "A") in self.matrices
 
     def merged(self, weight: str, base: Tensor) -> Tensor:
         """Return the base's tensor of that name with the adapter's product added, where it has one."""
+        if weight in self.quantized:
+            base = dequantized(base, self.quantized[weight])
         if not self.changes(weight):
             return base
         a, b = (self.matrices[self._name(weight, matrix)] for matrix in "AB")

@@ -8,7 +8,10 @@ from reference import hugging_face, with_peft
 from transformers import AutoTokenizer
 
 from litlora.__main__ import main
+from litlora.args import GenerateArgs
+from litlora.commands.generate import storage
 from litlora.prompts import ALPACA
+from litlora.quantize import Quantization
 
 
 @pytest.fixture
@@ -79,3 +82,33 @@ def test_a_seed_decides_the_samples(tiny, generate):
 def test_the_narrowest_choice_is_greedy(tiny, generate, limit):
     flags = ["--prompt", "Say", "--max_new_tokens", 20]
     assert generate(tiny, *flags, *limit, "--temperature", 2) == generate(tiny, *flags, "--temperature", 0)
+
+
+def test_an_adapter_trained_on_4_bits_is_generated_from_in_4_bits(tiny, data_dir, tmp_path, capfd):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path]
+    training = ["--precision", "32-true", "--quantize", "bnb.nf4", "--train.learning_rate", "1e-2"]
+    assert main([*map(str, ["finetune_lora", *folders, *training, "--lora_mlp", "true"])]) == 0
+    prompt = ["--prompt", "Say hello to", "--max_new_tokens", 30, "--temperature", 0]
+    answers = []
+    for flags in ([], ["--precision", "32-true", "--quantize", "bnb.nf4"], ["--quantize", "none"]):
+        capfd.readouterr()
+        assert main([*map(str, ["generate", "--checkpoint_dir", tmp_path / "final", *prompt, *flags])]) == 0
+        answers.append(capfd.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained", "expected"),
+    [
+        ({}, None, (torch.bfloat16, None)),
+        ({}, ("bnb.nf4", torch.float32), (torch.float32, "bnb.nf4")),
+        ({"quantize": "none"}, ("bnb.nf4", torch.float32), (torch.float32, None)),
+        ({"quantize": "bnb.nf4-dq"}, ("bnb.nf4", torch.bfloat16), (torch.bfloat16, "bnb.nf4-dq")),
+        ({"precision": "bf16-true"}, ("bnb.nf4", torch.float32), (torch.bfloat16, "bnb.nf4")),
+        ({"precision": "32-true", "quantize": "bnb.nf4"}, None, (torch.float32, "bnb.nf4")),
+    ],
+)
+def test_flags_beat_what_an_adapter_remembers_of_its_base(flags, trained, expected):
+    dtype, quantization = storage(GenerateArgs(Path("x"), **flags), trained and Quantization(*trained))
+    assert (dtype, quantization and quantization.name) == expected
+    assert quantization is None or quantization.dtype is dtype

@@ -9,19 +9,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litlora.__main__ import main
-from litlora.adapter import write_adapter
+from litlora.adapter import load_with_adapter, write_adapter
 from litlora.checkpoint import Weights, load_model
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, lora_parameters
+from litlora.quantize import NAMES, Quantization
 
 ALL = tuple(module for modules in TARGET_MODULES.values() for module in modules)
 TOKENS = torch.arange(3, 43)
 
 
-def make_adapter(folder: Path, checkpoint: Path, targets: tuple[str, ...]) -> Path:
+def make_adapter(
+    folder: Path, checkpoint: Path, targets: tuple[str, ...], quantization: Quantization | None = None
+) -> Path:
     """Write an adapter whose B is not zero, as if trained."""
     torch.manual_seed(0)
     config = LoRAConfig(4, 8, 0.0, targets)
-    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"), quantization)
     add_lora(model, config)
     for parameter in lora_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -30,8 +33,8 @@ def make_adapter(folder: Path, checkpoint: Path, targets: tuple[str, ...]) -> Pa
     return folder
 
 
-def merge(adapter: Path, out_dir: Path) -> Path:
-    assert main(["merge_lora", "--checkpoint_dir", str(adapter), "--out_dir", str(out_dir)]) == 0
+def merge(adapter: Path, out_dir: Path, *flags: str) -> Path:
+    assert main(["merge_lora", "--checkpoint_dir", str(adapter), "--out_dir", str(out_dir), *flags]) == 0
     return out_dir
 
 
@@ -92,3 +95,22 @@ def test_the_sum_is_taken_in_float32_and_stored_in_the_dtype_of_the_base(make_ch
     expected = (Weights(base)[f"{name}.weight"].double() + 2 * b.double() @ a.double()).bfloat16()
     assert torch.equal(Weights(merged)[f"{name}.weight"], expected)
     assert AutoModelForCausalLM.from_pretrained(merged).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids=["two", "all"])
+def test_a_merge_into_the_dequantized_base_is_the_network_that_was_trained(checkpoint, name, targets, tmp_path):
+    quantization = Quantization(name, torch.float32)
+    adapter = make_adapter(tmp_path / "adapter", checkpoint, targets, quantization)
+    trained = load_with_adapter(checkpoint, adapter, torch.float32, torch.device("cpu"), quantization)
+    with torch.no_grad():
+        expected = trained.lm_head(trained(TOKENS, [len(TOKENS)]))
+    merged = hugging_face(merge(adapter, tmp_path / "merged", "--dequantized_base", "true"))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=2e-6)
+
+
+def test_an_adapter_trained_on_4_bits_is_merged_into_the_whole_base_by_default(tiny, tmp_path):
+    over_4_bits = make_adapter(tmp_path / "quantized", tiny, ALL, Quantization("bnb.nf4", torch.float32))
+    over_all = make_adapter(tmp_path / "whole", tiny, ALL)
+    merged, expected = (merge(a, tmp_path / f"merged-{a.name}") for a in (over_4_bits, over_all))
+    assert (merged / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
