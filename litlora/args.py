@@ -266,6 +266,8 @@ class GenerateArgs:
     """Folder of the adapter's base; by default the one that the adapter names."""
     precision: Literal["bf16-true", "32-true"] = "bf16-true"
     """Of the base and its arithmetic."""
+    compile: bool = False
+    """Compile the step from token to token first, which takes seconds and a C++ compiler."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):

@@ -1,7 +1,6 @@
 """The product of activations with a frozen weight, by the fastest way that the device has."""
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,17 +14,36 @@ SLAB = 2048
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T (T, out) for x (T, in) and a weight (out, in) that needs no gradient."""
-    if has_slow_products(x) and len(x) > 1:  # a single row is bound by memory, and a cast would move more of it
+    if x.shape[0] == 1 and x.device.type == "cpu":
+        return _row_product(x, weight)
+    if has_slow_products(x):
         out: Tensor = _UpcastLinear.apply(x, weight)  # type: ignore[no-untyped-call]
         return out
     return F.linear(x, weight)
+
+
+def _row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T (1, out) for one row x (1, in) on a CPU, which takes the time to read the weight."""
+    if torch.compiler.is_compiling():
+        return (weight.float() * x.float()).sum(-1).to(x.dtype)[None]  # one loop: the product is never stored
+    size, parts = weight.shape, _threads()
+    if x.dtype is torch.bfloat16 or size[0] % parts:
+        return F.linear(x, weight)
+    # F.linear leaves one row to one thread.
+    return torch.bmm(x.expand(parts, 1, -1), weight.view(parts, -1, size[1]).mT).view(1, -1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 class Linear(nn.Linear):
     """A linear layer without bias that is fast where it is frozen."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.weight.requires_grad else frozen_linear(x, self.weight)
+        trains = self.weight.requires_grad and torch.is_grad_enabled()
+        return F.linear(x, self.weight) if trains else frozen_linear(x, self.weight)
 
 
 def has_slow_products(x: Tensor) -> bool:
@@ -36,7 +54,7 @@ def has_slow_products(x: Tensor) -> bool:
     return x.dtype is torch.bfloat16 and x.device.type == "cpu" and not _has_bfloat16_products()
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_bfloat16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

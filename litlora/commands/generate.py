@@ -8,7 +8,7 @@ from litlora.adapter import find_base, load_with_adapter, read_prompt_style
 from litlora.args import GenerateArgs
 from litlora.checkpoint import load_config
 from litlora.errors import LitLoraError
-from litlora.sampling import Sampler
+from litlora.sampling import Sampler, compile_step
 from litlora.sampling import generate as stream_tokens
 from litlora.tokenizer import Tokenizer
 
@@ -25,6 +25,8 @@ def generate(args: GenerateArgs) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     model = load_with_adapter(base_dir, adapter_dir, dtype, device)
+    if args.compile:
+        compile_step(model)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):
         tokens = stream_tokens(model, prompt, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids)
