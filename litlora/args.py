@@ -303,6 +303,8 @@ class GenerateArgs:
     """Of the base and its arithmetic; by default as an adapter over 4 bits was trained, else bf16-true."""
     quantize: Quantize | Literal["none"] | None = None
     """Keep the base's blocks in 4 bits: bnb.nf4 or bnb.nf4-dq; by default as an adapter was trained, else none."""
+    compile: bool = False
+    """Compile the step from token to token first, which takes seconds and a C++ compiler."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):

@@ -39,10 +39,10 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    (a, b), (turned_a, turned_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=turned_b).addcmul_(a, sin)
+    (a, b), out = x.chunk(2, dim=-1), x * torch.cat((cos, cos), dim=-1)
+    turned_a, turned_b = out.chunk(2, dim=-1)
+    turned_a.addcmul_(b, sin, value=-1)
+    turned_b.addcmul_(a, sin)
     return out
 
 
@@ -70,10 +70,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
     if window is not None and S > T + window - 1:
         first = S - (T + window - 1)  # no query sees what lies before
         k, v, S = k[:, first:], v[:, first:], T + window - 1
-    masked = T > 1 and (S > T or (window is not None and T > window))
+    if T == 1:  # the heads of a group are to their keys what several queries would be
+        y = F.scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[2]), k[None], v[None])
+        return y.view(q.shape)
+    masked = S > T or (window is not None and T > window)
     mask = visible(T, S, window, q.device) if masked else None
-    causal = T > 1 and mask is None
-    y = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=causal, enable_gqa=True)
+    y = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, enable_gqa=True)
     return y[0]
 
 

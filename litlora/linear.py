@@ -28,20 +28,40 @@ class StoredWeight(Protocol):
 
 def frozen_linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     """Return x W^T (T, out) for x (T, in) and a weight (out, in) that needs no gradient."""
-    if len(x) == 1 and x.is_cuda and not isinstance(weight, Tensor) and not torch.is_grad_enabled():
-        return weight.times_row(x)
-    # A single row is bound by memory, and a cast would move more of it.
-    if isinstance(weight, Tensor) and (len(x) == 1 or not has_slow_products(x)):
+    one_row = x.shape[0] == 1
+    if not isinstance(weight, Tensor):
+        if one_row and x.is_cuda and not torch.is_grad_enabled():
+            return weight.times_row(x)
+    elif one_row and x.device.type == "cpu":
+        return _row_product(x, weight)
+    elif not has_slow_products(x):
         return F.linear(x, weight)
     out: Tensor = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
+
+
+def _row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T (1, out) for one row x (1, in) on a CPU, which takes the time to read the weight."""
+    if torch.compiler.is_compiling():
+        return (weight.float() * x.float()).sum(-1).to(x.dtype)[None]  # one loop: the product is never stored
+    size, parts = weight.shape, _threads()
+    if x.dtype is torch.bfloat16 or size[0] % parts:
+        return F.linear(x, weight)
+    # F.linear leaves one row to one thread.
+    return torch.bmm(x.expand(parts, 1, -1), weight.view(parts, -1, size[1]).mT).view(1, -1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 class Linear(nn.Linear):
     """A linear layer without bias that is fast where it is frozen."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.weight.requires_grad else frozen_linear(x, self.weight)
+        trains = self.weight.requires_grad and torch.is_grad_enabled()
+        return F.linear(x, self.weight) if trains else frozen_linear(x, self.weight)
 
 
 def has_slow_products(x: Tensor) -> bool:
@@ -52,7 +72,7 @@ def has_slow_products(x: Tensor) -> bool:
     return x.dtype is torch.bfloat16 and x.device.type == "cpu" and not _has_bfloat16_products()
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_bfloat16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

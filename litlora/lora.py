@@ -69,15 +69,22 @@ class LoRALinear(nn.Module):
         self.to(linear.weight.device)  # only now, so that a seed gives the same start on every device
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
-            frozen_linear(x, self.weight),
-            x,
-            self.lora_A.weight,
-            self.lora_B.weight,
-            self.scaling,
-            self.dropout if self.training else 0.0,
-        )
+        y, a, b = frozen_linear(x, self.weight), self.lora_A.weight, self.lora_B.weight
+        if not (self.training or torch.is_grad_enabled()):
+            return _add_low_rank(y, x, a, b, self.scaling, None)[0]
+        dropout = self.dropout if self.training else 0.0
+        out: Tensor = _AddLowRank.apply(y, x, a, b, self.scaling, dropout)  # type: ignore[no-untyped-call]
         return out
+
+
+def _add_low_rank(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, factor: float, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Add factor · B A x to y in place, for what is kept of x; return it and the (T, r) product behind it."""
+    with torch.autocast(x.device.type, enabled=False):
+        low = F.linear(masked(x.to(a.dtype), kept), a).mul_(factor)
+        # A bfloat16 sum is rounded once, and stays bfloat16.
+        return (y.addmm_(low, b.t()) if y.dtype == b.dtype else y.add_(F.linear(low, b))), low
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -89,13 +96,10 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
         ctx.dropout, ctx.scaling = Dropout.draw(dropout), scaling
-        with torch.autocast(x.device.type, enabled=False):
-            kept = ctx.dropout.mask(x)
-            low = F.linear(masked(x.to(a.dtype), kept), a).mul_(scaling * ctx.dropout.factor)  # (T, r)
-            ctx.save_for_backward(x, a, b, low)
-            ctx.mark_dirty(y)
-            # A bfloat16 sum is rounded once, and stays bfloat16.
-            return y.addmm_(low, b.t()) if y.dtype == b.dtype else y.add_(F.linear(low, b))
+        out, low = _add_low_rank(y, x, a, b, scaling * ctx.dropout.factor, ctx.dropout.mask(x))
+        ctx.save_for_backward(x, a, b, low)
+        ctx.mark_dirty(y)
+        return out
 
     @staticmethod
     @once_differentiable

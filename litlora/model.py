@@ -7,6 +7,7 @@ sequences lie end to end: there is no batch dimension, and nothing is padded.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -28,19 +29,18 @@ class KVCache:
         self.store = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (n_kv, T, head_dim) to what is there and return all of it, (n_kv, length + T, head_dim)."""
-        end = self.length + k.shape[1]
-        keys, values = self.store[layer, 0], self.store[layer, 1]
-        keys[:, self.length : end] = k
-        values[:, self.length : end] = v
-        return keys[:, :end], values[:, :end]
+    def grow(self, count: int) -> tuple[Tensor, ...]:
+        """Make room for more positions, which each layer fills: return all of its keys and values, the new ones last.
+
+        Each layer's are one tensor (2, n_kv, length + count, head_dim).
+        """
+        self.length += count
+        return self.store[:, :, :, : self.length].unbind()
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = config.head_dim
         self.window = config.sliding_window
         width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -49,14 +49,14 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, past: Tensor | None) -> Tensor:
         q, k, v = (proj(x).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rope), rotate(k, rope)  # (T, heads, head_dim)
-        if cache is None:
+        if past is None:
             y = attend_within(q, k, v, lengths, self.window)
         else:
-            q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (heads, T, head_dim)
-            y = attend(q, *cache.extend(self.layer, k, v), window=self.window).transpose(0, 1)
+            past[:, :, -len(k) :] = torch.stack((k, v)).transpose(1, 2)  # (2, n_kv, T, head_dim)
+            y = attend(q.transpose(0, 1), *past, window=self.window).transpose(0, 1)
         out: Tensor = self.o_proj(y.flatten(1))  # (T, hidden)
         return out
 
@@ -90,15 +90,15 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), lengths, rope, cache)
+    def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, past: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), lengths, rope, past)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False  # whether a backward pass computes the blocks' insides again
         # Not part of the checkpoint, hence computed for real even where the model is built on the meta device.
@@ -120,13 +120,11 @@ class Decoder(nn.Module):
         positions = torch.cat([torch.arange(start, start + n, device=tokens.device) for n in lengths])
         angles = positions[:, None] * self.inv_freq  # (T, head_dim / 2)
         rope = angles.cos().to(x.dtype)[:, None], angles.sin().to(x.dtype)[:, None]
-        for layer in self.layers:
+        for layer, past in zip(self.layers, cache.grow(len(tokens)) if cache else repeat(None), strict=False):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, lengths, rope, cache, use_reentrant=False)
+                x = checkpoint(layer, x, lengths, rope, past, use_reentrant=False)
             else:
-                x = layer(x, lengths, rope, cache)
-        if cache:
-            cache.length += len(tokens)
+                x = layer(x, lengths, rope, past)
         out: Tensor = self.norm(x)
         return out
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from litlora.errors import LitLoraError
 from litlora.model import GPT, KVCache, evaluating
 
 
@@ -19,18 +20,23 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Choose one of the logits (vocab,); top_k applies before top_p (nucleus sampling, Holtzman et al. 2019)."""
+        """Choose one of the logits (vocab,), or -1 where they are not numbers.
+
+        top_k applies before top_p (nucleus sampling, Holtzman et al. 2019).
+        """
         if self.temperature == 0:
-            return logits.argmax()
+            best, index = logits.max(dim=0)
+            return index.where(best.isfinite(), -1)
         count = min(self.top_k or len(logits), len(logits))
         values, indices = logits.float().topk(count)  # sorted, likeliest first
-        probabilities = (values / self.temperature).softmax(dim=0)
+        finite = values[0].isfinite()
+        probabilities = (values / self.temperature).softmax(dim=0).where(finite, 1)
         before = probabilities.cumsum(dim=0) - probabilities
         probabilities = probabilities.where(before < self.top_p, 0)  # the likeliest always stays
-        return indices[probabilities.multinomial(1, generator=self.generator)[0]]
+        return indices[probabilities.multinomial(1, generator=self.generator)[0]].where(finite, -1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: GPT, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int, stop_ids: Collection[int]
 ) -> Iterator[int]:
@@ -41,10 +47,41 @@ def generate(
     tokens = torch.tensor(prompt, device=weight.device)
     with evaluating(model):
         for _ in range(length - len(prompt)):
-            hidden = model(tokens, [len(tokens)], cache)
-            chosen = sampler.choose(model.lm_head(hidden[-1:])[0])
-            token = int(chosen)
+            chosen = sampler.choose(next_logits(model, tokens, cache))
+            token = checked(int(chosen))
             if token in stop_ids:
                 return
             yield token
             tokens = chosen[None]
+
+
+def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Return the logits (vocab,) behind tokens (T,); several at once go through the model as it was written."""
+    with torch.compiler.set_stance("default" if len(tokens) == 1 else "force_eager"):
+        logits: Tensor = model.lm_head(model(tokens, [len(tokens)], cache)[-1:])
+    return logits[0]
+
+
+@torch.inference_mode()
+def compile_step(model: GPT) -> None:
+    """Compile the way from one token to the next: all blocks are one compilation, at any length."""
+    for layer in (*model.model.layers, model.lm_head):
+        layer.compile(dynamic=True)
+    weight = model.lm_head.weight
+    cache = KVCache(model.config, 5, weight.dtype, weight.device)
+    cache.length = 2  # lengths of 0, 1 and all that there is room for would be compiled apart
+    try:
+        with evaluating(model):
+            next_logits(model, torch.zeros(1, dtype=torch.long, device=weight.device), cache)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = str(error).strip().partition("\n")[0]
+        advice = "install g++, or leave --compile out"
+        raise LitLoraError(f"--compile needs a C++ compiler: {advice} (torch says: {why})") from error
+
+
+def checked(token: int) -> int:
+    """Return a chosen token, which is negative where there was nothing to choose from."""
+    if token < 0:
+        fault = "the model's scores for the next token are NaN or infinite"
+        raise LitLoraError(f"{fault}: its weights are damaged, or too large for this --precision (try 32-true)")
+    return token

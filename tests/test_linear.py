@@ -44,3 +44,14 @@ def test_a_weight_that_trains_gets_its_gradient():
     assert layer.weight.grad is not None
     frozen = nn.Linear(8, 3, bias=False).requires_grad_(False)
     assert not frozen_linear(torch.randn(5, 8), frozen.weight).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out_features", [1024, 333], ids=["shared by threads", "not to be shared"])
+def test_one_row_is_multiplied_as_exactly_as_many(dtype, out_features):
+    torch.manual_seed(0)
+    weight, x = torch.randn(out_features, 600).to(dtype), torch.randn(1, 600).to(dtype)
+    exact = F.linear(x.double(), weight.double())
+    torch.testing.assert_close(
+        frozen_linear(x, weight).double(), exact, atol=1e-4, rtol=1e-5 if dtype is torch.float32 else 2**-8
+    )

@@ -1,8 +1,12 @@
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from litlora.sampling import Sampler
+from litlora.checkpoint import load_model
+from litlora.lora import LoRAConfig, add_lora
+from litlora.model import GPT
+from litlora.sampling import Sampler, compile_step, generate
 
 DRAWS = 20_000
 
@@ -29,3 +33,26 @@ def test_tokens_come_as_often_as_transformers_says(temperature, top_k, top_p):
 
 def test_temperature_0_takes_the_likeliest():
     assert Sampler(0.0, 50, 0.1).choose(torch.tensor([1.0, 3.0, 2.0])) == 1
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 50), Sampler(1.0, None, 0.9)], ids=["greedy", "k", "p"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_nothing_is_chosen_where_a_score_is_not_a_number(sampler, wrong):
+    assert sampler.choose(torch.tensor([1.0, wrong, 2.0])) == -1
+    assert sampler.choose(torch.tensor([1.0, -torch.inf, 2.0])) in (0, 2)
+
+
+def test_compiled_all_blocks_and_lengths_are_one_compilation_with_the_same_tokens(checkpoints):
+    torch._dynamo.reset()
+    counters.clear()
+    for compilations, family in enumerate(["llama-gqa", "mistral"], start=1):
+        model = load_model(checkpoints(family), torch.float32, torch.device("cpu"))
+        add_lora(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=("q_proj", "v_proj")))
+        eager = tokens_of(model)
+        compile_step(model)
+        assert tokens_of(model) == eager
+        assert counters["stats"]["unique_graphs"] == 2 * compilations  # a block, and the head
+
+
+def tokens_of(model: GPT) -> list[int]:
+    return list(generate(model, [5, 6, 7, 8, 9], Sampler(), max_new_tokens=20, stop_ids=[]))

@@ -9,7 +9,7 @@ from litlora.args import GenerateArgs
 from litlora.checkpoint import load_config
 from litlora.errors import LitLoraError
 from litlora.quantize import Quantization
-from litlora.sampling import Sampler
+from litlora.sampling import Sampler, compile_step
 from litlora.sampling import generate as stream_tokens
 from litlora.tokenizer import Tokenizer
 
@@ -25,7 +25,11 @@ def generate(args: GenerateArgs) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))
+    if args.compile and quantization:
+        raise LitLoraError(f"--compile does not go with a base in 4 bits ({quantization.name}): leave one of them out")
     model = load_with_adapter(base_dir, adapter_dir, dtype, device, quantization)
+    if args.compile:
+        compile_step(model)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):
         tokens = stream_tokens(model, prompt, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids)

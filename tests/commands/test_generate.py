@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import hugging_face, with_peft
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from litlora.__main__ import main
@@ -112,3 +113,33 @@ def test_flags_beat_what_an_adapter_remembers_of_its_base(flags, trained, expect
     dtype, quantization = storage(GenerateArgs(Path("x"), **flags), trained and Quantization(*trained))
     assert (dtype, quantization and quantization.name) == expected
     assert quantization is None or quantization.dtype is dtype
+
+
+def test_compiled_it_says_the_same(adapter, generate):
+    flags = ["--prompt", "Close the door.", "--max_new_tokens", 20, "--temperature", 0]
+    assert generate(adapter, *flags, "--compile", "true") == generate(adapter, *flags)
+
+
+def test_a_missing_compiler_is_said_before_any_token(tiny, tmp_path, litlora):
+    nothing = {"CXX": "no-such-compiler", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    found = litlora("generate", "--checkpoint_dir", tiny, "--prompt", "Say", "--compile", "true", **nothing)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr.startswith(
+        "litlora: --compile needs a C++ compiler: install g++, or leave --compile out (torch"
+    )
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_weights_that_are_not_numbers_are_said_in_a_sentence(tiny, tmp_path, capfd, temperature):
+    copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, copy / "model.safetensors")
+    command = ["generate", "--checkpoint_dir", str(copy), "--prompt", "Say", "--temperature", str(temperature)]
+    assert main(command) == 1
+    assert capfd.readouterr() == (
+        "",
+        "litlora: the model's scores for the next token are NaN or infinite: its weights are damaged, "
+        "or too large for this --precision (try 32-true)\n",
+    )
