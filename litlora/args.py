@@ -204,6 +204,8 @@ class FinetuneLoraArgs:
     """Decides the adapter's start, the order of the examples and dropout."""
     resume: bool | Path = False
     """Go on from the newest checkpoint in out_dir (true), or from the one at this path."""
+    dry_run: bool = False
+    """Say what the run would compute and how much memory it would take, and stop before any weight is loaded."""
 
     def __post_init__(self) -> None:
         require(self.devices == 1, "--devices", self.devices, "1")

@@ -11,7 +11,7 @@ LAYERS = """
     args config files layout linear loss rows
     attention examples hub lora optimizers state
     model preparing prompts
-    checkpoint sampling tokenizer
+    checkpoint footprint sampling tokenizer
     adapter
     records tokenized
     batches

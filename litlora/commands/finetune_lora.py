@@ -16,6 +16,7 @@ from litlora.batches import Samples
 from litlora.checkpoint import check_checkpoint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
+from litlora.footprint import Load, Network, breakdown, table
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer
@@ -25,7 +26,7 @@ from litlora.sampling import Sampler, generate
 from litlora.state import Progress, restore_state
 from litlora.tokenized import Recipe, Tokens, find_split, open_splits
 from litlora.tokenizer import Tokenizer
-from litlora.training import Run, fit, peak_memory_gb, total_steps
+from litlora.training import Run, fit, peak_memory_gb, total_steps, workload
 
 
 def finetune_lora(args: FinetuneLoraArgs) -> None:
@@ -48,6 +49,9 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
     fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
     torch.manual_seed(args.seed)
+    if args.dry_run:
+        sys.stdout.write(forecast(args, Network(config, folder.lora, args.precision, None, fabric.device), train))
+        return
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     gpt = load_model(args.checkpoint_dir, dtype, fabric.device)
     add_lora(gpt, folder.lora)
@@ -123,6 +127,26 @@ def say_plan(run: Run) -> None:
     tokens = int(run.train.lengths.sum())
     say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, on {run.fabric.device}")
     say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")
+
+
+def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
+    """Say what a run would compute, and what parts its peak memory would have."""
+    total = total_steps(len(train), args.train)
+    largest, tokens = workload(train, args, total)
+    load = Load(largest.lengths, largest.supervised, args.train.activation_checkpointing)
+    outline = network.outline()
+    counts = {
+        "trainable parameters": count(outline.parameters(), trainable=True),
+        "frozen parameters": count(outline.parameters(), trainable=False),
+        "examples": len(train),
+        "steps": total,
+        "tokens": tokens,
+        "tokens in the longest micro-batch": load.tokens,
+    }
+    parts = breakdown(network, load, args.optimizer)
+    if network.on_cpu:
+        parts["Python and torch"] = round(peak_memory_gb() * 1e9)  # of this process, which has loaded no weight
+    return table(counts, parts)
 
 
 def report(gpt: GPT, progress: Progress, val_loss: float | None) -> dict[str, Any]:
