@@ -233,6 +233,8 @@ class FinetuneLoraArgs:
     """Go on from the newest whole checkpoint in out_dir (true), or from the one at this path."""
     overwrite: bool = False
     """Replace a run that out_dir holds; together with --resume, only the final adapter of a finished one."""
+    dry_run: bool = False
+    """Say what the run would compute and how much memory it would take, and stop before any weight is loaded."""
 
     def __post_init__(self) -> None:
         if self.quantize and self.precision == "bf16-mixed":

@@ -1,7 +1,6 @@
 """The product of activations with a frozen weight, by the fastest way that the device has."""
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, Protocol
 
 import torch

@@ -116,6 +116,18 @@ def total_steps(samples: int, args: TrainArgs) -> int:
     return wanted if args.max_steps is None else min(wanted, args.max_steps)
 
 
+def workload(samples: Samples, args: FinetuneLoraArgs, total: int) -> tuple[MicroBatch, int]:
+    """Return the micro-batch with the most tokens of a whole run, and how many tokens all of them have."""
+    largest, tokens = None, 0
+    for _, _, batch in steps(samples, args, after=0, total=total):
+        for micro in micro_batches(batch, args.train.micro_batch_size, args.train.micro_batch_tokens):
+            tokens += len(micro.tokens)
+            if largest is None or len(micro.tokens) > len(largest.tokens):
+                largest = micro
+    assert largest is not None  # since a run without an example is refused
+    return largest, tokens
+
+
 def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
     """Return the rate of a step, counted from 1: linear warm-up, then cosine decay towards `min_lr`.
 

@@ -12,7 +12,7 @@ LAYERS = """
     quantize
     attention examples hub locking lora manifest optimizers state
     model preparing prompts
-    checkpoint sampling tokenizer
+    checkpoint footprint sampling tokenizer
     adapter resuming
     records tokenized
     batches

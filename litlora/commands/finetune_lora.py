@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from litlora.batches import Samples
 from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
+from litlora.footprint import Load, Network, breakdown, table
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
 from litlora.memory import check_memory
@@ -32,7 +34,7 @@ from litlora.state import Progress, restore_state
 from litlora.stopping import Stopping
 from litlora.tokenized import Recipe, Split, Tokens, find_split, open_splits
 from litlora.tokenizer import Tokenizer
-from litlora.training import Run, fit, peak_memory_gb, total_steps
+from litlora.training import Run, fit, peak_memory_gb, total_steps, workload
 
 
 def finetune_lora(args: FinetuneLoraArgs) -> None:
@@ -40,7 +42,7 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
     stopping = Stopping(args.train.max_time)
     if args.resume is True and not args.out_dir.exists():
         raise no_checkpoint(args.out_dir)
-    with locked(args.out_dir, "--out_dir"):
+    with nullcontext() if args.dry_run else locked(args.out_dir, "--out_dir"):
         train_adapter(args, stopping)
 
 
@@ -66,6 +68,11 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping) -> None:
     )
 
     torch.manual_seed(args.seed)
+    if args.dry_run:
+        sys.stdout.write(
+            forecast(args, Network(config, folder.lora, args.precision, args.quantize, fabric.device), train)
+        )
+        return
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
     gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
@@ -161,6 +168,26 @@ def say_plan(run: Run) -> None:
     tokens = int(run.train.lengths.sum())
     say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, on {run.fabric.device}")
     say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")
+
+
+def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
+    """Say what a run would compute, and what parts its peak memory would have."""
+    total = total_steps(len(train), args.train)
+    largest, tokens = workload(train, args, total)
+    load = Load(largest.lengths, largest.supervised, args.train.activation_checkpointing)
+    outline = network.outline()
+    counts = {
+        "trainable parameters": count(outline.parameters(), trainable=True),
+        "frozen parameters": count(outline.parameters(), trainable=False),
+        "examples": len(train),
+        "steps": total,
+        "tokens": tokens,
+        "tokens in the longest micro-batch": load.tokens,
+    }
+    parts = breakdown(network, load, args.optimizer)
+    if network.on_cpu:
+        parts["Python and torch"] = round(peak_memory_gb() * 1e9)  # of this process, which has loaded no weight
+    return table(counts, parts)
 
 
 def report(gpt: GPT, progress: Progress, val_loss: float | None) -> dict[str, Any]:

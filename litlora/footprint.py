@@ -1,0 +1,272 @@
+"""How much memory a run takes, computed from the shapes of its network and of its longest micro-batch."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from litlora.args import Precision
+from litlora.attention import BLOCK
+from litlora.config import GPTConfig
+from litlora.linear import SLAB, Linear, has_slow_products
+from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
+from litlora.loss import CHUNK
+from litlora.model import GPT
+from litlora.optimizers import build_optimizer
+from litlora.quantize import BLOCK as NF4_BLOCK
+from litlora.quantize import DOUBLE, OUTER_BLOCK
+
+FLOAT32, BFLOAT16 = 4, 2  # bytes
+
+
+@dataclass(frozen=True)
+class Network:
+    """The shape of a model with its adapter, and the precision in which it is trained."""
+
+    config: GPTConfig
+    lora: LoRAConfig
+    precision: Precision
+    quantize: str | None
+    """bnb.nf4, bnb.nf4-dq, or None for a base in the run's precision."""
+    device: torch.device
+
+    def outline(self) -> GPT:
+        """Build the model with its adapter, without a single value."""
+        dtype = torch.bfloat16 if self.stream == BFLOAT16 else torch.float32
+        with torch.device("meta"):
+            gpt = GPT(self.config).to(dtype)
+            add_lora(gpt, self.lora)
+        return gpt
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a value that passes from block to block, and of a weight that is not quantized."""
+        return BFLOAT16 if self.precision == "bf16-true" else FLOAT32
+
+    @property
+    def product(self) -> int:
+        """Bytes of a value that a linear layer of a block returns."""
+        return FLOAT32 if self.precision == "32-true" else BFLOAT16
+
+    @property
+    def upcasts(self) -> bool:
+        """Tell whether the products of the blocks are of bfloat16 and computed in float32."""
+        dtype = torch.bfloat16 if self.product == BFLOAT16 else torch.float32
+        return self.on_cpu and has_slow_products(torch.empty(0, dtype=dtype))
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through the network in the largest micro-batch, and what is kept of it."""
+
+    lengths: tuple[int, ...]
+    supervised: int
+    """How many of its tokens have a label."""
+    activation_checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> dict[str, int]:
+    """Return the bytes of every part of the memory that training takes at its peak, beside Python's and torch's own."""
+    gpt = network.outline()
+    adapter = list(lora_parameters(gpt).values())
+    adapters = sum(matrix.nbytes for matrix in adapter)
+    return {
+        **weight_bytes(gpt, network.quantize),
+        "adapter, float32": adapters,
+        "its gradients": adapters,
+        "optimizer state": optimizer_bytes(optimizer, adapter),
+        "activations": activation_bytes(network, load),
+        "temporaries": temporary_bytes(network, load),
+        "gaps in the heap": gap_bytes(network, load),
+    }
+
+
+def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
+    """Return the bytes of the frozen weights: embedding, output head, norms, and the linear layers of the blocks."""
+    head = 0 if gpt.config.tie_word_embeddings else gpt.lm_head.weight.nbytes
+    linear = [module.weight for module in gpt.model.modules() if isinstance(module, Linear | LoRALinear)]
+    norms = [module.weight for module in gpt.modules() if isinstance(module, nn.RMSNorm)]
+    dtype = str(gpt.lm_head.weight.dtype).removeprefix("torch.")
+    stored = dtype if quantize is None else quantize.removeprefix("bnb.").upper()
+    return {
+        f"embedding, {dtype}": gpt.model.embed_tokens.weight.nbytes,
+        f"output head, {dtype}": head,
+        f"norms, {dtype}": sum(weight.nbytes for weight in norms),
+        f"linear layers, {stored}": sum(
+            weight.nbytes if quantize is None else nf4_bytes(weight.numel(), double=quantize == DOUBLE)
+            for weight in linear
+        ),
+    }
+
+
+def nf4_bytes(values: int, *, double: bool) -> int:
+    """Return the bytes of 4-bit values and their scales, which double quantization stores as bytes of their own."""
+    scales = -(-values // NF4_BLOCK)
+    return -(-values // 2) + (scales + FLOAT32 * -(-scales // OUTER_BLOCK) if double else FLOAT32 * scales)
+
+
+def optimizer_bytes(optimizer: str | dict[str, Any], matrices: Sequence[nn.Parameter]) -> int:
+    """Return the bytes that an optimizer keeps for matrices, by a real step on one of each shape."""
+    shapes = Counter(matrix.shape for matrix in matrices)
+    return sum(count * _state_bytes(optimizer, shape) for shape, count in shapes.items())
+
+
+def _state_bytes(optimizer: str | dict[str, Any], shape: torch.Size) -> int:
+    parameter = nn.Parameter(torch.zeros(shape))
+    parameter.grad = torch.zeros_like(parameter)
+    built = build_optimizer(optimizer, [parameter], lr=1e-3)
+    built.step()
+    return sum(value.nbytes for value in built.state[parameter].values() if isinstance(value, torch.Tensor))
+
+
+def activation_bytes(network: Network, load: Load) -> int:
+    """Return the bytes that the forward pass of a micro-batch leaves for its backward pass."""
+    config, width = network.config, network.config.hidden_size * network.stream
+    blocks = list(_blocks(network, load))
+    head = network.lora.targets("lm_head") * network.lora.r * (config.hidden_size + config.vocab_size) * FLOAT32
+    if not any(blocks):
+        return head  # whose gradient is there at once, and nothing below it needs one
+    if load.activation_checkpointing:
+        kept = load.tokens * (len(blocks) * width + _norm_width(network))
+    else:
+        kept = sum(blocks) + load.tokens * _angles_width(network)
+    return kept + load.supervised * width + load.tokens + head  # states with a label have a gradient, the others a mark
+
+
+def _blocks(network: Network, load: Load) -> Iterator[int]:
+    """Yield the bytes that each block keeps, the norm behind it included and the one before it not."""
+    flows = False  # whether a gradient goes back through what is computed so far
+    for layer in range(network.config.num_hidden_layers):
+        kept = 0
+        for stage in _stages(network):
+            adapted = sum(network.lora.targets(f"model.layers.{layer}.{name}") for name in stage.layers)
+            if adapted:
+                kept += load.tokens * (stage.width * stage.size + adapted * network.lora.r * FLOAT32)
+            kept += flows * stage.cast_weights
+            flows = flows or adapted > 0
+            kept += flows * load.tokens * stage.behind
+        yield kept
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linear layers of a block with one input, and what is computed of their outputs until the next such."""
+
+    layers: tuple[str, ...]
+    width: int
+    """Values of a token in the input, which is kept if one of the layers is adapted."""
+    size: int
+    """Bytes of each of them."""
+    behind: int
+    """Bytes of a token that are kept of what comes behind."""
+    cast_weights: int
+    """Bytes of the copies that mixed precision makes of the weights, kept if the input needs a gradient."""
+
+
+def _stages(network: Network) -> tuple[Stage, ...]:
+    config, stream, product = network.config, network.stream, network.product
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    norm, copied = _norm_width(network), BFLOAT16 if network.precision == "bf16-mixed" else 0
+    inside = 0 if network.upcasts else copied  # where the input is bfloat16 already, the weight is read as it is
+    qkv, gate_up = (heads + 2 * keys) * hidden, 2 * inner * hidden
+    return (
+        Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, _attention_width(network), qkv * copied),
+        Stage(_layers("self_attn", "o"), heads, product, norm, heads * hidden * inside),
+        Stage(_layers("mlp", "gate", "up"), hidden, stream, 2 * inner * product, gate_up * copied),
+        Stage(_layers("mlp", "down"), inner, product, norm, inner * hidden * inside),
+    )
+
+
+def _layers(part: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{part}.{name}_proj" for name in names)
+
+
+def _attention_width(network: Network) -> int:
+    """Return the bytes that attention keeps of a token: queries, keys and values, on a GPU its output and sums too."""
+    config = network.config
+    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    output = heads * network.product + config.num_attention_heads * FLOAT32
+    return (heads + 2 * keys) * network.product + (0 if network.on_cpu else output)
+
+
+def _norm_width(network: Network) -> int:
+    """Return the bytes that a norm keeps of a token: its input, on a CPU in float32, and one number."""
+    return network.config.hidden_size * (FLOAT32 if network.on_cpu else network.stream) + FLOAT32
+
+
+def _angles_width(network: Network) -> int:
+    return network.config.head_dim * network.stream  # a cosine and a sine for each pair, once for all blocks
+
+
+def temporary_bytes(network: Network, load: Load) -> int:
+    """Return the most bytes that exist beside the activations: for the loss of a chunk, or for a block's gradient."""
+    again = max(_blocks(network, load)) + load.tokens * _angles_width(network) if load.activation_checkpointing else 0
+    in_block = max(_mlp_bytes(network, load), _attention_bytes(network, load), _branch_bytes(network, load))
+    return max(_loss_bytes(network, load), again + in_block)
+
+
+def _loss_bytes(network: Network, load: Load) -> int:
+    """Return the bytes of a chunk of logits with its gradient, and of the states that have a label."""
+    config, rows = network.config, min(CHUNK, load.supervised)
+    size = FLOAT32 if network.product == FLOAT32 else FLOAT32 + 2 * BFLOAT16
+    cast = BFLOAT16 * config.vocab_size * config.hidden_size if network.precision == "bf16-mixed" else 0
+    return rows * config.vocab_size * size + cast + load.supervised * config.hidden_size * network.stream
+
+
+def _mlp_bytes(network: Network, load: Load) -> int:
+    """Return the bytes of three inner values' gradients, and of a weight as the arithmetic needs it."""
+    config = network.config
+    rows = min(SLAB, config.intermediate_size) if network.on_cpu else config.intermediate_size
+    size = FLOAT32 if network.upcasts else network.product if network.quantize else 0
+    return (load.tokens * 3 * network.product * config.intermediate_size) + rows * size * config.hidden_size
+
+
+def _attention_bytes(network: Network, load: Load) -> int:
+    """Return the bytes of the gradients, and on a CPU of the scores of a block of queries, three at a time each."""
+    config, longest = network.config, max(load.lengths)
+    seen = longest if config.sliding_window is None else min(longest, config.sliding_window + BLOCK)
+    scores = FLOAT32 * min(BLOCK, longest) * seen if network.on_cpu else 0
+    gradients = network.product * load.tokens * config.head_dim
+    return 3 * config.num_attention_heads * (scores + gradients)
+
+
+def _branch_bytes(network: Network, load: Load) -> int:
+    """Return the bytes of the widest adapted input in float32: as it is, behind its dropout, and its gradient."""
+    stages, targets = _stages(network), network.lora.targets
+    widths = [s.width for s in stages if any(targets(f"model.layers.0.{name}") for name in s.layers)]
+    return load.tokens * max(widths, default=0) * 3 * FLOAT32
+
+
+def gap_bytes(network: Network, load: Load) -> int:
+    """Estimate what a CPU's heap leaves unused: what a block keeps settles in the room of its temporaries.
+
+    The next block then needs new room for its own. How much was measured, with glibc; a GPU's allocator is asked for
+    what is in use alone.
+    """
+    if not network.on_cpu:
+        return 0
+    config, targets = network.config, network.lora.targets
+    adapted = sum(s.width * targets(f"model.layers.0.{name}") for s in _stages(network) for name in s.layers)
+    inner = config.intermediate_size * (1 if load.activation_checkpointing else 2)
+    return config.num_hidden_layers * load.tokens * FLOAT32 * (inner + adapted * 3 // 4)
+
+
+def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:
+    """Return lines of names and numbers: counts as they are, parts of the memory in 10^9 bytes, and their sum."""
+    rows = {name: f"{value:,}" for name, value in counts.items()}
+    rows |= {"memory, GB": ""} | {f"  {name}": f"{size / 1e9:.3f}" for name, size in parts.items()}
+    rows["peak memory, GB"] = f"{sum(parts.values()) / 1e9:.3f}"
+    left, right = max(map(len, rows)), max(map(len, rows.values()))
+    return "".join(f"{name:{left}}  {value:>{right}}".rstrip() + "\n" for name, value in rows.items())

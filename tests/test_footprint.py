@@ -1,0 +1,164 @@
+"""What a run is said to take, beside the bytes of networks, optimizers and graphs that are there."""
+
+import json
+import re
+from dataclasses import replace
+from weakref import WeakSet
+
+import memory_table
+import pytest
+import torch
+
+from litlora import linear
+from litlora.__main__ import main
+from litlora.config import GPTConfig
+from litlora.footprint import Load, Network, activation_bytes, breakdown, nf4_bytes, optimizer_bytes, weight_bytes
+from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, lora_parameters
+from litlora.loss import supervised_loss
+from litlora.model import GPT
+from litlora.optimizers import build_optimizer
+
+SHAPE = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "head_dim": 8}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+CONFIG = GPTConfig(**SHAPE, **HEADS, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4,
+                   rope_scaling=None, sliding_window=None, tie_word_embeddings=False)  # fmt: skip
+LENGTHS = (130, 70, 1)
+SUPERVISED = 151
+ALL = tuple(name for names in TARGET_MODULES.values() for name in names)
+
+
+def network(precision="32-true", targets=("q_proj", "v_proj"), tied=False) -> Network:
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    return Network(config, LoRAConfig(4, 16, 0.1, targets), precision, None, torch.device("cpu"))
+
+
+def real(network: Network) -> GPT:
+    """Build the model that a network describes."""
+    gpt = GPT(network.config)
+    gpt.to(torch.bfloat16 if network.precision == "bf16-true" else torch.float32)
+    add_lora(gpt, network.lora)
+    return gpt
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_weights_and_adapter_take_the_bytes_of_the_real_ones(precision, tied):
+    described = network(precision, ALL[:-1] if tied else ALL, tied)
+    gpt = real(described)
+    parts = breakdown(described, Load(LENGTHS, SUPERVISED), "AdamW")
+    frozen, matrices = ([p for p in gpt.parameters() if p.requires_grad is kind] for kind in (False, True))
+    assert sum(weight_bytes(gpt, None).values()) == sum(weight.nbytes for weight in frozen)
+    assert weight_bytes(gpt, None).items() <= parts.items()
+    assert parts["adapter, float32"] == parts["its gradients"] == sum(matrix.nbytes for matrix in matrices)
+
+
+def test_nf4_takes_four_bits_and_a_scale_for_64_values_that_is_a_byte_where_it_is_quantized_itself():
+    assert nf4_bytes(2**20, double=False) == 2**19 + 4 * 2**14
+    assert nf4_bytes(2**20, double=True) == 2**19 + 2**14 + 4 * 2**6
+    plain, nf4, double = (weight_bytes(network().outline(), name) for name in (None, "bnb.nf4", "bnb.nf4-dq"))
+    assert plain["embedding, float32"] == nf4["embedding, float32"] == double["embedding, float32"]
+    assert double["linear layers, NF4-DQ"] < nf4["linear layers, NF4"] < plain["linear layers, float32"] / 7
+
+
+OPTIMIZERS = [
+    "AdamW",
+    "SGD",
+    {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}},
+    "Adafactor",
+    {"class_path": "AdamW", "init_args": {"amsgrad": True}},
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_an_optimizer_takes_the_bytes_that_it_has_after_a_step(optimizer):
+    matrices = list(lora_parameters(real(network(targets=ALL))).values())
+    built = build_optimizer(optimizer, matrices, lr=1e-3)
+    for matrix in matrices:
+        matrix.grad = torch.ones_like(matrix)
+    built.step()
+    kept = sum(t.nbytes for state in built.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+    assert optimizer_bytes(optimizer, matrices) == kept
+
+
+class Kept:
+    """A tensor that a graph keeps for its backward pass, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_bytes(described: Network, load: Load) -> int:
+    """Return the bytes that a real forward pass leaves, without the model's own."""
+    gpt, kept = real(described), WeakSet()
+    gpt.model.activation_checkpointing = load.activation_checkpointing
+    tokens = torch.randint(described.config.vocab_size, (load.tokens,))
+    labels = torch.where(torch.arange(load.tokens) < load.supervised, tokens, -100)
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept.add(whole := Kept(tensor))
+        return whole
+
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=described.precision == "bf16-mixed")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda whole: whole.tensor), mixed:
+        loss = supervised_loss(gpt(tokens, load.lengths), gpt.lm_head, labels)
+    own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    storages = {whole.tensor.untyped_storage().data_ptr(): whole.tensor.untyped_storage().nbytes() for whole in kept}
+    loss.backward()
+    return sum(size for place, size in storages.items() if place not in own)
+
+
+@pytest.mark.parametrize("has_products", [False, True], ids=["slow", "native"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL, *TARGET_MODULES.values()], ids="-".join)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_activations_take_the_bytes_that_a_graph_really_keeps(
+    precision, targets, checkpointing, has_products, monkeypatch
+):
+    monkeypatch.setattr(linear, "_has_bfloat16_products", lambda: has_products)
+    described, load = network(precision, targets), Load(LENGTHS, SUPERVISED, checkpointing)
+    assert activation_bytes(described, load) == kept_bytes(described, load)
+
+
+def test_a_dry_run_says_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp_path, capsys):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    flags = ["--train.epochs", 2, "--train.global_batch_size", 4, "--train.max_steps", 5, "--lora_mlp", "true"]
+    command = ["finetune_lora", *map(str, folders + flags)]
+    assert main([*command, "--dry_run", "true"]) == 0
+    said = dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
+    assert not list(tmp_path.iterdir())
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out/final/report.json").read_text(encoding="utf-8"))
+    for name in ("trainable parameters", "frozen parameters", "steps", "tokens"):
+        assert said[name] == f"{report[name.replace(' ', '_')]:,}"
+    parts = list(said)[list(said).index("embedding, bfloat16") :]
+    assert parts[-1] == "peak memory, GB"
+    assert sum(float(said[part]) for part in parts[:-1]) == pytest.approx(float(said[parts[-1]]), abs=0.01)
+
+
+def test_the_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, capsys):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    flags = ["--train.micro_batch_size", 1, "--train.max_seq_length", 200, "--dry_run", "true"]
+    assert main(["finetune_lora", *map(str, folders + flags)]) == 0
+    assert re.search(r"^tokens in the longest micro-batch +200$", capsys.readouterr().out, re.MULTILINE)
+
+
+PARAMETERS = [1_235_814_400, 6_738_415_616, 13_015_864_320, 68_976_648_192]
+
+
+@pytest.mark.parametrize(("name", "parameters"), list(zip(memory_table.SHAPES, PARAMETERS, strict=True)))
+def test_the_shapes_of_the_table_have_the_published_numbers_of_parameters(name, parameters):
+    described = replace(network("bf16-true"), config=memory_table.config(name))
+    weights = sum(weight_bytes(described.outline(), None).values())
+    assert weights == 2 * parameters
+
+
+def test_the_table_has_a_row_for_every_model_and_base(capsys, monkeypatch):
+    monkeypatch.setattr(memory_table, "SHAPES", {"7B (Llama 2)": memory_table.SHAPES["7B (Llama 2)"]})
+    memory_table.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["7B (Llama 2)", base] for base in memory_table.BASES]
+    weights, trained, whole, peak, again, least = (tuple(float(row[column]) for row in rows) for column in range(2, 8))
+    assert weights[0] > 3 * weights[1] > 3 * weights[2]
+    for index, total in enumerate(peak):
+        assert total == pytest.approx(weights[index] + trained[index] + whole[index], abs=0.02)
+        assert least[index] == pytest.approx(total - whole[index] + again[index], abs=0.02)
