@@ -95,7 +95,8 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
 def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
     """Return the bytes of the frozen weights: embedding, output head, norms, and the linear layers of the blocks."""
     head = 0 if gpt.config.tie_word_embeddings else gpt.lm_head.weight.nbytes
-    linear = [module.weight for module in gpt.model.modules() if isinstance(module, Linear | LoRALinear)]
+    modules = gpt.model.modules()
+    sizes = [module.weight.shape.numel() for module in modules if isinstance(module, Linear | LoRALinear)]
     norms = [module.weight for module in gpt.modules() if isinstance(module, nn.RMSNorm)]
     dtype = str(gpt.lm_head.weight.dtype).removeprefix("torch.")
     stored = dtype if quantize is None else quantize.removeprefix("bnb.").upper()
@@ -104,8 +105,8 @@ def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
         f"output head, {dtype}": head,
         f"norms, {dtype}": sum(weight.nbytes for weight in norms),
         f"linear layers, {stored}": sum(
-            weight.nbytes if quantize is None else nf4_bytes(weight.numel(), double=quantize == DOUBLE)
-            for weight in linear
+            size * gpt.lm_head.weight.itemsize if quantize is None else nf4_bytes(size, double=quantize == DOUBLE)
+            for size in sizes
         ),
     }
 
