@@ -12,9 +12,11 @@ class Program:
     name: str
     environment: str
     """The virtual environment that it runs in, and the module beside this one that runs it there."""
+    compiled: bool = False
 
 
 LITLORA = Program("litlora", "litlora")
+LITLORA_COMPILED = Program("litlora --compile", "litlora", compiled=True)
 PEFT = Program("PEFT + transformers", "peft")
 TRANSFORMERS = Program("transformers", "peft")
 LITGPT = Program("litgpt", "litgpt")
@@ -38,7 +40,7 @@ class Case:
 
 
 TRAINING = (LITLORA, PEFT, LITGPT)
-GENERATION = (LITLORA, TRANSFORMERS, LITGPT)
+GENERATION = (LITLORA, LITLORA_COMPILED, TRANSFORMERS, LITGPT)
 CASES = (
     Case("train-32", "train", "32-true", TRAINING),
     Case("train-bf16", "train", "bf16-true", TRAINING),

@@ -29,6 +29,7 @@ class Job:
     folder: str
     rows: int = 0
     layers: Layers = "query and value"
+    compiled: bool = False
 
     @property
     def work(self) -> Path:
@@ -73,6 +74,8 @@ class Result:
     """Of each step, as means over its supervised tokens."""
     ids: list[int] = field(default_factory=list)
     """The prompt and what was generated."""
+    compile_seconds: float = 0.0
+    """Before the first token, not among the seconds above."""
 
 
 @dataclass(frozen=True)

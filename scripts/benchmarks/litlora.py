@@ -93,9 +93,10 @@ def step_times() -> Iterator[list[float]]:
 
 
 def generate(job: Job) -> Result:
-    """Generate greedily twice, and time the second: the first warms up."""
+    """Generate greedily twice, and time the second: the first warms up; compiling is timed apart."""
     command = importlib.import_module("litlora.commands.generate")
     runs: list[tuple[float, list[int]]] = []
+    compilations: list[float] = []
 
     def timed(model: GPT, prompt: Sequence[int], *arguments: Any, **options: Any) -> Iterator[int]:
         start, ids = time.perf_counter(), list(prompt[: jobs.PROMPT_TOKENS])
@@ -104,8 +105,13 @@ def generate(job: Job) -> Result:
             yield token
         runs.append((time.perf_counter() - start, ids))
 
-    stream = command.stream_tokens
-    with patch.object(command, "stream_tokens", timed):
+    def timed_compilation(model: GPT) -> None:
+        start = time.perf_counter()
+        compile_step(model)
+        compilations.append(time.perf_counter() - start)
+
+    stream, compile_step = command.stream_tokens, command.compile_step
+    with patch.multiple(command, stream_tokens=timed, compile_step=timed_compilation):
         run(generate_flags(job))
     seconds, ids = runs[1]
     return Result(
@@ -114,6 +120,7 @@ def generate(job: Job) -> Result:
         ids=ids,
         memory_gb=peak_memory_gb(),
         versions=versions(*PACKAGES),
+        compile_seconds=sum(compilations),
     )
 
 
@@ -125,6 +132,7 @@ def generate_flags(job: Job) -> list[str]:
         "max_new_tokens": jobs.NEW_TOKENS,
         "temperature": 0,
         "num_samples": 2,
+        "compile": str(job.compiled).lower(),
     }
     return as_flags("generate", settings)
 

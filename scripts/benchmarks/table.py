@@ -1,10 +1,12 @@
 """The Markdown tables of measurements."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+from benchmarks.cases import LITLORA, LITLORA_COMPILED
 from benchmarks.jobs import NEW_TOKENS, PROMPT_TOKENS, Result
 from benchmarks.measuring import Measurement, leading
 
@@ -33,7 +35,7 @@ def section(name: str, measurement: Measurement) -> str:
     rows = [[program, *(cell(measurement, program) for cell in columns.values())] for program in measurement.results]
     lines = [f"**{measurement.title}** (`{name}`): {work(measurement)}", "", line(["", *columns])]
     lines += [line(["---", *("--:" for _ in columns)]), *map(line, rows)]
-    notes = [f"{program}: {why}." for program, why in measurement.missing.items()]
+    notes = [*compiling(measurement), *(f"{program}: {why}." for program, why in measurement.missing.items())]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)] if notes else lines)
 
 
@@ -54,6 +56,18 @@ def work(measurement: Measurement) -> str:
 def limit(measurement: Measurement) -> float:
     result = next(iter(measurement.results.values()))[0]
     return median(products.limit(result.tokens, result.supervised) for products in measurement.products)
+
+
+def compiling(measurement: Measurement) -> list[str]:
+    """Say what compiling costs, and after how many tokens it is won back."""
+    compiled, eager = (measurement.results.get(p.name) for p in (LITLORA_COMPILED, LITLORA))
+    if not compiled or not eager:
+        return []
+    cost = median(result.compile_seconds for result in compiled)
+    saved = middle(eager) - middle(compiled)
+    tokens = math.ceil(cost / saved * eager[0].tokens) if saved > 0 else 0
+    worth = f"are won back after {tokens:,} tokens" if tokens else "are never won back"
+    return [f"{LITLORA_COMPILED.name} first compiles for {cost:.1f} s, which {worth}."]
 
 
 def middle(results: Sequence[Result]) -> float:
