@@ -39,7 +39,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    (a, b), out = x.chunk(2, dim=-1), x * torch.cat((cos, cos), dim=-1)
+    (a, b), out = x.chunk(2, dim=-1), (x * torch.cat((cos, cos), dim=-1)).to(x.dtype)
     turned_a, turned_b = out.chunk(2, dim=-1)
     turned_a.addcmul_(b, sin, value=-1)
     turned_b.addcmul_(a, sin)
