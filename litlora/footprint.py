@@ -260,8 +260,9 @@ def gap_bytes(network: Network, load: Load) -> int:
         return 0
     config, targets = network.config, network.lora.targets
     adapted = sum(s.width * targets(f"model.layers.0.{name}") for s in _stages(network) for name in s.layers)
-    inner = config.intermediate_size * (1 if load.activation_checkpointing else 2)
-    return config.num_hidden_layers * load.tokens * FLOAT32 * (inner + adapted * 3 // 4)
+    inner = config.intermediate_size
+    a_token = inner + adapted * 3 // 4 if load.activation_checkpointing else 4 * inner + adapted * 3 // 2
+    return config.num_hidden_layers * load.tokens * FLOAT32 * a_token
 
 
 def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:
