@@ -43,7 +43,7 @@ def _row_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T (1, out) for one row x (1, in) on a CPU, which takes the time to read the weight."""
     if torch.compiler.is_compiling():
         row = x.float()
-        # Each half is one loop, which stores no product; read side by side they take less time than one behind the other.
+        # Each half is one loop that stores no product, and two that run side by side take less time than one.
         halves = [(half.float() * row).sum(-1) for half in weight.chunk(2)]
         return torch.cat(halves).to(x.dtype)[None]
     size, parts = weight.shape, _threads()
