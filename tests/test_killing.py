@@ -103,7 +103,7 @@ def wait_until_saving(out_dir: Path, running: int) -> None:
         time.sleep(0.0002)
 
 
-@pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 20), (signal.SIGTERM, 10)])
+@pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 20), (signal.SIGTERM, 20)])
 def test_a_run_that_is_killed_at_random_moments_ends_as_the_unbroken_one(runs, unbroken, few, tmp_path, number, kills):
     whole, seconds = unbroken
     out_dir, random, killed, finished = tmp_path / "out", Random(number), 0, 0
