@@ -12,8 +12,9 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import SecretStr
 
 from litlora import __version__, args
-from litlora.errors import LitLoraError
+from litlora.errors import EndedElsewhereError, LitLoraError
 from litlora.flags import in_order
+from litlora.launching import must_start, start
 
 COMMANDS: dict[str, type] = {
     "download": args.DownloadArgs,
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The parser itself exits with 2.
     """
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except EndedElsewhereError as error:
+        return error.exit_code
     except LitLoraError as error:
         say(str(error))
         return error.exit_code
@@ -44,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped")
         return 130
-    return 0
 
 
 def say(sentence: str) -> None:
@@ -53,16 +55,24 @@ def say(sentence: str) -> None:
     sys.stderr.write(f"litlora: {printable}\n")
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Parse the arguments and call the command, whose module is imported only now: --help need not wait for torch."""
+def run(arguments: Sequence[str]) -> int:
+    """Parse the arguments, call the command and return its exit code.
+
+    Its module is imported only now: neither --help nor the process that starts others need wait for torch.
+    """
     parser = build_parser(COMMANDS.keys() & set(arguments))
     parsed = parser.parse_args(in_order(arguments))
     name = parsed.command
     refuse_what_slips_through(parser, COMMANDS[name], parsed[name])
     settings = parser.instantiate(parsed)[name].as_dict()
     settings.pop("config")
+    options = COMMANDS[name](**settings)
+    if isinstance(options, args.FinetuneLoraArgs) and must_start(options.devices, options.num_nodes, options.dry_run):
+        entry = importlib.import_module("litlora.__main__").main  # as another process finds it, whatever this one ran
+        return start(entry, arguments, options.devices)
     command = getattr(importlib.import_module(f"litlora.commands.{name}"), name)
-    command(COMMANDS[name](**settings))
+    command(options)
+    return 0
 
 
 def refuse_what_slips_through(parser: ArgumentParser, kind: Any, settings: Namespace, prefix: str = "--") -> None:

@@ -198,7 +198,9 @@ class FinetuneLoraArgs:
     quantize: Quantize | None = None
     """Keep the base's blocks in 4 bits: bnb.nf4, or bnb.nf4-dq, whose scales are quantized as well."""
     devices: int = 1
-    """How many devices to train on."""
+    """How many devices of a machine to train on: GPUs, or processes where there are none."""
+    num_nodes: int = 1
+    """How many machines to train on; more than one are started by torchrun."""
     lora_r: int = 8
     """Rank of the adapter's matrices."""
     lora_alpha: int = 16
@@ -240,7 +242,8 @@ class FinetuneLoraArgs:
         if self.quantize and self.precision == "bf16-mixed":
             hint = "choose bf16-true or 32-true, in which the adapter is float32 as well"
             raise LitLoraError(f"--quantize {self.quantize} does not go with --precision bf16-mixed: {hint}")
-        require(self.devices == 1, "--devices", self.devices, "1")
+        for name in ("devices", "num_nodes"):
+            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
         require_seed(self.seed)
         require(self.lora_r >= 1, "--lora_r", self.lora_r, "at least 1")
         require(self.lora_alpha >= 1, "--lora_alpha", self.lora_alpha, "at least 1")

@@ -26,6 +26,11 @@ class Sample:
     row: int = 0
     """Which row of the split it is, counted from 1; 0 for none."""
 
+    @property
+    def supervised(self) -> int:
+        """How many of the tokens have a label."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -112,6 +117,12 @@ def in_file_order(samples: Samples, size: int) -> Iterator[list[Sample]]:
     """Yield the samples of a split as they stand there, in groups of `size`, the last of which may be smaller."""
     for start in range(0, len(samples), size):
         yield [samples[index] for index in range(start, min(start + size, len(samples)))]
+
+
+def deal(items: Sequence[T], lengths: Sequence[int], ranks: int) -> list[list[T]]:
+    """Deal the samples of a global batch to ranks, by how long they are; the smallest batch leaves some without any."""
+    groups = balance(lengths, ranks, most=len(lengths))
+    return [[items[index] for index in group] for group in groups]
 
 
 def micro_batches(samples: Sequence[Sample], size: int, max_tokens: int | None) -> list[MicroBatch]:

@@ -13,3 +13,11 @@ class StoppedError(LitLoraError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class EndedElsewhereError(LitLoraError):
+    """The end of a process that trains with others, one of which says why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code

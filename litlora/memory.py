@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from litlora.args import TrainArgs
-from litlora.batches import Sample, join, longest_micro_batch
+from litlora.batches import Sample, deal, join, longest_micro_batch
 from litlora.errors import LitLoraError
 from litlora.training import Run, steps, summed_loss, total_steps
 
@@ -20,7 +20,11 @@ def check_memory(run: Run, done: int) -> None:
     train, total = run.args.train, total_steps(len(run.train), run.args.train)
     if done == total:
         return
-    ahead = (batch for _, _, batch in steps(range(len(run.train)), run.args, after=done, total=total))
+    ahead = (
+        share
+        for _, _, batch in steps(range(len(run.train)), run.args, after=done, total=total)
+        for share in filter(None, deal(batch, run.train.lengths[batch].tolist(), run.ranks.count))
+    )
     longest = longest_micro_batch(run.train, ahead, train.micro_batch_size, train.micro_batch_tokens)
     if not fits(run, longest):
         raise too_long(longest, fitting_part(run, longest), train)

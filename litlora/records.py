@@ -50,6 +50,10 @@ class RunFolder:
     def final(self) -> Path:
         return self.path / "final"
 
+    def step(self, progress: Progress) -> Path:
+        """Return the folder of the present step."""
+        return self.path / f"step-{progress.step:06d}"
+
     @property
     def checkpoints(self) -> list[Path]:
         """The step folders, the oldest first."""
@@ -109,7 +113,7 @@ class RunFolder:
 
     def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
         """Save the adapter and all that an exact continuation needs, and return its folder."""
-        path = self.path / f"step-{progress.step:06d}"
+        path = self.step(progress)
         with whole_directory(path) as folder:
             self._write_adapter(folder, model)
             write_state(folder, optimizer, progress)
@@ -136,6 +140,24 @@ class RunFolder:
         write_adapter(folder, model, self.lora, self.args.checkpoint_dir, self.args.prompt_style)
         for path in self.tokenizer_files:
             shutil.copyfile(path, folder / path.name)
+
+
+class ReadOnlyRunFolder(RunFolder):
+    """The same folder for a process that leaves the writing to another."""
+
+    def open(self, start: Path | None, step: int) -> None:
+        """Leave it as it is."""
+
+    def log(self, **values: float | None) -> None:
+        """Leave the log to the one that writes."""
+
+    def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
+        """Return the folder that is being written."""
+        return self.step(progress)
+
+    def save_final(self, model: nn.Module, report: dict[str, Any]) -> Path:
+        """Return the folder that is being written."""
+        return self.final
 
 
 def step_of(checkpoint: Path) -> int:

@@ -9,7 +9,8 @@ from types import FrameType
 from litlora.errors import StoppedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-OUT_OF_TIME = 124  # as of timeout(1); a signal's code is 128 and its number
+OUT_OF_TIME = 124  # as of timeout(1)
+SIGNALLED = 128  # and the signal's number
 
 
 class Stopping:
@@ -35,15 +36,17 @@ class Stopping:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def reason(self) -> str | None:
-        """Say what asks the run to stop, if anything does."""
+    def code(self) -> int:
+        """Return the exit code of what asks the run to stop; 0 if nothing does."""
         if self._signal is not None:
-            return f"stopped by {self._signal.name}"
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            return f"stopped after --train.max_time ({self._max_time:g} seconds)"
-        return None
+            return SIGNALLED + self._signal
+        is_late = self._deadline is not None and time.monotonic() >= self._deadline
+        return OUT_OF_TIME if is_late else 0
 
-    def stopped(self, where: str) -> StoppedError:
-        """Return what ends the run, with the code that belongs to the reason."""
-        code = OUT_OF_TIME if self._signal is None else 128 + self._signal
-        return StoppedError(f"{self.reason()} {where}; go on with the same command and --resume true", code)
+    def stopped(self, code: int, where: str) -> StoppedError:
+        """Return what ends the run, for the reason that this process or another has the code of."""
+        by = f"by {signal.Signals(code - SIGNALLED).name}" if code > SIGNALLED else self._after_time()
+        return StoppedError(f"stopped {by} {where}; go on with the same command and --resume true", code)
+
+    def _after_time(self) -> str:
+        return f"after --train.max_time ({self._max_time:g} seconds)"

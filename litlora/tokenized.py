@@ -27,6 +27,7 @@ from tqdm import tqdm
 from litlora.errors import LitLoraError
 from litlora.examples import ANY, Example, Turn, open_split, read_rows, require_rows
 from litlora.files import check_writable, digest, read_json, whole_directory
+from litlora.launching import end_with_parent
 from litlora.prompts import PromptStyle
 from litlora.rows import jsonl_rows, jsonl_start
 from litlora.tokenizer import Tokenizer
@@ -346,15 +347,8 @@ def _start_worker(recipe: Recipe) -> None:
     """Make this a process that tokenizes: on one core, until its parent ends it or is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
     _worker["recipe"] = recipe
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
 
 
 def _read_in_worker(job: Job) -> Piece:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from litlora.batches import (
     Numbered,
     Sample,
     Samples,
+    deal,
     global_batches,
     in_file_order,
     micro_batches,
@@ -29,6 +31,7 @@ from litlora.errors import LitLoraError
 from litlora.lora import lora_parameters
 from litlora.loss import supervised_loss
 from litlora.model import GPT, evaluating
+from litlora.ranks import Ranks
 from litlora.records import RunFolder
 from litlora.state import Progress, StepResult
 from litlora.stopping import Stopping
@@ -52,6 +55,7 @@ class Run:
     answer: Callable[[], str]
     """Gives the model's present answer to the example that is shown at each validation; "" for none."""
     stopping: Stopping
+    ranks: Ranks
 
 
 def fit(run: Run, progress: Progress) -> None:
@@ -72,15 +76,15 @@ def fit(run: Run, progress: Progress) -> None:
                 )
             if progress.val_loss is not None or step % args.train.log_interval == 0:
                 run.folder.log(**row(progress, result, rate))
-            is_told = step < total and run.stopping.reason() is not None
-            if is_told or step % args.train.save_interval == 0:
+            code = run.ranks.highest(run.stopping.code()) if step < total else 0
+            if code or step % args.train.save_interval == 0:
                 saved = run.folder.save_step(run.gpt, run.optimizer, progress)
             bar.set_postfix_str(
                 f"loss {result.loss:.4f}, {result.tokens / result.seconds:,.0f} tokens/s", refresh=False
             )
             bar.update()
-            if is_told:
-                raise run.stopping.stopped(f"after step {step} of {total}, which is saved in {saved}")
+            if code:
+                raise run.stopping.stopped(code, f"after step {step} of {total}, which is saved in {saved}")
 
 
 def is_out_of_patience(run: Run, progress: Progress) -> bool:
@@ -118,12 +122,14 @@ def total_steps(samples: int, args: TrainArgs) -> int:
 
 def workload(samples: Samples, args: FinetuneLoraArgs, total: int) -> tuple[MicroBatch, int]:
     """Return the micro-batch with the most tokens of a whole run, and how many tokens all of them have."""
+    ranks = args.devices * args.num_nodes
     largest, tokens = None, 0
     for _, _, batch in steps(samples, args, after=0, total=total):
-        for micro in micro_batches(batch, args.train.micro_batch_size, args.train.micro_batch_tokens):
-            tokens += len(micro.tokens)
-            if largest is None or len(micro.tokens) > len(largest.tokens):
-                largest = micro
+        tokens += sum(len(sample.tokens) for sample in batch)
+        for share in deal_by_tokens(batch, ranks):
+            for micro in micro_batches(share, args.train.micro_batch_size, args.train.micro_batch_tokens):
+                if largest is None or len(micro.tokens) > len(largest.tokens):
+                    largest = micro
     assert largest is not None  # since a run without an example is refused
     return largest, tokens
 
@@ -145,13 +151,16 @@ def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
 def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> StepResult:
     """Take one optimizer step on a global batch, with the mean over all its supervised tokens as the loss."""
     start = time.perf_counter()
-    micros = micro_batches(batch, run.args.train.micro_batch_size, run.args.train.micro_batch_tokens)
-    supervised = sum(micro.supervised for micro in micros)
+    share = deal_by_tokens(batch, run.ranks.count)[run.ranks.index]
+    micros = micro_batches(share, run.args.train.micro_batch_size, run.args.train.micro_batch_tokens)
+    supervised = sum(sample.supervised for sample in batch)
+    draw_apart(run, step)
     loss = torch.zeros((), device=run.fabric.device)
     for micro in micros:
         part = summed_loss(run, micro) / supervised
         run.fabric.backward(part)
         loss += part.detach()
+    loss = run.ranks.add_up_gradients(lora_parameters(run.gpt).values(), loss)
     max_norm = run.args.train.max_norm or math.inf  # an infinite limit measures the norm and clips nothing
     norm = run.fabric.clip_gradients(run.model, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
     mean, grad_norm = loss.item(), float(norm)  # type: ignore[arg-type]
@@ -161,8 +170,23 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
         group["lr"] = rate
     run.optimizer.step()
     run.optimizer.zero_grad()
-    tokens = sum(len(micro.tokens) for micro in micros)
+    tokens = sum(len(sample.tokens) for sample in batch)
     return StepResult(mean, grad_norm, tokens, supervised, time.perf_counter() - start)
+
+
+def deal_by_tokens(batch: Sequence[Sample], ranks: int) -> list[list[Sample]]:
+    """Deal a global batch to ranks."""
+    return deal(batch, [len(sample.tokens) for sample in batch], ranks)
+
+
+def draw_apart(run: Run, step: int) -> None:
+    """Give each rank but the first random numbers of its own for a step.
+
+    They follow from the step, so that a checkpoint need hold no generator but the first rank's.
+    """
+    if not run.ranks.is_first:
+        source = f"{run.args.seed} {step} {run.ranks.index}"
+        torch.manual_seed(int.from_bytes(sha256(source.encode()).digest()[:8], "big"))
 
 
 def not_finite(fault: str, batch: Sequence[Sample]) -> LitLoraError:
@@ -188,17 +212,18 @@ def validate(run: Run) -> float:
         micro_batches(group, train.micro_batch_size, train.micro_batch_tokens) for group in groups
     )
     with evaluating(run.model):
-        for micro in islice(batches, run.args.eval.max_iters):
+        for micro in islice(batches, run.ranks.index, run.args.eval.max_iters, run.ranks.count):
             total += summed_loss(run, micro).item()
             supervised += micro.supervised
-    return total / supervised
+    sums = run.ranks.add_up(torch.tensor([total, supervised], dtype=torch.float64, device=run.fabric.device))
+    return float(sums[0] / sums[1])
 
 
 def validate_and_show(run: Run, step: int) -> float:
     """Validate, and say the loss and a sample answer on stderr."""
     val_loss = validate(run)
     tqdm.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
-    if answer := run.answer():
+    if run.ranks.is_first and (answer := run.answer()):
         tqdm.write(answer, file=sys.stderr)
     return val_loss
 

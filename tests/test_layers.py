@@ -9,9 +9,9 @@ PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
     args config files layout limits linear loss rows stopping
-    quantize
+    launching quantize
     attention examples hub locking lora manifest optimizers state
-    model preparing prompts
+    model preparing prompts ranks
     checkpoint footprint sampling tokenizer
     adapter resuming
     records tokenized

@@ -14,6 +14,7 @@ import yaml
 from benchmarks.__main__ import build_parser as build_benchmark_parser
 from families import Family
 from hub_server import reachable_hub
+from torch.distributed.run import get_args_parser as get_torchrun_parser
 from transformers import LlamaConfig
 
 from litlora.__main__ import COMMANDS, build_parser
@@ -79,8 +80,10 @@ def test_quickstart_teaches_pico_to_answer(tmp_path):
 
 
 def test_every_flag_in_readme_is_one_of_a_parser():
-    helps = build_benchmark_parser().format_help() + "".join(
-        build_parser()._subcommands_action._name_parser_map[name].format_help() for name in COMMANDS
+    helps = (
+        build_benchmark_parser().format_help()
+        + get_torchrun_parser().format_help()
+        + "".join(build_parser()._subcommands_action._name_parser_map[name].format_help() for name in COMMANDS)
     )
     known = set(re.findall(r"--[\w.]+", helps))
     mentioned = {flag.rstrip(".") for flag in re.findall(r"--[a-z][\w.]*", README)}

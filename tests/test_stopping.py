@@ -10,10 +10,10 @@ from litlora.stopping import Stopping
 def test_the_first_signal_is_a_request_with_its_own_exit_code(number):
     stopping = Stopping(None)
     with stopping.heeding_signals():
-        assert stopping.reason() is None
+        assert stopping.code() == 0
         os.kill(os.getpid(), number)
-        assert stopping.reason() == f"stopped by {number.name}"
-    assert stopping.stopped("here").exit_code == 128 + number
+        assert stopping.code() == 128 + number
+    assert str(stopping.stopped(128 + number, "here")).startswith(f"stopped by {number.name} here;")
 
 
 def test_the_second_signal_stops_at_once():
@@ -32,6 +32,6 @@ def test_signals_mean_afterwards_what_they_meant_before():
 
 
 def test_time_runs_from_the_start():
-    assert Stopping(1e-9).reason() == "stopped after --train.max_time (1e-09 seconds)"
-    assert Stopping(1e9).reason() is None
-    assert Stopping(1e-9).stopped("here").exit_code == 124
+    assert Stopping(1e-9).code() == 124
+    assert Stopping(1e9).code() == 0
+    assert str(Stopping(1e-9).stopped(124, "here")).startswith("stopped after --train.max_time (1e-09 seconds) here;")

@@ -241,7 +241,7 @@ def test_data_that_is_none_is_refused(spoil, sentence, capsys):
         ("--lora_r 0", "--lora_r (0) must be at least 1"),
         ("--lora_alpha 0", "--lora_alpha (0) must be at least 1"),
         ("--lora_dropout 1", "--lora_dropout (1.0) must be at least 0 and below 1"),
-        ("--devices 2", "--devices (2) must be 1"),
+        ("--devices 0", "--devices (0) must be at least 1"),
         ("--quantize bnb.nf4 --precision bf16-mixed",
          "--quantize bnb.nf4 does not go with --precision bf16-mixed: choose bf16-true or 32-true, in which the "
          "adapter is float32 as well"),

@@ -20,6 +20,7 @@ from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.footprint import Load, Network, breakdown, table
+from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
 from litlora.memory import check_memory
@@ -27,7 +28,8 @@ from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
 from litlora.quantize import Quantization, import_bitsandbytes
-from litlora.records import RunFolder
+from litlora.ranks import Ranks, one_voice, open_fabric
+from litlora.records import ReadOnlyRunFolder, RunFolder
 from litlora.resuming import Identity, no_checkpoint
 from litlora.sampling import Sampler, generate
 from litlora.state import Progress, restore_state
@@ -40,31 +42,39 @@ from litlora.training import Run, fit, peak_memory_gb, total_steps, workload
 def finetune_lora(args: FinetuneLoraArgs) -> None:
     """Fine-tune a checkpoint with LoRA."""
     stopping = Stopping(args.train.max_time)
-    if args.resume is True and not args.out_dir.exists():
-        raise no_checkpoint(args.out_dir)
-    with nullcontext() if args.dry_run else locked(args.out_dir, "--out_dir"):
-        train_adapter(args, stopping)
+    place = find_place(args.devices, args.num_nodes)
+    with one_voice(place):
+        # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
+        fabric = open_fabric(place, "bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
+        ranks = Ranks(place.rank, place.count, fabric.device)
+        if args.resume is True and not args.out_dir.exists():
+            raise no_checkpoint(args.out_dir)
+        with locked(args.out_dir, "--out_dir") if ranks.is_first and not args.dry_run else nullcontext():
+            train_adapter(args, stopping, fabric, ranks)
 
 
-def train_adapter(args: FinetuneLoraArgs, stopping: Stopping) -> None:
-    """Train in a folder that is this process's own."""
+def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ranks: Ranks) -> None:
+    """Train in a folder that is the first rank's own."""
     config = check_checkpoint(args.checkpoint_dir).config
     tokenizer = Tokenizer(args.checkpoint_dir)
     style = tokenizer.prompt_style(args.prompt_style)
     limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)
-    # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
-    fabric = Fabric(devices=args.devices, precision="bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
     check_optimizer(args.optimizer, args.train.learning_rate, fabric.device)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     recipe = Recipe(tokenizer, args.prompt_style, args.mask_prompt)
     splits = [find_split(args.data_dir / f"{name}.jsonl", recipe) for name in ("train", "val")]
-    folder = RunFolder(args, lora_config(args), tokenizer.files, Identity.of(args, contents(args, splits)))
-    start = folder.check()
+    read = contents(args, splits)
+    ranks.require_same(read)
+    kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
+    folder = kind(args, lora_config(args), tokenizer.files, Identity.of(args, read))
+    start = ranks.from_first(folder.check)
     shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
+    with ranks.first_ahead():
+        opened = open_splits(splits, recipe)
     train, val = (
         samples_of(split.path.name, tokens, limit, args.train.micro_batch_tokens)
-        for split, tokens in zip(splits, open_splits(splits, recipe), strict=True)
+        for split, tokens in zip(splits, opened, strict=True)
     )
 
     torch.manual_seed(args.seed)
@@ -83,7 +93,7 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping) -> None:
     progress = go_on(folder, start, gpt, optimizer)
 
     answer = partial(sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens)
-    run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping)
+    run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping, ranks)
     say_plan(run)
     check_memory(run, progress.step)
     folder.open(start, progress.step)
@@ -165,8 +175,10 @@ def sample_answer(
 
 def say_plan(run: Run) -> None:
     trainable, frozen = (count(run.gpt.parameters(), trainable=kind) for kind in (True, False))
-    tokens = int(run.train.lengths.sum())
-    say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, on {run.fabric.device}")
+    tokens, devices = int(run.train.lengths.sum()), str(run.fabric.device)
+    if run.ranks.count > 1:
+        devices = f"{run.ranks.count} devices, the first of them {devices}"
+    say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, on {devices}")
     say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")
 
 

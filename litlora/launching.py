@@ -1,0 +1,137 @@
+"""The processes that train together, one per device: each one's place, and how they are started and watched here."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from threading import Thread
+from types import FrameType
+
+from litlora.errors import LitLoraError
+from litlora.stopping import SIGNALS
+
+LAST_WORDS = 30.0  # seconds in which the others end by themselves after one has failed
+LOCAL_COUNT = "LOCAL_WORLD_SIZE"  # set by torchrun, and for the processes that are started here
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the processes of a run this one is, and how many of them this machine has."""
+
+    rank: int = 0
+    count: int = 1
+    local_count: int = 1
+
+    @property
+    def nodes(self) -> int:
+        return self.count // self.local_count
+
+
+def find_place(devices: int, nodes: int) -> Place:
+    """Return the place that torchrun, or `start`, has given this process, or refuse one that was not asked for."""
+    if LOCAL_COUNT not in os.environ:
+        return Place()
+    place = Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LOCAL_COUNT)))
+    asked = ("--devices", devices, place.local_count), ("--num_nodes", nodes, place.nodes)
+    for flag, wanted, started in asked:
+        if wanted not in (1, started):
+            raise LitLoraError(f"{flag} ({wanted}) must be 1 or what torchrun was told ({started})")
+    return place
+
+
+def must_start(devices: int, nodes: int, dry_run: bool) -> bool:
+    """Tell whether this process is to start those that train, instead of being one of them."""
+    if LOCAL_COUNT in os.environ or dry_run:
+        return False
+    if nodes > 1:
+        command = f"torchrun --nnodes {nodes} --nproc_per_node {devices} ... -m litlora"
+        raise LitLoraError(f"--num_nodes {nodes} needs the command on every node, started by: {command}")
+    return devices > 1
+
+
+def start(main: Callable[[Sequence[str]], int], arguments: Sequence[str], count: int) -> int:
+    """Run a command in processes that train together, and return the exit code of the first that fails, or 0."""
+    context, port = multiprocessing.get_context("spawn"), _free_port()
+    processes = [
+        context.Process(target=_run, args=(main, arguments, _environment(rank, count, port)), name=f"rank {rank}")
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    with _passing_signals(processes):
+        try:
+            return _watch(processes)
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """Return the variables by which torchrun, too, tells a process its place."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, LOCAL_COUNT: count, "GROUP_RANK": 0}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    silence = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # or torch warns, with its stack, that another process has ended
+    return {name: str(value) for name, value in (place | meeting | silence).items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], environment: dict[str, str]) -> None:
+    os.setpgrp()  # Ctrl-C is for the parent, which passes it on once
+    Thread(target=end_with_parent, daemon=True).start()
+    os.environ.update(environment)
+    raise SystemExit(main(arguments))
+
+
+def end_with_parent() -> None:
+    """Wait for the parent's end, and end this process with it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _passing_signals(processes: Sequence[SpawnProcess]) -> Iterator[None]:
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for process in processes:
+            if process.pid is not None and process.exitcode is None:
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(processes: Sequence[SpawnProcess]) -> int:
+    """Wait for the end of all processes, or for a while after one has failed, and name one that was killed."""
+    code, deadline = 0, float("inf")
+    while (running := [process for process in processes if process.exitcode is None]) and time.monotonic() < deadline:
+        wait([process.sentinel for process in running], timeout=None if code == 0 else 1)
+        codes = [process.exitcode or 0 for process in processes]
+        if killed := [n for n in range(len(codes)) if codes[n] < 0]:
+            raise _killed(processes[killed[0]])
+        if code == 0 and any(codes):
+            code, deadline = next(filter(None, codes)), time.monotonic() + LAST_WORDS
+    return code
+
+
+def _killed(process: SpawnProcess) -> LitLoraError:
+    name = signal.Signals(-(process.exitcode or 0)).name
+    sys.stderr.write("\n")  # for the progress bar, whose process had no time to end its line
+    hint = "was there too little memory? Go on with the same command and --resume true"
+    return LitLoraError(f"{process.name} was killed by {name}: {hint}")

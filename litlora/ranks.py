@@ -1,0 +1,166 @@
+"""What the processes of a run tell each other, and which of them speaks."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
+
+from litlora.errors import EndedElsewhereError, LitLoraError, StoppedError
+from litlora.launching import Place
+
+T = TypeVar("T")
+PATIENCE = 3.0  # seconds that whoever knows more has, before a rank says that another is gone
+
+
+class LostContactError(LitLoraError):
+    """Another rank has ended in the midst of it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run as one of them sees them; one that is alone waits for nobody and sends nothing."""
+
+    index: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and talks."""
+        return self.index == 0
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Put the sum over all ranks into a tensor, and return it."""
+        if self.count > 1:
+            with _in_contact(self.index):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def highest(self, value: int) -> int:
+        """Return the highest value that a rank has."""
+        if self.count == 1:
+            return value
+        highest = torch.tensor(value, device=self.device)
+        with _in_contact(self.index):
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
+
+    def add_up_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+        """Sum the gradients over all ranks, those without one counting as zero, and return the sum of the losses.
+
+        All of it is one message, since the time of many small ones is that of waiting.
+        """
+        if self.count == 1:
+            return loss
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sums = [*(parameter.grad for parameter in parameters if parameter.grad is not None), loss.view(1)]
+        nn.utils.vector_to_parameters(self.add_up(nn.utils.parameters_to_vector(sums)), sums)
+        return sums[-1]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what the first rank makes, to all."""
+        if self.count == 1:
+            return make()
+        made = [make() if self.is_first else None]
+        with _in_contact(self.index):
+            dist.broadcast_object_list(made)
+        return made[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """Let the first rank do something before the others, who then find it done."""
+        if not self.is_first:
+            self.highest(0)
+        yield
+        if self.is_first:
+            self.highest(0)
+
+    def require_same(self, contents: Mapping[str, str]) -> None:
+        """Refuse to train on other contents than the first rank has, as nodes may that share no folders."""
+        expected = self.from_first(lambda: contents)
+        if others := [name for name in contents if contents[name] != expected[name]]:
+            hint = "all nodes must see the same --checkpoint_dir and --data_dir"
+            raise LitLoraError(f"rank {self.index} has not what rank 0 has ({', '.join(others)}): {hint}")
+
+
+@contextmanager
+def _in_contact(rank: int) -> Iterator[None]:
+    """Say of a failed collective, which has no exception of its own, what its failure means."""
+    try:
+        yield
+    except RuntimeError as error:
+        hint = "look at what was said there, and go on with the same command and --resume true"
+        raise LostContactError(f"rank {rank} has lost the contact to another, which has ended: {hint}") from error
+
+
+class _FewGradients(DDPStrategy):
+    """Data parallelism without the reducer, which would send gradients for each micro-batch, and the base at first."""
+
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
+        return module
+
+
+def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:
+    """Return the Fabric of a process at its place; where there are others, it has met them."""
+    if place.count == 1:
+        return Fabric(devices=1, precision=precision)
+    available = torch.cuda.device_count()
+    if 0 < available < place.local_count:
+        raise LitLoraError(f"--devices ({place.local_count}) must be at most the GPUs of this machine ({available})")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    fabric = Fabric(
+        devices=place.local_count,
+        num_nodes=place.nodes,
+        precision=precision,
+        strategy=_FewGradients(),
+        plugins=[TorchElasticEnvironment()],
+    )
+    fabric.launch()
+    return fabric
+
+
+@contextmanager
+def one_voice(place: Place) -> Iterator[None]:
+    """Let the first rank alone talk, and of those that fail only the one that did so first."""
+    if place.count == 1:
+        yield
+        return
+    try:
+        with ExitStack() as stack:
+            if place.rank:
+                silence = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(redirect_stdout(silence))
+                stack.enter_context(redirect_stderr(silence))
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, LostContactError):
+            time.sleep(PATIENCE)
+        is_common = isinstance(error, StoppedError)  # all have agreed on it
+        if not (place.rank == 0 if is_common else _is_first_to_say(place.rank)):
+            raise EndedElsewhereError(getattr(error, "exit_code", 1)) from error
+        raise
+
+
+def _is_first_to_say(rank: int) -> bool:
+    """Tell whether no other rank has said why the run ends; one who cannot ask leaves it to the first."""
+    if not dist.is_initialized():
+        return rank == 0
+    try:
+        return _get_default_store().compare_set("end", "", str(rank)) == str(rank).encode()
+    except RuntimeError:
+        return False
