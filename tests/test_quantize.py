@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from peft import PeftModel
 from reference import in_4_bits
 from transformers import LlamaConfig
 
+from litlora import linear
 from litlora.adapter import read_quantization, write_adapter
 from litlora.checkpoint import block_linears, load_model
 from litlora.errors import LitLoraError
@@ -111,6 +113,48 @@ def test_a_weight_takes_little_more_than_a_quarter_of_bfloat16(name, share):
 def test_any_rows_that_begin_with_a_block_come_out_alone(quantization):
     weight = NF4Weight(torch.randn(48, 40), quantization)
     assert torch.equal(torch.cat([weight[:8], weight[8:40], weight[40:]]), weight[:])
+
+
+def test_a_product_in_slabs_is_that_with_the_whole_weight(quantization, monkeypatch):
+    monkeypatch.setattr(linear, "STORED_SLAB", 64)
+    torch.manual_seed(0)
+    weight, x = NF4Weight(torch.randn(200, 48), quantization), torch.randn(7, 48, requires_grad=True)
+    out = frozen_linear(x, weight)
+    out.square().sum().backward()
+    exact = x.detach().double().requires_grad_()
+    F.linear(exact, weight[:].double()).square().sum().backward()
+    torch.testing.assert_close(out.double(), F.linear(exact, weight[:].double()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=1e-4, rtol=1e-5)
+
+
+LOADING = """
+import re, sys
+from pathlib import Path
+import torch
+from litlora.checkpoint import load_model
+from litlora.quantize import Quantization, import_bitsandbytes
+
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+import_bitsandbytes("the test")
+quantization = Quantization("bnb.nf4", torch.bfloat16)
+load_model(Path(sys.argv[1]), torch.bfloat16, torch.device("cpu"), quantization)  # whatever is needed once
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = memory("VmRSS")
+model = load_model(Path(sys.argv[2]), torch.bfloat16, torch.device("cpu"), quantization)
+print(memory("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_loading_never_holds_more_than_the_quantized_model_and_two_tensors(base, make_checkpoint):
+    sizes = {"hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 6}
+    large = make_checkpoint(Family("large", LlamaConfig, sizes), dtype=torch.bfloat16)
+    done = subprocess.run([sys.executable, "-c", LOADING, base, large], capture_output=True, text=True)
+    grown, model = map(int, done.stdout.split())
+    bound = model + 2 * 768 * 4096 * 2 + 32e6  # which is what allocators keep for themselves
+    assert model < grown < bound < 0.7 * (large / "model.safetensors").stat().st_size
 
 
 def test_a_cast_of_the_model_leaves_the_scales_alone(tiny, quantization):
