@@ -187,11 +187,21 @@ def open_splits(splits: Sequence[Split], recipe: Recipe) -> list[Tokens]:
 
 def _prune(folder: Path, stem: str) -> None:
     """Remove the tokens of a split that are older than the newest few, and what killed processes left of others."""
-    made = sorted(folder.glob(f"{stem}-*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    partials = folder.glob(f".{stem}-*.partial")
-    orphans = [path for path in partials if time.time() - path.stat().st_mtime > ORPHANED]
-    for old in (*made[KEPT:], *orphans):
+    made = _modified(folder.glob(f"{stem}-*"))
+    partials = _modified(folder.glob(f".{stem}-*.partial"))
+    superseded = sorted(made, key=made.__getitem__, reverse=True)[KEPT:]
+    orphans = [path for path in partials if time.time() - partials[path] > ORPHANED]
+    for old in (*superseded, *orphans):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _modified(paths: Iterable[Path]) -> dict[Path, float]:
+    """Return when paths were modified, in seconds, but for those that another run has removed meanwhile."""
+    times = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            times[path] = path.stat().st_mtime
+    return times
 
 
 def _has_tokens(folder: Path) -> bool:

@@ -133,6 +133,13 @@ def test_runs_at_once_do_not_disturb_each_other(data, recipe):
     assert [folder.name.split("-")[0] for folder in folders(data)] == ["train", "val"]
 
 
+def test_what_another_run_removes_meanwhile_is_no_failure(data, recipe):
+    (data / FOLDER).mkdir()
+    for name in (".train-gone.partial", "train-gone"):
+        (data / FOLDER / name).symlink_to("nowhere")  # listed, and not there when it is looked at
+    assert len(open_all(data, recipe)) == 2
+
+
 @pytest.fixture
 def in_pieces(monkeypatch) -> None:
     """Have other processes read a file of any size, in pieces of a few rows."""
