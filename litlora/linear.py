@@ -13,6 +13,12 @@ SLAB = 2048
 STORED_SLAB = 512
 """Rows of a stored weight that exist as numbers at one time on a CPU: fewer, since each is there in several dtypes."""
 
+HAS_BFLOAT16_PRODUCTS: bool = (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+"""Whether oneDNN can multiply bfloat16 on this CPU: a constant, which torch's compiler need not trace."""
+
 
 class StoredWeight(Protocol):
     """A weight (out, in) that is stored otherwise than it is computed with, and read some rows at a time."""
@@ -46,16 +52,11 @@ def _row_product(x: Tensor, weight: Tensor) -> Tensor:
         # Each half is one loop that stores no product, and two that run side by side take less time than one.
         halves = [(half.float() * row).sum(-1) for half in weight.chunk(2)]
         return torch.cat(halves).to(x.dtype)[None]
-    size, parts = weight.shape, _threads()
+    size, parts = weight.shape, torch.get_num_threads()
     if x.dtype is torch.bfloat16 or size[0] % parts:
         return F.linear(x, weight)
     # F.linear leaves one row to one thread.
     return torch.bmm(x.expand(parts, 1, -1), weight.view(parts, -1, size[1]).mT).view(1, -1)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 class Linear(nn.Linear):
@@ -71,12 +72,7 @@ def has_slow_products(x: Tensor) -> bool:
 
     Where oneDNN cannot multiply bfloat16, torch falls back to a loop that is ten times slower than float32.
     """
-    return x.dtype is torch.bfloat16 and x.device.type == "cpu" and not _has_bfloat16_products()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_bfloat16_products() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype is torch.bfloat16 and x.device.type == "cpu" and not HAS_BFLOAT16_PRODUCTS
 
 
 class _SlabLinear(torch.autograd.Function):

@@ -103,10 +103,17 @@ class Block(nn.Module):
         return out
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Draw the weights, if there are any: to draw none on the meta device, torch would import its compiler."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Decoder(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False  # whether a backward pass computes the blocks' insides again
@@ -137,6 +144,7 @@ class GPT(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.is_compiled = False  # whether torch has compiled the blocks and the head, for one token at a time
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

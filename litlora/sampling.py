@@ -1,6 +1,7 @@
 """Next-token choice, and the token stream of a model with a KV cache."""
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,8 @@ def generate(
 
 def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     """Return the logits (vocab,) behind tokens (T,); several at once go through the model as it was written."""
-    with torch.compiler.set_stance("default" if len(tokens) == 1 else "force_eager"):
+    # A stance imports the compiler, which takes seconds.
+    with torch.compiler.set_stance("force_eager") if model.is_compiled and len(tokens) > 1 else nullcontext():
         logits: Tensor = model.lm_head(model(tokens, [len(tokens)], cache)[-1:])
     return logits[0]
 
@@ -67,6 +69,7 @@ def compile_step(model: GPT) -> None:
     """Compile the way from one token to the next: all blocks are one compilation, at any length."""
     for layer in (*model.model.layers, model.lm_head):
         layer.compile(dynamic=True)
+    model.is_compiled = True
     weight = model.lm_head.weight
     cache = KVCache(model.config, 5, weight.dtype, weight.device)
     cache.length = 2  # lengths of 0, 1 and all that there is room for would be compiled apart

@@ -114,7 +114,7 @@ def kept_bytes(described: Network, load: Load) -> int:
 def test_activations_take_the_bytes_that_a_graph_really_keeps(
     precision, targets, checkpointing, has_products, monkeypatch
 ):
-    monkeypatch.setattr(linear, "_has_bfloat16_products", lambda: has_products)
+    monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", has_products)
     described, load = network(precision, targets), Load(LENGTHS, SUPERVISED, checkpointing)
     assert activation_bytes(described, load) == kept_bytes(described, load)
 

@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +12,9 @@ PROBE = """
 import sys
 from litlora.__main__ import main
 try:
-    main(sys.argv[1:])
-except SystemExit as done:
+    sys.exit(main(sys.argv[1:]))
+finally:
     print(*sys.modules, file=sys.stderr)
-    sys.exit(done.code)
 """
 HEAVY = {
     "torch",
@@ -46,6 +46,31 @@ def test_a_mistake_in_the_flags_waits_for_no_heavy_import_either():
     sentence, modules = done.stderr.splitlines()
     assert sentence == "litlora: unrecognized arguments: --nonsense 1; see litlora finetune_lora --help"
     assert not set(modules.split()) & HEAVY
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, data_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", out]
+    assert main(["finetune_lora", *map(str, folders), "--train.max_steps", "1"]) == 0
+    return out / "final"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompt", "2 + 2", "--precision", "bf16-true"],
+        ["generate", "--prompt", "2 + 2", "--precision", "32-true"],
+        ["merge_lora", "--out_dir", "merged"],
+    ],
+)
+def test_what_is_not_compiled_waits_for_no_compiler(adapter, tmp_path, arguments):
+    command = [sys.executable, "-c", PROBE, *arguments, "--checkpoint_dir", str(adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    modules = done.stderr.splitlines()[-1].split()
+    assert "torch" in modules
+    assert "torch._dynamo" not in modules
 
 
 @pytest.mark.parametrize("command", COMMANDS)
