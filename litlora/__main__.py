@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import SecretStr
 
 from litlora import __version__, args
-from litlora.errors import EndedElsewhereError, LitLoraError
+from litlora.errors import EndedElsewhereError, LitLoraError, is_shortage
 from litlora.flags import in_order
 from litlora.launching import must_start, start
 
@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         say(f"{error.filename} cannot be read or written: {error.strerror}")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        say("there is too little memory for what this command has to hold: free some, or take a smaller checkpoint")
         return 1
     except KeyboardInterrupt:
         say("stopped")

@@ -48,8 +48,13 @@ def meant(out_dir: Path) -> str | None:
     return f"did you mean {out_dir / FINAL}?" if is_adapter(out_dir / FINAL) else None
 
 
-def write_adapter(directory: Path, model: torch.nn.Module, lora: LoRAConfig, base_dir: Path, prompt_style: str) -> None:
-    """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on."""
+def write_adapter(
+    directory: Path, model: torch.nn.Module, lora: LoRAConfig, base_dir: Path, base_sha256: str, prompt_style: str
+) -> None:
+    """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on.
+
+    `base_sha256` is the fingerprint of the base.
+    """
     quantization = quantization_of(model)
     config = {
         BASE: None if quantization is None else {QUANTIZATION: quantization.hub},
@@ -69,7 +74,7 @@ def write_adapter(directory: Path, model: torch.nn.Module, lora: LoRAConfig, bas
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
-    content = save(tensors, metadata={"format": "pt", FINGERPRINT: fingerprint(base_dir)})
+    content = save(tensors, metadata={"format": "pt", FINGERPRINT: base_sha256})
     (directory / WEIGHTS).write_bytes(_in_order(content))
     style = yaml.safe_dump({"prompt_style": prompt_style}, allow_unicode=True)
     (directory / PROMPT_STYLE).write_text(style, encoding="utf-8")

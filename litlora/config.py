@@ -93,6 +93,12 @@ class GPTConfig:
             tie_word_embeddings=_boolean(values, "tie_word_embeddings"),
         )
 
+    def check_ids(self, source: str, highest: int) -> None:
+        """Refuse ids beyond the embedding, as of a tokenizer to which tokens were added but the weights were not."""
+        if highest >= self.vocab_size:
+            fault = f"{source} has the token {highest}, but the checkpoint's vocab_size is {self.vocab_size}"
+            raise LitLoraError(f"{fault}: take tokenizer files and weights of one and the same model")
+
 
 def _refusal(key: str, value: object, reason: str) -> LitLoraError:
     return LitLoraError(f'config.json has "{key}": {_shown(value)}, which litlora does not support: {reason}')

@@ -1,5 +1,7 @@
 """The exceptions that reach a user."""
 
+SHORTAGES = ("can't allocate memory", "out of memory")  # of a CPU, whose error has no class of its own, and of a GPU
+
 
 class LitLoraError(Exception):
     """What the user did wrong and the way out, in one sentence that names the flag, file or row."""
@@ -21,3 +23,8 @@ class EndedElsewhereError(LitLoraError):
     def __init__(self, exit_code: int) -> None:
         super().__init__()
         self.exit_code = exit_code
+
+
+def is_shortage(error: MemoryError | RuntimeError) -> bool:
+    """Tell whether memory has run out, Python's or torch's."""
+    return isinstance(error, MemoryError) or any(said in str(error) for said in SHORTAGES)

@@ -25,7 +25,8 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is no longer writable keeps the file, which locks nobody out
+            (folder / LOCK).unlink(missing_ok=True)
         for path in made:
             with suppress(OSError):  # it holds something
                 path.rmdir()

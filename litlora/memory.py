@@ -1,15 +1,16 @@
 """Whether there is memory for what lies ahead, found out before the first step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from litlora.args import TrainArgs
 from litlora.batches import Sample, deal, join, longest_micro_batch
-from litlora.errors import LitLoraError
+from litlora.errors import LitLoraError, is_shortage
+from litlora.footprint import Load, Network, breakdown
+from litlora.state import Progress
 from litlora.training import Run, steps, summed_loss, total_steps
-
-CPU_FAULT = "can't allocate memory"  # in the RuntimeError of torch's allocator, which has no class of its own
 
 
 def check_memory(run: Run, done: int) -> None:
@@ -27,7 +28,7 @@ def check_memory(run: Run, done: int) -> None:
     )
     longest = longest_micro_batch(run.train, ahead, train.micro_batch_size, train.micro_batch_tokens)
     if not fits(run, longest):
-        raise too_long(longest, fitting_part(run, longest), train)
+        raise too_long(run, longest, fitting_part(run, longest))
 
 
 def fits(run: Run, samples: Sequence[Sample]) -> bool:
@@ -36,7 +37,7 @@ def fits(run: Run, samples: Sequence[Sample]) -> bool:
         try:
             run.fabric.backward(summed_loss(run, join(samples)))
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and CPU_FAULT not in str(error):
+            if not is_shortage(error):
                 raise
             return False
         finally:
@@ -45,24 +46,70 @@ def fits(run: Run, samples: Sequence[Sample]) -> bool:
 
 
 def fitting_part(run: Run, samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Return as many of the samples as there is memory for, found by halving; possibly none."""
-    part = samples[: len(samples) // 2]
+    """Return as many of the samples as there is memory for, or the beginning of one, found by halving; or none."""
+    part = half(samples)
     while part and not fits(run, part):
-        part = part[: len(part) // 2]
+        part = half(part)
     return part
 
 
-def too_long(samples: Sequence[Sample], fitting: Sequence[Sample], train: TrainArgs) -> LitLoraError:
-    """Say what is too much, and which settings to lower."""
-    tokens, enough = (sum(len(sample.tokens) for sample in part) for part in (samples, fitting))
-    name, now, then = ("micro_batch_size", train.micro_batch_size, len(fitting))
-    if train.micro_batch_tokens is not None:
-        name, now, then = ("micro_batch_tokens", train.micro_batch_tokens, enough)
-    way = f"lower --train.{name} ({now})" + (f" to {then}, for which there is enough" if fitting else "")
-    if len(samples) == 1:
-        way = "lower --train.max_seq_length"
-    if not train.activation_checkpointing:
-        way += ", or pass --train.activation_checkpointing true"
-    return LitLoraError(
-        f"there is too little memory for the longest micro-batch, examples: {len(samples)}, tokens: {tokens:,}; {way}"
-    )
+def half(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Return the first half of several samples, or of a single one if it has a label there."""
+    if len(samples) > 1:
+        return samples[: len(samples) // 2]
+    (sample,) = samples
+    middle = len(sample.tokens) // 2
+    beginning = Sample(sample.tokens[:middle], sample.labels[:middle], sample.row)
+    return [beginning] if beginning.supervised else []
+
+
+def too_long(run: Run, samples: Sequence[Sample], fitting: Sequence[Sample]) -> LitLoraError:
+    """Say what is too much, which settings to lower, and what they would need."""
+    ways = [lower(samples, fitting, run.args.train)]
+    if fitting:
+        ways[0] += f", which needs {need(run, fitting, run.args.train.activation_checkpointing)}"
+    if not run.args.train.activation_checkpointing:
+        needed = need(run, samples, activation_checkpointing=True)
+        ways.append(f"or pass --train.activation_checkpointing true, which needs {needed}")
+    longest = f"the longest micro-batch, examples: {len(samples)}, tokens: {total(samples):,}"
+    needed = need(run, samples, run.args.train.activation_checkpointing)
+    return LitLoraError(f"there is too little memory for {longest}, which needs {needed}; {', '.join(ways)}")
+
+
+def lower(samples: Sequence[Sample], fitting: Sequence[Sample], train: TrainArgs) -> str:
+    """Name the settings to lower, with the values for which there is enough."""
+    enough, changes = total(fitting), []
+    if fitting and train.micro_batch_tokens is not None:
+        changes.append(f"--train.micro_batch_tokens ({train.micro_batch_tokens}) to {enough}")
+    elif len(samples) > 1:
+        changes.append(f"--train.micro_batch_size ({train.micro_batch_size}) to {len(fitting) or 1}")
+    if enough < len(samples[0].tokens):
+        changes.append("--train.max_seq_length" + (f" to {enough}" if fitting else ""))
+    return f"lower {' and '.join(changes)}"
+
+
+def total(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.tokens) for sample in samples)
+
+
+def need(run: Run, samples: Sequence[Sample], activation_checkpointing: bool) -> str:
+    """Say how much memory a run takes whose longest micro-batch is of these samples."""
+    args = run.args
+    network = Network(run.gpt.config, run.folder.lora, args.precision, args.quantize, run.fabric.device)
+    micro = join(samples)
+    load = Load(micro.lengths, micro.supervised, activation_checkpointing)
+    return f"about {sum(breakdown(network, load, args.optimizer).values()) / 1e9:.1f} GB"
+
+
+@contextmanager
+def shortage_said(progress: Progress, train: TrainArgs) -> Iterator[None]:
+    """Say in one sentence that memory has run out on the way, where others have taken what was there at the start."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        name = "micro_batch_size" if train.micro_batch_tokens is None else "micro_batch_tokens"
+        hint = f"free some, or lower --train.{name} ({getattr(train, name)}), and go on by --resume true"
+        fault = f"there is no longer enough memory after step {progress.step}"
+        raise LitLoraError(f"{fault}; what is saved so far stays: {hint}") from error

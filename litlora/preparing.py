@@ -28,7 +28,7 @@ def prepare(args: PrepareArgs, file: RawFile, row_format: RowFormat) -> None:
     _report(cut, "ending in a question without an answer", "that question is left out")
     train, val = split([row.example for _, row in rows], args.val_split_fraction, args.seed)
     origin = {
-        "source": args.source,
+        "source": without_query(args.source) if "://" in args.source else args.source,
         "sha256": sha256(file.content).hexdigest(),
         "val_split_fraction": args.val_split_fraction,
         "seed": args.seed,
@@ -52,27 +52,33 @@ def fetch(source: str) -> RawFile:
     """Read the file or the http(s) address that `source` names."""
     if "://" in source:
         content = _download(source)
-        return RawFile(source, PurePosixPath(urlsplit(source).path).suffix, content)
+        return RawFile(without_query(source), PurePosixPath(urlsplit(source).path).suffix, content)
     return RawFile.from_path(Path(source), f"there is no file {source}; give --source a file or an http(s) address")
 
 
 def _download(url: str) -> bytes:
+    shown = without_query(url)
     if not url.lower().startswith(("http://", "https://")):
-        raise LitLoraError(f"--source ({url}) must be a file or an address that starts with http:// or https://")
+        raise LitLoraError(f"--source ({shown}) must be a file or an address that starts with http:// or https://")
     if re.match("[^/]*//[^/?#]*@", url):
         fault = "holds a user name or password, which would stand in dataset.json"
         raise LitLoraError(f"--source {fault}: fetch the file yourself, and give its path")
-    _say(f"fetching {url}")
+    _say(f"fetching {shown}")
     try:
         request = Request(url, headers={"User-Agent": f"litlora/{__version__}"})
         with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             content: bytes = response.read()
     except (OSError, HTTPException, ValueError) as error:
-        raise LitLoraError(f"{url} cannot be fetched: {_reason(error)}") from error
+        raise LitLoraError(f"{shown} cannot be fetched: {without_query(str(_reason(error)))}") from error
     # No row starts so, and a server may send its page for people with any status and content type.
     if content.lstrip().startswith(b"<"):
-        raise LitLoraError(f"{url} is a web page, not data; give --source the address of the raw file")
+        raise LitLoraError(f"{shown} is a web page, not data; give --source the address of the raw file")
     return content
+
+
+def without_query(url: str) -> str:
+    """Return an address without what may hold a token or a signature."""
+    return re.sub(r"[?#].*", "?...", url, flags=re.DOTALL)
 
 
 def _reason(error: Exception) -> object:

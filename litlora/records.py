@@ -3,8 +3,11 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -20,10 +23,11 @@ from litlora.errors import LitLoraError
 from litlora.files import failure_said, whole_directory, write_whole
 from litlora.lora import LoRAConfig
 from litlora.manifest import write_manifest
-from litlora.resuming import Identity, newest_whole, whole
+from litlora.resuming import BASE, Identity, newest_whole, whole
 from litlora.state import Progress, write_state
 
 METRICS = "metrics.csv"
+STEP = re.compile("[0-9]{1,18}")
 COLUMNS = (
     "step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb",
 )  # fmt: skip
@@ -108,19 +112,31 @@ class RunFolder:
 
     def log(self, **values: float | None) -> None:
         """Append a row to metrics.csv, at once, so that a killed run keeps its log."""
-        with failure_said(self.metrics), self.metrics.open("a", newline="", encoding="utf-8") as file:
+        path = self.metrics
+        with self._kept_said(), failure_said(path), path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
 
     def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
         """Save the adapter and all that an exact continuation needs, and return its folder."""
         path = self.step(progress)
-        with whole_directory(path) as folder:
+        with self._kept_said(), whole_directory(path) as folder:
             self._write_adapter(folder, model)
             write_state(folder, optimizer, progress)
             self.identity.write(folder)
             write_manifest(folder)
         self._keep_to_limit(progress.best.step)
         return path
+
+    @contextmanager
+    def _kept_said(self) -> Iterator[None]:
+        """Add to what could not be written from where the run can go on."""
+        try:
+            yield
+        except LitLoraError as error:
+            if not self.checkpoints:
+                raise
+            hint = "mend that, and go on with the same command and --resume true"
+            raise LitLoraError(f"{error}; {self.checkpoints[-1]} is kept: {hint}") from error
 
     def _keep_to_limit(self, best: int) -> None:
         limit = self.args.train.save_total_limit
@@ -131,13 +147,14 @@ class RunFolder:
     def save_final(self, model: nn.Module, report: dict[str, Any]) -> Path:
         """Save the adapter with the report of the run, and return its folder."""
         remove(self.final)
-        with whole_directory(self.final) as folder:
+        with self._kept_said(), whole_directory(self.final) as folder:
             self._write_adapter(folder, model)
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         return self.final
 
     def _write_adapter(self, folder: Path, model: nn.Module) -> None:
-        write_adapter(folder, model, self.lora, self.args.checkpoint_dir, self.args.prompt_style)
+        base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]
+        write_adapter(folder, model, self.lora, base_dir, base_sha256, self.args.prompt_style)
         for path in self.tokenizer_files:
             shutil.copyfile(path, folder / path.name)
 
@@ -172,8 +189,8 @@ def rows_until(start: Path | None, step: int) -> list[str]:
     metrics = None if start is None else start.parent / METRICS
     if metrics is None or not metrics.is_file():
         return [header]
-    rows = (row.split(",") for row in metrics.read_text(encoding="utf-8").splitlines())
-    whole_rows = (row for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal())
+    rows = (row.split(",") for row in metrics.read_text(encoding="utf-8", errors="replace").splitlines())
+    whole_rows = (row for row in rows if len(row) == len(COLUMNS) and STEP.fullmatch(row[0]))
     return [header, *(",".join(row) for row in whole_rows if int(row[0]) <= step)]
 
 

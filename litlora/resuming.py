@@ -14,6 +14,7 @@ from litlora.manifest import damage
 from litlora.state import COUNTERS
 
 RUN = "run.json"
+BASE = "the base's weights"
 # Settings that say where, how fast or how often, but not what comes out of a step; folders count by their content.
 WITHOUT_EFFECT = {
     "checkpoint_dir", "data_dir", "out_dir", "devices", "num_nodes", "logger_name", "resume", "overwrite", "dry_run",
@@ -30,7 +31,7 @@ class Identity:
 
     settings: dict[str, Any]
     contents: dict[str, str]
-    """Hashes of what the settings name, by a name for each."""
+    """Hashes of what the settings name, by a name for each; that of the base goes by BASE."""
 
     @classmethod
     def of(cls, args: FinetuneLoraArgs, contents: dict[str, str]) -> Self:

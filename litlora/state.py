@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from litlora.files import read_json
 
 TENSORS = "training_state.safetensors"
 COUNTERS = "training_state.json"
+Counted = TypeVar("Counted", "Best", "Progress")
 
 
 @dataclass(frozen=True)
@@ -137,4 +138,15 @@ def _restore(tensors: dict[str, Tensor], counters: dict[str, Any], optimizer: Op
             torch.cuda.set_rng_state(value, int(name))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     progress = counters["progress"]
-    return Progress(**progress | {"best": Best(**progress["best"] | {"matrices": matrices})})
+    best = Best(**progress["best"] | {"matrices": matrices})
+    return _checked(Progress(**progress | {"best": _checked(best)}))
+
+
+def _checked(counted: Counted) -> Counted:
+    """Refuse counters that are no numbers of their kind, before anything is counted on from them."""
+    for name, kind in get_type_hints(type(counted)).items():
+        value = getattr(counted, name)
+        is_of_kind = isinstance(value, dict if get_origin(kind) is dict else kind)
+        if not is_of_kind or (isinstance(value, int) and not 0 <= value < 2**63):
+            raise ValueError(f"{name} cannot be {value!r}")
+    return counted

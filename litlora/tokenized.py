@@ -36,7 +36,7 @@ FOLDER = "tokenized"
 FORMAT = 1  # another number for other tokens of the same examples, or for other files
 IDS, OFFSETS, FIRST_LABELS, MANIFEST = "ids.int32", "offsets.int64", "first_labels.int32", "manifest.json"
 
-PIECE = 4_000_000  # bytes of a split that a process reads at one time
+PIECE = 4_000_000  # bytes of a split, or ids, that a process reads at one time
 SMALL = 8_000_000  # bytes that are done before other processes have started
 TEXTS = 512  # that are encoded at one time
 MOST_PROCESSES = 16
@@ -62,9 +62,21 @@ class Tokens(NamedTuple):
         """Return the first tokens of an example, and one more to be the last label."""
         start = int(self.offsets[row])
         taken = self.ids[start : start + length + 1].copy()
+        self._let_go()
+        return taken
+
+    def highest(self) -> int:
+        """Return the highest of all ids."""
+        highest = 0
+        for start in range(0, len(self.ids), PIECE):
+            piece = self.ids[start : start + PIECE]
+            highest = max(highest, int(piece.max()), ~int(piece.min()))
+            self._let_go()
+        return highest
+
+    def _let_go(self) -> None:
         if self.memory is not None:
             self.memory.madvise(mmap.MADV_DONTNEED)  # or all that was ever read counts as this process's memory
-        return taken
 
 
 def encode(examples: Sequence[Example], tokenizer: Tokenizer, style: PromptStyle, *, mask_prompt: bool) -> Tokens:
@@ -212,8 +224,8 @@ def _has_tokens(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        is_whole = read_json(folder / MANIFEST) == _digests(folder)
-    except (LitLoraError, OSError):
+        is_whole = read_json(folder / MANIFEST) == _digests(folder) and _fit_together(_map(folder))
+    except (LitLoraError, OSError, ValueError):
         is_whole = False
     if not is_whole:
         shutil.rmtree(folder, ignore_errors=True)
@@ -233,6 +245,15 @@ def _map(folder: Path) -> Tokens:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     offsets = np.memmap(folder / OFFSETS, np.int64, "r")
     return Tokens(np.frombuffer(memory, np.int32), offsets, np.memmap(folder / FIRST_LABELS, np.int32, "r"), memory)
+
+
+def _fit_together(tokens: Tokens) -> bool:
+    """Say whether the arrays are those of the same examples, each with a token and its first label inside."""
+    offsets, firsts = tokens.offsets, tokens.first_labels
+    if len(offsets) != len(firsts) + 1 or (offsets[0], offsets[-1]) != (0, len(tokens.ids)):
+        return False
+    lengths = np.diff(offsets)
+    return bool((lengths > 0).all() and (firsts >= 0).all() and (firsts < lengths).all())
 
 
 @contextmanager

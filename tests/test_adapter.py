@@ -9,7 +9,7 @@ from reference import hugging_face
 from safetensors.torch import load_file, save_file
 
 from litlora.adapter import load_adapter, read_lora_config, read_prompt_style, write_adapter
-from litlora.checkpoint import load_model
+from litlora.checkpoint import fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.lora import LoRAConfig, add_lora, lora_parameters
 
@@ -22,7 +22,7 @@ def adapter(tiny, tmp_path_factory) -> Path:
     model = load_model(tiny, torch.float32, torch.device("cpu"))
     config = LoRAConfig(4, 8, 0.1, ("q_proj", "v_proj"))
     add_lora(model, config)
-    write_adapter(folder, model, config, tiny, "Q: {instruction}\nA:")
+    write_adapter(folder, model, config, tiny, fingerprint(tiny), "Q: {instruction}\nA:")
     return folder
 
 
@@ -134,5 +134,5 @@ def test_the_same_adapter_is_the_same_file_byte_for_byte(adapter, tiny, tmp_path
     model = open_on(tiny, adapter)
     for number in range(8):
         (tmp_path / str(number)).mkdir()
-        write_adapter(tmp_path / str(number), model, LoRAConfig(4, 8, 0.1, ("q_proj", "v_proj")), tiny, "none")
+        write_adapter(tmp_path / str(number), model, LoRAConfig(4, 8, 0.1, ("q_proj", "v_proj")), tiny, "", "none")
     assert len({(tmp_path / str(number) / "adapter_model.safetensors").read_bytes() for number in range(8)}) == 1

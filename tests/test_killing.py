@@ -160,6 +160,21 @@ def test_too_little_memory_is_found_before_the_first_step(runs, tmp_path):
     assert runs.wait() == 1
     *_, sentence = runs.stderr.read_text().splitlines()
     fault = r"litlora: there is too little memory for the longest micro-batch, examples: 512, tokens: [\d,]+"
-    way = r"lower --train.micro_batch_size \(512\) to (256|128|64), for which there is enough"
-    assert re.fullmatch(f"{fault}; {way}, or pass --train.activation_checkpointing true", sentence), sentence
+    needs = r", which needs about (\d\.\d) GB"
+    way = rf"lower --train.micro_batch_size \(512\) to (256|128|64){needs}"
+    said = re.fullmatch(f"{fault}{needs}; {way}, or pass --train.activation_checkpointing true{needs}", sentence)
+    assert said, sentence
+    whole, part, checkpointed = (float(said[group]) for group in (1, 3, 4))
+    assert whole > 0.7 > part
+    assert whole > checkpointed
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_on_the_way_is_said_in_one_sentence(runs, few, tmp_path):
+    sizes = "--lora_r 16384 --train.micro_batch_size 1 --train.global_batch_size 2 --eval.initial_validation false"
+    runs.start([*command(few, tmp_path / "out"), *sizes.split()], headroom=800_000_000)  # all but for AdamW's state
+    assert runs.wait() == 1
+    *_, sentence = runs.stderr.read_text().splitlines()
+    hint = "free some, or lower --train.micro_batch_size (1), and go on by --resume true"
+    fault = "there is no longer enough memory after step 0; what is saved so far stays"
+    assert sentence == f"litlora: {fault}: {hint}"

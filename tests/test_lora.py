@@ -8,7 +8,7 @@ from reference import hugging_face, with_peft
 from torch.nn.utils.rnn import pad_sequence
 
 from litlora.adapter import write_adapter
-from litlora.checkpoint import load_model
+from litlora.checkpoint import fingerprint, load_model
 from litlora.config import GPTConfig
 from litlora.lora import TARGET_MODULES, Dropout, LoRAConfig, LoRALinear, add_lora, count, lora_parameters
 from litlora.loss import IGNORE_INDEX, supervised_loss
@@ -151,7 +151,7 @@ def test_a_layer_keeps_its_input_once_for_all_of_its_branches():
 def check_equals_padded_peft(checkpoint: Path, switches: tuple[str, ...], labels: list[torch.Tensor], folder: Path):
     config = lora_config(switches)
     model = adapted(checkpoint, config)
-    write_adapter(folder, model, config, checkpoint, "alpaca")
+    write_adapter(folder, model, config, checkpoint, fingerprint(checkpoint), "alpaca")
     tokens, _ = batch()
     supervised = sum((row != IGNORE_INDEX).sum() for row in labels)
     loss = supervised_loss(model(torch.cat(tokens), LENGTHS), model.lm_head, torch.cat(labels)) / supervised
@@ -187,7 +187,7 @@ def test_loss_and_gradients_of_each_example_among_others_equal_those_of_peft_wit
 def test_adapter_loads_in_peft_with_equal_logits(name, switches, checkpoints, tmp_path):
     config = lora_config(switches)
     model = adapted(checkpoints(name), config)
-    write_adapter(tmp_path, model, config, checkpoints(name), "alpaca")
+    write_adapter(tmp_path, model, config, checkpoints(name), fingerprint(checkpoints(name)), "alpaca")
     tokens = batch()[0][1]
     with torch.no_grad():
         theirs = with_peft(checkpoints(name), tmp_path)(tokens[None]).logits[0]

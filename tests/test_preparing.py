@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from litlora import preparing
+from litlora.__main__ import main
 from litlora.args import PrepareArgs
 from litlora.errors import LitLoraError
 from litlora.examples import ANY, read_examples
@@ -65,9 +66,21 @@ def refusal(source):
 
 
 def test_an_address_is_fetched_and_said(site, capsys):
-    url = f"{site}/rows.jsonl?download=true"
+    url = f"{site}/rows.jsonl"
     assert fetch(url) == RawFile(url, ".jsonl", ROWS)
     assert capsys.readouterr() == ("", f"fetching {url}\n")
+
+
+def test_what_an_address_asks_for_may_be_a_token_and_is_neither_said_nor_written(site, tmp_path, capsys):
+    for source in ("rows.jsonl?token=secret", "missing.jsonl?token=secret", "page.jsonl?a=b&token=secret#secret",
+                   "x?token= secret", "cut.jsonl?token=secret"):  # fmt: skip
+        main(["prepare_json", "--source", f"{site}/{source}", "--destination_path", str(tmp_path / "data")])
+    assert main(["prepare_json", "--source", "ftp://host/rows.jsonl?token=secret", "--destination_path", "x"]) == 1
+    said = capsys.readouterr()
+    assert f"fetching {site}/rows.jsonl?...\n" in said.err
+    assert "secret" not in said.out + said.err
+    written = (tmp_path / "data/dataset.json").read_text(encoding="utf-8")
+    assert f'"source": "{site}/rows.jsonl?..."' in written
 
 
 @pytest.mark.parametrize("address", ["https://me:secret@host/rows.jsonl", "HTTP://secret@host/rows.jsonl?a=b"])

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from litlora import linear
 from litlora.adapter import read_quantization, write_adapter
-from litlora.checkpoint import block_linears, load_model
+from litlora.checkpoint import block_linears, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.linear import frozen_linear
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
@@ -55,7 +55,7 @@ def write_trained(folder: Path, model: GPT, switches: tuple[str, ...], base: Pat
     for name, parameter in lora_parameters(model).items():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    write_adapter(folder, model, lora_config(switches), base, "alpaca")
+    write_adapter(folder, model, lora_config(switches), base, fingerprint(base), "alpaca")
 
 
 def logits(model: GPT) -> torch.Tensor:

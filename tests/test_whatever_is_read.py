@@ -17,14 +17,22 @@ from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litlora import limits
+from litlora import limits, tokenized
 from litlora.__main__ import main
-from litlora.adapter import find_base, load_with_adapter, read_prompt_style
+from litlora.adapter import find_base, load_adapter, load_with_adapter, read_prompt_style
+from litlora.batches import Samples
 from litlora.checkpoint import check_checkpoint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import ALPACA, ANY, Example, Turn, read_file
+from litlora.lora import lora_parameters
+from litlora.manifest import MANIFEST, damage, write_manifest
+from litlora.optimizers import build_optimizer
 from litlora.prompts import ChatStyle
+from litlora.records import METRICS, rows_until
+from litlora.resuming import RUN, Identity, whole
 from litlora.rows import RawFile
+from litlora.state import COUNTERS, TENSORS, restore_state
+from litlora.tokenized import FIRST_LABELS, FOLDER, IDS, OFFSETS, Recipe, find_split, open_splits
 from litlora.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -165,6 +173,83 @@ def test_adapter_weights(tiny: Path, adapter: Path, tmp_path: Path, data: st.Dat
     path = folder / "adapter_model.safetensors"
     path.write_bytes(data.draw(spoiled_safetensors(adapter / path.name)))
     holds(lambda: load_with_adapter(tiny, folder, torch.float32, CPU))
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of a run, with the best adapter among its state, beside the run's metrics.csv."""
+    out_dir = tmp_path_factory.mktemp("saved") / "out"
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", out_dir, "--precision", "32-true"]
+    steps = "--train.global_batch_size 8 --train.save_interval 2 --eval.interval 1 --eval.keep_best true"
+    assert main(["finetune_lora", *map(str, folders), *steps.split()]) == 0
+    return out_dir / "step-000002"
+
+
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """Return a checkpoint to spoil, in a folder of a run."""
+    shutil.copytree(saved.parent, tmp_path / "out", dirs_exist_ok=True)
+    return tmp_path / "out" / saved.name
+
+
+def restored(tiny: Path, folder: Path) -> int:
+    """Go on from a checkpoint, and return at which step."""
+    gpt = load_model(tiny, torch.float32, CPU)
+    load_adapter(gpt, whole(folder), tiny)
+    return restore_state(folder, build_optimizer("AdamW", lora_parameters(gpt).values(), 1e-3)).step
+
+
+def test_a_training_state_is_read_while_it_is_whole(tiny: Path, saved: Path):
+    assert restored(tiny, saved) == 2
+
+
+@given(data=st.data(), name=st.sampled_from([TENSORS, COUNTERS]))
+def test_training_state(tiny: Path, saved: Path, tmp_path: Path, data: st.DataObject, name: str):
+    folder = copied(saved, tmp_path)
+    spoil = spoiled_safetensors if name == TENSORS else spoiled_json
+    (folder / name).write_bytes(data.draw(spoil(saved / name)))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder)  # which only chance would keep right otherwise
+    holds(lambda: restored(tiny, folder))
+
+
+@given(data=st.data(), name=st.sampled_from([MANIFEST, RUN]))
+def test_manifest_and_identity(saved: Path, tmp_path: Path, data: st.DataObject, name: str):
+    folder = copied(saved, tmp_path)
+    (folder / name).write_bytes(data.draw(spoiled_json(saved / name)))
+    same = Identity(**json.loads((saved / RUN).read_bytes()))
+    holds(lambda: damage(folder))
+    holds(lambda: same.check(folder))
+
+
+@given(data=st.data())
+def test_metrics(saved: Path, tmp_path: Path, data: st.DataObject):
+    folder = copied(saved, tmp_path)
+    lines = st.sampled_from([b"9" * 5000, "²".encode(), b"1,,,,,,,,", b"-1,1,1,1,1,1,1,1,1", b"\n", b"\r"])
+    content = (saved.parent / METRICS).read_bytes()
+    (folder.parent / METRICS).write_bytes(data.draw(damaged(content) | st.lists(lines).map(b",".join)))
+    holds(lambda: rows_until(folder, 1))
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: Path) -> Recipe:
+    return Recipe(Tokenizer(tiny), "alpaca", mask_prompt=True)
+
+
+@given(data=st.data(), name=st.sampled_from([IDS, OFFSETS, FIRST_LABELS, MANIFEST]), listed=st.booleans())
+def test_tokens(data_dir: Path, tmp_path: Path, recipe: Recipe, data: st.DataObject, name: str, listed: bool):
+    shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True)
+    split = find_split(tmp_path / "data/train.jsonl", recipe)
+    open_splits([split], recipe)
+    path = split.folder / name
+    path.write_bytes(data.draw(spoiled_json(path) if name == MANIFEST else damaged(path.read_bytes())))
+    if listed:
+        path.with_name(MANIFEST).write_text(json.dumps(tokenized._digests(split.folder)), encoding="utf-8")
+    holds(lambda: read_all(Samples(open_splits([split], recipe)[0], 512)))
+
+
+def read_all(samples: Samples) -> None:
+    for number in range(len(samples)):
+        assert len(samples[number].tokens) == samples.lengths[number]
 
 
 @given(data=st.data())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from litlora import limits
@@ -449,6 +450,23 @@ def test_a_length_that_leaves_nothing_of_any_response_is_refused(capsys):
         "litlora: train.jsonl has no example with a response within --train.max_seq_length (20): raise it",
     ]
     assert everything() == before
+
+
+def test_a_token_that_the_checkpoint_does_not_have_is_refused(capsys):
+    tokenizer = Tokenizer.from_file("base/tokenizer.json")
+    tokenizer.add_tokens([f"<{number}>" for number in range(100)])
+    tokenizer.save("base/tokenizer.json")
+    check(capsys, [*GENERATE[:-1], "Say <99>"], f"the prompt has {beyond(tokenizer)}")
+    assert main([*FINETUNE, "--train.max_steps", "1", "--precision", "32-true"]) == 0  # as none of them occurs
+    write("data/val.jsonl", ROW.replace('"a"', '"<99>"'))
+    capsys.readouterr()
+    assert main([*FINETUNE, "--overwrite", "true"]) == 1
+    assert capsys.readouterr().err == f"litlora: val.jsonl has {beyond(tokenizer)}\n"
+
+
+def beyond(tokenizer: Tokenizer) -> str:
+    hint = "take tokenizer files and weights of one and the same model"
+    return f"the token {tokenizer.token_to_id('<99>')}, but the checkpoint's vocab_size is 300: {hint}"
 
 
 def test_a_bound_below_the_longest_example_is_refused(capsys):

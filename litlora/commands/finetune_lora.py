@@ -23,14 +23,14 @@ from litlora.footprint import Load, Network, breakdown, table
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
-from litlora.memory import check_memory
+from litlora.memory import check_memory, shortage_said
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
 from litlora.quantize import Quantization, import_bitsandbytes
 from litlora.ranks import Ranks, one_voice, open_fabric
 from litlora.records import ReadOnlyRunFolder, RunFolder
-from litlora.resuming import Identity, no_checkpoint
+from litlora.resuming import BASE, Identity, no_checkpoint
 from litlora.sampling import Sampler, generate
 from litlora.state import Progress, restore_state
 from litlora.stopping import Stopping
@@ -72,6 +72,9 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
     with ranks.first_ahead():
         opened = open_splits(splits, recipe)
+    if tokenizer.vocab_size > config.vocab_size:
+        for split, tokens in zip(splits, opened, strict=True):
+            config.check_ids(split.path.name, tokens.highest())
     train, val = (
         samples_of(split.path.name, tokens, limit, args.train.micro_batch_tokens)
         for split, tokens in zip(splits, opened, strict=True)
@@ -97,16 +100,17 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     say_plan(run)
     check_memory(run, progress.step)
     folder.open(start, progress.step)
-    with stopping.heeding_signals():
-        fit(run, progress)
-    final = folder.save_final(gpt, report(gpt, progress, take_best(gpt, progress)))
+    with shortage_said(progress, args.train):
+        with stopping.heeding_signals():
+            fit(run, progress)
+        final = folder.save_final(gpt, report(gpt, progress, take_best(gpt, progress)))
     say(f"adapter in {final}")
 
 
 def contents(args: FinetuneLoraArgs, splits: Sequence[Split]) -> dict[str, str]:
     """Return the hashes of what a run reads: the base's weights, and the tokens of each split."""
     tokens = {f"the rows or the tokenizer of {split.path.name}": split.name for split in splits}
-    return {"the base's weights": fingerprint(args.checkpoint_dir)} | tokens
+    return {BASE: fingerprint(args.checkpoint_dir)} | tokens
 
 
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:

@@ -17,11 +17,12 @@ from litlora.tokenizer import Tokenizer
 def generate(args: GenerateArgs) -> None:
     """Answer a prompt with a checkpoint, or with an adapter on its base."""
     base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
-    positions = load_config(base_dir).max_position_embeddings
+    config = load_config(base_dir)
     tokenizer = Tokenizer(base_dir)
     style = tokenizer.prompt_style(args.prompt_style or read_prompt_style(args.checkpoint_dir) or "none")
     prompt = tokenizer.encode(style.prompt(read_prompt(args.prompt)), style.add_special_tokens).ids
-    check_length(len(prompt), args.max_new_tokens, positions)
+    check_length(len(prompt), args.max_new_tokens, config.max_position_embeddings)
+    config.check_ids("the prompt", max(prompt, default=0))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))

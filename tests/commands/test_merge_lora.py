@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litlora.__main__ import main
 from litlora.adapter import load_with_adapter, write_adapter
-from litlora.checkpoint import Weights, load_model
+from litlora.checkpoint import Weights, fingerprint, load_model
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, lora_parameters
 from litlora.quantize import NAMES, Quantization
 
@@ -29,7 +29,7 @@ def make_adapter(
     for parameter in lora_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
     folder.mkdir()
-    write_adapter(folder, model, config, checkpoint, "alpaca")
+    write_adapter(folder, model, config, checkpoint, fingerprint(checkpoint), "alpaca")
     return folder
 
 
