@@ -1,6 +1,7 @@
 """Whether there is memory for what lies ahead, found out before the first step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -36,12 +37,29 @@ def fits(run: Run, samples: Sequence[Sample]) -> bool:
         try:
             run.fabric.backward(summed_loss(run, join(samples)))
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and CPU_FAULT not in str(error):
+            if not is_shortage(error):
                 raise
             return False
         finally:
             run.optimizer.zero_grad()
     return True
+
+
+def is_shortage(error: Exception) -> bool:
+    """Tell whether an error says that there is no memory left."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_FAULT in str(error)
+
+
+@contextmanager
+def shortage_said() -> Iterator[None]:
+    """Say what is to be done where others have taken the memory that was there before the first step."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        hint = "end what else uses it, or lower --train.micro_batch_size; go on with the same command and --resume true"
+        raise LitLoraError(f"the memory that a step needs was there at the start and no longer is: {hint}") from error
 
 
 def fitting_part(run: Run, samples: Sequence[Sample]) -> Sequence[Sample]:
