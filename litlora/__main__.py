@@ -14,7 +14,7 @@ from jsonargparse.typing import SecretStr
 from litlora import __version__, args
 from litlora.errors import EndedElsewhereError, LitLoraError, is_shortage
 from litlora.flags import in_order
-from litlora.launching import must_start, start
+from litlora.launching import heed_srun, must_start, start
 
 COMMANDS: dict[str, type] = {
     "download": args.DownloadArgs,
@@ -72,9 +72,11 @@ def run(arguments: Sequence[str]) -> int:
     settings = parser.instantiate(parsed)[name].as_dict()
     settings.pop("config")
     options = COMMANDS[name](**settings)
-    if isinstance(options, args.FinetuneLoraArgs) and must_start(options.devices, options.num_nodes, options.dry_run):
-        entry = importlib.import_module("litlora.__main__").main  # as another process finds it, whatever this one ran
-        return start(entry, arguments, options.devices)
+    if isinstance(options, args.FinetuneLoraArgs):
+        heed_srun()
+        if must_start(options.devices, options.num_nodes, options.dry_run):
+            entry = importlib.import_module("litlora.__main__").main  # as another process finds it
+            return start(entry, arguments, options.devices)
     command = getattr(importlib.import_module(f"litlora.commands.{name}"), name)
     command(options)
     return 0

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -34,15 +35,30 @@ class Place:
         return self.count // self.local_count
 
 
+def heed_srun() -> None:
+    """Where srun has started this process among others, say so by the variables of torchrun."""
+    if LOCAL_COUNT in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return
+    per_node = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
+    if per_node is None:
+        raise LitLoraError("srun must start as many processes on every node: give it --ntasks-per-node")
+    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "STEP_NUM_TASKS", "GROUP_RANK": "NODEID"}
+    nodes = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"])  # the first of each range
+    run = os.environ["SLURM_JOB_ID"] + os.environ["SLURM_STEP_ID"]
+    meeting = {"MASTER_ADDR": nodes.split(",")[0], "MASTER_PORT": f"2{run[-4:]:0>4}"}
+    place = {name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()}
+    os.environ.update(meeting | os.environ | place | {LOCAL_COUNT: per_node[1]})
+
+
 def find_place(devices: int, nodes: int) -> Place:
-    """Return the place that torchrun, or `start`, has given this process, or refuse one that was not asked for."""
+    """Return the place that torchrun, srun or `start` has given this process, or refuse one that was not asked for."""
     if LOCAL_COUNT not in os.environ:
         return Place()
     place = Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LOCAL_COUNT)))
     asked = ("--devices", devices, place.local_count), ("--num_nodes", nodes, place.nodes)
     for flag, wanted, started in asked:
         if wanted not in (1, started):
-            raise LitLoraError(f"{flag} ({wanted}) must be 1 or what torchrun was told ({started})")
+            raise LitLoraError(f"{flag} ({wanted}) must be 1 or what torchrun or srun was told ({started})")
     return place
 
 

@@ -2,9 +2,16 @@
 
 import logging
 import os
-import time
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,13 +26,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from litlora.errors import EndedElsewhereError, LitLoraError, StoppedError
 from litlora.launching import Place
+from litlora.watching import END, HINT, LostContactError, keeping_contact
 
 T = TypeVar("T")
-PATIENCE = 3.0  # seconds that whoever knows more has, before a rank says that another is gone
-
-
-class LostContactError(LitLoraError):
-    """Another rank has ended in the midst of it."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,7 @@ def _in_contact(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        hint = "look at what was said there, and go on with the same command and --resume true"
-        raise LostContactError(f"rank {rank} has lost the contact to another, which has ended: {hint}") from error
+        raise LostContactError(f"rank {rank} has lost the contact to another, which has ended: {HINT}") from error
 
 
 class _FewGradients(DDPStrategy):
@@ -134,6 +136,11 @@ def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fa
     return fabric
 
 
+def keep_contact(place: Place) -> AbstractContextManager[None]:
+    """Have the processes of a run, which have met, end together if one of them dies."""
+    return nullcontext() if place.count == 1 else keeping_contact(place, _get_default_store())
+
+
 @contextmanager
 def one_voice(place: Place) -> Iterator[None]:
     """Let the first rank alone talk, and of those that fail only the one that did so first."""
@@ -148,11 +155,11 @@ def one_voice(place: Place) -> Iterator[None]:
                 stack.enter_context(redirect_stderr(silence))
             yield
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, LostContactError):
-            time.sleep(PATIENCE)
         is_common = isinstance(error, StoppedError)  # all have agreed on it
         if not (place.rank == 0 if is_common else _is_first_to_say(place.rank)):
             raise EndedElsewhereError(getattr(error, "exit_code", 1)) from error
+        if place.rank:
+            sys.stderr.write("\n")  # for the progress bar of the first, whose line may not have ended
         raise
 
 
@@ -161,6 +168,6 @@ def _is_first_to_say(rank: int) -> bool:
     if not dist.is_initialized():
         return rank == 0
     try:
-        return _get_default_store().compare_set("end", "", str(rank)) == str(rank).encode()
+        return _get_default_store().compare_set(END, "", str(rank)) == str(rank).encode()
     except RuntimeError:
         return False

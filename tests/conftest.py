@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -118,6 +118,53 @@ def adapter(tiny: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
     flags = ["--precision", "32-true", "--train.max_steps", 5, "--train.global_batch_size", 5, "--train.epochs", 3]
     assert main(["finetune_lora", *map(str, folders + flags), "--train.learning_rate", "1e-2"]) == 0
     return out_dir / "final"
+
+
+class Runs:
+    """Runs one command at a time in children of a process that has torch in memory already."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.stderr = scratch / "stderr"
+        command = [sys.executable, "-m", "tests.fork_server"]
+        root = Path(__file__).parent.parent
+        # What is freed goes back to the system, so that a limit on memory is felt at the next step.
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root, env=env
+        )
+
+    def start(self, arguments: list[str], headroom: int | None = None) -> int:
+        """Start a command, and return its process id."""
+        return self.start_all(arguments, [{}], headroom)[0]
+
+    def start_all(
+        self, arguments: list[str], places: Sequence[dict[str, str]], headroom: int | None = None
+    ) -> list[int]:
+        """Start a command in a process for each of these environments, and return their ids."""
+        self.server.stdin.write(json.dumps([arguments, str(self.stderr), headroom, places]) + "\n")
+        self.server.stdin.flush()
+        return self._read()
+
+    def wait(self) -> int:
+        """Return the exit code of the one process."""
+        return self.wait_all()[0]
+
+    def wait_all(self) -> list[int]:
+        """Return the exit codes of all processes."""
+        return self._read()
+
+    def _read(self) -> list[int]:
+        return [int(word) for word in self.server.stdout.readline().split()]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """Return what runs a command as a process of its own, and soon."""
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.server.stdin.close()
+    runs.server.wait()
+    runs.server.stdout.close()
 
 
 @pytest.fixture

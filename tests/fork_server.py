@@ -1,7 +1,8 @@
-"""A process that imports torch once, and forks a child per command line: real runs to be killed, without the wait.
+"""A process that imports torch once, and forks children per command line: real runs to be killed, without the wait.
 
-A line of stdin is a request: the arguments, the file for stderr, and the bytes of address space beyond the present
-ones that the child may have, or null. A line with its process id follows, and one with its exit code.
+A line of stdin is a request: the arguments, the file for stderr, the bytes of address space beyond the present ones
+that a child may have, or null, and for each of the children, which run the same command, variables of its environment.
+A line with their process ids follows, and one with their exit codes. They show each other more often that they live.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import litlora.commands.finetune_lora  # noqa: F401
+from litlora import watching
 from litlora.__main__ import main
 
 
@@ -19,9 +21,11 @@ def limit_memory(headroom: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + headroom, resource.RLIM_INFINITY))
 
 
-def run(arguments: list[str], stderr: str, headroom: int | None) -> int:
-    descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def run(arguments: list[str], stderr: str, headroom: int | None, variables: dict[str, str]) -> int:
+    descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)
+    os.environ.update(variables)
+    watching.BEAT = 0.2
     if headroom is not None:
         limit_memory(headroom)
     return main(arguments)
@@ -29,12 +33,16 @@ def run(arguments: list[str], stderr: str, headroom: int | None) -> int:
 
 def serve() -> None:
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            os._exit(run(*json.loads(line)))
-        print(child, flush=True)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        *command, places = json.loads(line)
+        Path(command[1]).write_bytes(b"")
+        children: list[int] = []
+        for variables in places:
+            children.append(os.fork())
+            if not children[-1]:
+                os._exit(run(*command, variables))
+        print(*children, flush=True)
+        codes = dict(os.wait() for _ in children)
+        print(*(os.waitstatus_to_exitcode(codes[child]) for child in children), flush=True)
 
 
 if __name__ == "__main__":

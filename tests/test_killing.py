@@ -1,7 +1,6 @@
 """A run that is killed at any moment, and gone on with, ends to the bit as the one that never was."""
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -23,32 +21,6 @@ from litlora.locking import LOCK
 ROOT = Path(__file__).parent.parent
 TIMING = ("tokens_per_second", "memory_gb")
 STEPS = 24
-
-
-class Runs:
-    """Runs one command at a time in a child of a process that has torch in memory already."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.stderr = scratch / "stderr"
-        command = [sys.executable, "-m", "tests.fork_server"]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-    def start(self, arguments: list[str], headroom: int | None = None) -> int:
-        self.server.stdin.write(json.dumps([arguments, str(self.stderr), headroom]) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def wait(self) -> int:
-        return int(self.server.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Iterator[Runs]:
-    runs = Runs(tmp_path_factory.mktemp("runs"))
-    yield runs
-    runs.server.stdin.close()
-    runs.server.wait()
-    runs.server.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ LAYERS = """
     errors
     args config files layout limits linear loss rows stopping
     launching quantize
-    attention examples hub locking lora manifest optimizers state
+    attention examples hub locking lora manifest optimizers state watching
     model preparing prompts ranks
     checkpoint footprint sampling tokenizer
     adapter resuming

@@ -4,11 +4,14 @@ import csv
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -25,9 +28,9 @@ NF4 = ["--quantize", "bnb.nf4"]
 def few(tmp_path_factory) -> Path:
     """Return data of so few rows that the last global batch of an epoch has two, and four processes share them."""
     folder = tmp_path_factory.mktemp("few")
-    for name, count in (("train", 22), ("val", 9)):
-        rows = (ROOT / f"data/pico/{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(rows[:count]), encoding="utf-8")
+    for name, many in (("train", 22), ("val", 9)):
+        lines = (ROOT / f"data/pico/{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:many]), encoding="utf-8")
     return folder
 
 
@@ -65,8 +68,7 @@ def assert_same(one: Path, other: Path) -> None:
     reports = [json.loads((folder / "final/report.json").read_text()) for folder in (one, other)]
     for name in ("steps", "tokens", "supervised_tokens", "trainable_parameters"):
         assert reports[0][name] == reports[1][name]
-    rows = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())) for folder in (one, other)]
-    for row, same in zip(*rows, strict=True):
+    for row, same in zip(rows(one), rows(other), strict=True):
         for name in ("loss", "val_loss", "grad_norm"):
             assert (row[name] == same[name] == "") or float(row[name]) == pytest.approx(float(same[name]), rel=1e-4)
 
@@ -100,6 +102,103 @@ def test_two_machines_make_the_same_adapter_and_send_their_gradients_alone(alone
         assert (sent[-1] - sent[0]) / (len(sent) - 1) == pytest.approx(gradients, rel=0.05)  # 2 (n - 1) / n is 1
 
 
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+
+
+jobs = count(os.getpid())
+
+
+def srun(number: int) -> list[dict[str, str]]:
+    """Return the variables that srun gives to each of so many processes, with a port that follows from the job."""
+    step = {"JOB_ID": next(jobs), "STEP_ID": 0, "STEP_NODELIST": "127.0.0.1", "NODEID": 0}
+    step |= {"STEP_NUM_TASKS": number, "STEP_TASKS_PER_NODE": number}
+    places = [step | {"PROCID": rank, "LOCALID": rank} for rank in range(number)]
+    return [{f"SLURM_{name}": str(value) for name, value in place.items()} for place in places]
+
+
+def said(runs) -> str:
+    return "\n".join(re.findall("^litlora: .*", runs.stderr.read_text(), re.MULTILINE))
+
+
+def wait_for(path: Path, process: int) -> None:
+    """Return when a folder is there, while a process that makes it runs."""
+    while not path.exists():
+        assert Path(f"/proc/{process}").exists()
+        time.sleep(0.005)
+
+
+def test_a_run_of_two_processes_that_srun_has_started_is_gone_on_with_by_one_and_by_four(runs, alone, few, tmp_path):
+    flags, whole = [*HEAD, "--train.save_interval", "4"], tmp_path / "whole"
+    runs.start_all(arguments(few, whole, *flags, "--devices", 2), srun(2))
+    assert runs.wait_all() == [0, 0], runs.stderr.read_text()
+    assert_same(alone(*HEAD), whole)
+    for number in (1, 4):
+        out_dir = tmp_path / str(number)
+        again = arguments(few, out_dir, *flags, "--devices", number, "--resume", whole / "step-000004")
+        runs.start_all(again, srun(number))
+        assert runs.wait_all() == [0] * number, runs.stderr.read_text()
+        for row, same in zip(rows(whole), rows(out_dir), strict=True):
+            for name in ("step", "epoch", "tokens", "learning_rate"):
+                assert row[name] == same[name]
+            for name in ("loss", "val_loss"):
+                assert (row[name] == same[name] == "") or float(row[name]) == pytest.approx(float(same[name]), rel=1e-6)
+
+
+def test_a_signal_to_one_process_and_the_time_of_a_run_end_all_after_the_same_step(runs, alone, few, tmp_path):
+    flags = arguments(few, tmp_path / "out", *HEAD, "--train.save_interval", "1")
+    processes = runs.start_all(flags, srun(2))
+    wait_for(tmp_path / "out/step-000002", processes[0])
+    os.kill(processes[1], signal.SIGTERM)
+    assert runs.wait_all() == [128 + signal.SIGTERM] * 2
+    assert re.fullmatch(r"litlora: stopped by SIGTERM after step \d+ of 10, .*", said(runs))
+    runs.start_all([*flags, "--resume", "true", "--train.max_time", "1e-3"], srun(2))
+    assert runs.wait_all() == [124] * 2
+    assert re.fullmatch(r"litlora: stopped after --train.max_time .*", said(runs))
+    runs.start_all([*flags, "--resume", "true"], srun(2))
+    assert runs.wait_all() == [0, 0]
+    assert_same(alone(*HEAD), tmp_path / "out")
+
+
+def test_memory_that_one_process_runs_out_of_ends_all_with_one_sentence(runs, few, tmp_path):
+    longer = ["--train.max_steps", 200, "--train.epochs", 200, "--train.save_interval", 2]
+    longer += ["--train.global_batch_size", 22, "--train.micro_batch_size", 22]
+    processes = runs.start_all(arguments(few, tmp_path / "out", *longer), srun(2))
+    wait_for(tmp_path / "out/step-000002", processes[0])
+    resource.prlimit(processes[1], resource.RLIMIT_AS, (2**20, resource.RLIM_INFINITY))
+    assert runs.wait_all() == [1, 1]
+    assert "Traceback" not in runs.stderr.read_text(), runs.stderr.read_text()
+    assert re.fullmatch("litlora: there is no longer enough memory after step .*", said(runs))
+
+
+def test_without_anyone_who_watches_them_processes_name_the_killed_one_and_end(runs, few, tmp_path):
+    processes = runs.start_all(arguments(few, tmp_path / "out", "--train.save_interval", "1"), srun(4))
+    wait_for(tmp_path / "out/step-000002", processes[0])
+    os.kill(processes[2], signal.SIGKILL)
+    assert runs.wait_all() == [1, 1, -signal.SIGKILL, 1]
+    assert re.fullmatch(r"litlora: rank [013] has lost the contact to rank 2, which has ended: .*", said(runs))
+
+
+@pytest.mark.parametrize(("hung", "who"), [(1, "rank 1"), (0, "rank 0, or what has started it,")])
+def test_a_process_that_hangs_does_not_keep_the_others_waiting(runs, few, tmp_path, hung, who):
+    processes = runs.start_all(arguments(few, tmp_path / "out", "--train.save_interval", "1"), srun(3))
+    wait_for(tmp_path / "out/step-000002", processes[0])
+    os.kill(processes[hung], signal.SIGSTOP)
+    while any(is_running(process) for process in processes if process != processes[hung]):
+        time.sleep(0.05)
+    os.kill(processes[hung], signal.SIGKILL)
+    assert [code for rank, code in enumerate(runs.wait_all()) if rank != hung] == [1, 1]
+    assert re.fullmatch(f"litlora: {who} has shown no sign of life for 5 seconds: .*", said(runs))
+
+
+def is_running(process: int) -> bool:
+    """Tell whether a process has not ended, though nobody may have asked for its exit code yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def ranks_of(parent: int) -> dict[int, int]:
     """Return the process ids of the ranks that a process has started, by rank."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
@@ -108,13 +207,8 @@ def ranks_of(parent: int) -> dict[int, int]:
 
 
 def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_with_another_number(alone, few, tmp_path):
-    flags = [*HEAD, "--train.save_interval", "1"]
-    command = [sys.executable, "-m", "litlora", *arguments(few, tmp_path / "out", *flags, "--devices", 2)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-    while not (tmp_path / "out/step-000002").exists():
-        assert parent.poll() is None
-        time.sleep(0.01)
+    parent = start(tmp_path / "out", few)
+    wait_for(tmp_path / "out/step-000002", parent.pid)
     ranks = ranks_of(parent.pid)
     os.kill(ranks[1], signal.SIGKILL)
     said = parent.communicate(timeout=60)[1]
@@ -124,8 +218,50 @@ def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_with_another_
         "Go on with the same command and --resume true"
     ]
     assert not any(Path(f"/proc/{child}").exists() for child in ranks.values())
-    assert main(arguments(few, tmp_path / "out", *flags, "--resume", "true")) == 0
+    assert main(arguments(few, tmp_path / "out", *HEAD, "--train.save_interval", "1", "--resume", "true")) == 0
     assert_same(alone(*HEAD), tmp_path / "out")
+
+
+def start(out_dir: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
+    """Start two processes by one command, which save every step."""
+    command = ["-m", "litlora", *arguments(few, out_dir, *HEAD, "--train.save_interval", 1, "--devices", 2, *flags)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
+
+
+def test_a_signal_to_the_one_that_started_them_stops_all_and_its_end_ends_them(alone, few, tmp_path):
+    parent = start(tmp_path / "out", few)
+    wait_for(tmp_path / "out/step-000002", parent.pid)
+    parent.send_signal(signal.SIGTERM)
+    said = parent.communicate(timeout=60)[1]
+    assert parent.returncode == 128 + signal.SIGTERM
+    assert len(re.findall(r"^litlora: stopped by SIGTERM after step \d+ of 10, ", said, re.MULTILINE)) == 1
+    shutil.rmtree(tmp_path / "out")
+    parent = start(tmp_path / "out", few)
+    wait_for(tmp_path / "out/step-000002", parent.pid)
+    ranks = ranks_of(parent.pid).values()
+    parent.kill()
+    parent.communicate(timeout=60)
+    while any(map(is_running, ranks)):
+        time.sleep(0.01)
+    assert main(arguments(few, tmp_path / "out", *HEAD, "--train.save_interval", "1", "--resume", "true")) == 0
+    assert_same(alone(*HEAD), tmp_path / "out")
+
+
+def test_torchrun_ends_all_when_one_is_killed_and_it_is_named(few, tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "litlora"]
+    command += arguments(few, tmp_path / "out", "--train.save_interval", 1)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
+    wait_for(tmp_path / "out/step-000002", torchrun.pid)
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    places = {int(child): Path(f"/proc/{child}/environ").read_text().split("\0") for child in children}
+    os.kill(next(child for child, place in places.items() if "RANK=1" in place), signal.SIGKILL)
+    said = torchrun.communicate(timeout=60)[1]
+    assert torchrun.returncode == 1
+    sentences = "\n".join(re.findall("litlora: .*", said))
+    assert re.fullmatch("litlora: rank 0 has lost the contact to rank 1, which has ended: .*", sentences), said
+    assert not any(is_running(child) for child in places)
 
 
 def test_a_mistake_is_said_once(few, tmp_path):

@@ -28,7 +28,7 @@ from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
 from litlora.quantize import Quantization, import_bitsandbytes
-from litlora.ranks import Ranks, one_voice, open_fabric
+from litlora.ranks import Ranks, keep_contact, one_voice, open_fabric
 from litlora.records import ReadOnlyRunFolder, RunFolder
 from litlora.resuming import BASE, Identity, no_checkpoint
 from litlora.sampling import Sampler, generate
@@ -49,7 +49,8 @@ def finetune_lora(args: FinetuneLoraArgs) -> None:
         ranks = Ranks(place.rank, place.count, fabric.device)
         if args.resume is True and not args.out_dir.exists():
             raise no_checkpoint(args.out_dir)
-        with locked(args.out_dir, "--out_dir") if ranks.is_first and not args.dry_run else nullcontext():
+        lock = locked(args.out_dir, "--out_dir") if ranks.is_first and not args.dry_run else nullcontext()
+        with keep_contact(place), lock:
             train_adapter(args, stopping, fabric, ranks)
 
 
