@@ -11,6 +11,7 @@ from torch import nn
 from litlora.args import Precision
 from litlora.attention import BLOCK
 from litlora.config import GPTConfig
+from litlora.heap import EVERY
 from litlora.linear import SLAB, Linear, has_slow_products
 from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
 from litlora.loss import CHUNK
@@ -251,18 +252,16 @@ def _branch_bytes(network: Network, load: Load) -> int:
 
 
 def gap_bytes(network: Network, load: Load) -> int:
-    """Estimate what a CPU's heap leaves unused: what a block keeps settles in the room of its temporaries.
+    """Estimate what a CPU's heap leaves unused until it is trimmed: see `keep_small`.
 
-    The next block then needs new room for its own. How much was measured, with glibc; a GPU's allocator is asked for
-    what is in use alone.
+    How much a block adds was measured, with glibc; a GPU's allocator is asked for what is in use alone.
     """
     if not network.on_cpu:
         return 0
     config, targets = network.config, network.lora.targets
     adapted = sum(s.width * targets(f"model.layers.0.{name}") for s in _stages(network) for name in s.layers)
-    inner = config.intermediate_size
-    a_token = inner + adapted * 3 // 4 if load.activation_checkpointing else 4 * inner + adapted * 3 // 2
-    return config.num_hidden_layers * load.tokens * FLOAT32 * a_token
+    a_token = config.intermediate_size * 5 // 2 + adapted
+    return min(EVERY, config.num_hidden_layers) * load.tokens * FLOAT32 * a_token
 
 
 def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:

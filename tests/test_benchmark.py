@@ -5,8 +5,10 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
+from benchmarks import peft
 from benchmarks.__main__ import measurement_of
 from benchmarks.cases import LITGPT, LITLORA, Case
 from benchmarks.environments import Environments, ProgramError, do
@@ -17,9 +19,11 @@ from benchmarks.table import section
 from transformers import AutoModelForCausalLM
 
 from litlora.batches import Samples, join
-from litlora.checkpoint import load_model
+from litlora.checkpoint import block_linears, load_model
 from litlora.examples import read_examples
 from litlora.loss import supervised_loss
+from litlora.model import GPT
+from litlora.quantize import Quantization
 from litlora.tokenized import encode
 from litlora.tokenizer import Tokenizer
 
@@ -37,13 +41,15 @@ def result(seconds, **values):
     return Result(**{"seconds": seconds, "tokens": 100, "memory_gb": 1.0, "versions": {}} | values)
 
 
-def test_litlora_trains_on_the_rows_in_the_order_of_the_file(work):
-    found = Result(**do(Job("train", "32-true", str(work), rows=8), PYTHON, "litlora"))
+@pytest.mark.parametrize("quantized", [False, True])
+def test_litlora_trains_on_the_rows_in_the_order_of_the_file(work, quantized):
+    found = Result(**do(Job("train", "32-true", str(work), rows=8, quantized=quantized), PYTHON, "litlora"))
     tokenizer = Tokenizer(work / "checkpoint")
     examples = read_examples(work / "data/train.jsonl")
     style = tokenizer.prompt_style("alpaca")
     samples = list(Samples(encode(examples, tokenizer, style, mask_prompt=True), max_seq_length=512))
-    base = load_model(work / "checkpoint", torch.float32, torch.device("cpu"))
+    nf4 = Quantization("bnb.nf4", torch.float32) if quantized else None
+    base = load_model(work / "checkpoint", torch.float32, torch.device("cpu"), nf4)
     with torch.no_grad():
         batches = [join(samples[:4]), join(samples[4:])]
         sums = [supervised_loss(base(b.tokens, b.lengths), base.lm_head, b.labels) for b in batches]
@@ -69,6 +75,15 @@ def test_a_case_goes_on_without_a_program_that_is_not_there(work):
     assert found.ids == expected[0].tolist()
     assert measurement.missing == {"litgpt": "no such wheel"}
     assert "litgpt: no such wheel." in section(case.name, measurement)
+
+
+def test_peft_trains_over_the_same_base_in_4_bits(work):
+    job = Job("train", "32-true", str(work), rows=8, quantized=True)
+    nf4 = Quantization("bnb.nf4", torch.float32)
+    base = load_model(job.checkpoint, torch.float32, torch.device("cpu"), nf4)
+    theirs = [m.weight for m in peft.load(job).modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    ours = [base.get_submodule(name).weight for name in block_linears(GPT(base.config))]
+    assert all(torch.equal(a.packed, b.data.flatten()) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_program_that_fails_says_why_in_its_last_line(work):

@@ -20,6 +20,7 @@ from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.footprint import Load, Network, breakdown, table
+from litlora.heap import keep_small
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
@@ -92,6 +93,8 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
     add_lora(gpt, folder.lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
+    if fabric.device.type == "cpu":
+        keep_small(gpt.model.layers)
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
     model, optimizer = fabric.setup(gpt, optimizer)
     progress = go_on(folder, start, gpt, optimizer)

@@ -41,7 +41,7 @@ def main() -> int:
         measurements = read(args.out.with_suffix(".json"))
         for case in chosen:
             sys.stderr.write(f"{case.name}\n")
-            job = Job(case.task, case.precision, str(WORK), args.rows, case.layers)
+            job = Job(case.task, case.precision, str(WORK), args.rows, case.layers, case.quantized)
             measurements[case.name] = measure(case, job, environments, args.repetitions)
             write(args.out, measurements)
     except (DisagreementError, ProgramError) as error:

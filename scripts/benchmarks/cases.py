@@ -32,11 +32,14 @@ class Case:
     precision: Precision
     programs: tuple[Program, ...]
     layers: Layers = "query and value"
+    quantized: bool = False
 
     @property
     def title(self) -> str:
         number = {"32-true": "float32", "bf16-true": "bfloat16"}[self.precision]
-        return f"Generation, {number}" if self.task == "generate" else f"Training, {number}, LoRA on {self.layers}"
+        if self.task == "generate":
+            return f"Generation, {number}"
+        return f"Training, {number}, LoRA on {self.layers}{' over NF4' if self.quantized else ''}"
 
 
 TRAINING = (LITLORA, PEFT, LITGPT)
@@ -46,6 +49,8 @@ CASES = (
     Case("train-bf16", "train", "bf16-true", TRAINING),
     Case("train-all-32", "train", "32-true", (LITLORA, PEFT), "all linear layers"),
     Case("train-all-bf16", "train", "bf16-true", (LITLORA, PEFT), "all linear layers"),
+    Case("train-nf4-32", "train", "32-true", (LITLORA, PEFT), quantized=True),
+    Case("train-nf4-bf16", "train", "bf16-true", (LITLORA, PEFT), quantized=True),
     Case("generate-32", "generate", "32-true", GENERATION),
     Case("generate-bf16", "generate", "bf16-true", GENERATION),
 )

@@ -15,7 +15,7 @@ HOME = ROOT / ".benchmark"
 TORCH = "torch==2.13.0"  # the same for all, so that programs are compared
 REQUIREMENTS = {
     "litlora": ("--editable", str(ROOT)),
-    "peft": ("peft==0.21.2", "transformers==5.23.0", "accelerate==1.15.0"),
+    "peft": ("peft==0.21.2", "transformers==5.23.0", "accelerate==1.15.0", "bitsandbytes==0.50.2"),
     "litgpt": ("litgpt==0.5.13",),
 }
 

@@ -29,6 +29,8 @@ class Job:
     folder: str
     rows: int = 0
     layers: Layers = "query and value"
+    quantized: bool = False
+    """Whether the blocks' weights are in NF4."""
     compiled: bool = False
 
     @property

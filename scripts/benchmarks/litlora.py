@@ -18,7 +18,7 @@ from litlora.batches import global_batches
 from litlora.model import GPT
 from litlora.records import RunFolder
 
-PACKAGES = ("litlora", "torch")
+PACKAGES = ("litlora", "torch", "bitsandbytes")
 SEED = 1337
 
 
@@ -61,6 +61,7 @@ def train_flags(job: Job, scratch: Path) -> list[str]:
         "eval.initial_validation": "false",
         "eval.final_validation": "false",
         **{f"lora_{switch}": "true" for switch in switches},
+        **({"quantize": "bnb.nf4"} if job.quantized else {}),
     }
     return as_flags("finetune_lora", settings)
 

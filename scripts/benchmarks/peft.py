@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -68,7 +69,13 @@ def encode(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 def load(job: Job) -> PreTrainedModel:
     dtype = torch.bfloat16 if job.precision == "bf16-true" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=dtype, attn_implementation="sdpa")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        job.checkpoint,
+        dtype=dtype,
+        quantization_config=nf4 if job.quantized else None,
+        attn_implementation="sdpa",
+    )
 
 
 def lora_config(job: Job) -> LoraConfig:

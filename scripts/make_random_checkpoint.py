@@ -1,0 +1,89 @@
+"""Make a checkpoint of random weights in the shape of a Llama that memory_table.py knows, with another's tokenizer."""
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory_table import SHAPES, config
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litlora.checkpoint import read_hub_config
+from litlora.config import GPTConfig
+from litlora.files import whole_directory
+from litlora.layout import CONFIG, INDEX
+from litlora.model import GPT
+from litlora.tokenizer import Tokenizer
+
+SEED = 2026
+STD = 0.02
+SPECIAL = ("bos_token_id", "eos_token_id")
+
+
+def make(folder: Path, shape: GPTConfig, tokenizer: Path) -> None:
+    """Write the checkpoint, of which no more than a block is in memory at one time."""
+    with whole_directory(folder) as partial:
+        write_json(partial / CONFIG, hub_config(shape, read_hub_config(tokenizer)))
+        write_weights(partial, shape)
+        for path in Tokenizer(tokenizer).files:
+            shutil.copyfile(path, partial / path.name)
+
+
+def hub_config(shape: GPTConfig, other: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of a shape, with the special tokens of the checkpoint whose tokenizer it takes."""
+    special = {key: other[key] for key in SPECIAL if key in other}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(shape), **special}
+
+
+def write_weights(folder: Path, shape: GPTConfig) -> None:
+    """Write a file for each block and each weight that is in none, and their index."""
+    generator = torch.Generator().manual_seed(SEED)
+    groups = [dict(group) for _, group in groupby(shapes(shape).items(), key=lambda item: block(item[0]))]
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        tensors = {weight: random_weight(size, generator) for weight, size in group.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    total = sum(2 * size.numel() for group in groups for size in group.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def shapes(shape: GPTConfig) -> dict[str, torch.Size]:
+    """Return the shape of each weight by name, block after block."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in GPT(shape).named_parameters()}
+
+
+def block(name: str) -> str:
+    """Return the name of the block that a weight is part of, or its own."""
+    return ".".join(name.split(".")[:3])
+
+
+def random_weight(size: torch.Size, generator: torch.Generator) -> Tensor:
+    """Return ones for a norm, and for a matrix small random numbers."""
+    if len(size) == 1:
+        return torch.ones(size, dtype=torch.bfloat16)
+    return torch.empty(size, dtype=torch.bfloat16).normal_(std=STD, generator=generator)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, required=True, help="the name of a Llama")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a checkpoint that has one")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
+    args = parser.parse_args()
+    make(args.out, config(args.shape), args.tokenizer)
+
+
+if __name__ == "__main__":
+    main()
