@@ -13,7 +13,7 @@ LAYERS = """
     attention examples hub locking lora manifest optimizers state
     model preparing prompts ranks
     checkpoint footprint sampling tokenizer
-    adapter resuming
+    adapter resuming sharding
     records tokenized
     batches
     training
