@@ -10,6 +10,7 @@ from litlora.errors import LitLoraError
 
 Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 
 def require(condition: bool, flag: str, value: object, need: str) -> None:
@@ -201,6 +202,8 @@ class FinetuneLoraArgs:
     """How many devices of a machine to train on: GPUs, or processes where there are none."""
     num_nodes: int = 1
     """How many machines to train on; more than one are started by torchrun."""
+    strategy: Strategy = "auto"
+    """ddp keeps the whole base on every device, fsdp a part of it on each; auto is ddp where the base fits."""
     lora_r: int = 8
     """Rank of the adapter's matrices."""
     lora_alpha: int = 16

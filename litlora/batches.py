@@ -46,6 +46,10 @@ class MicroBatch:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
+IDLE = MicroBatch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE_INDEX), (1,))
+"""For a rank that has less to do than another: where weights are sharded, all must go through the model as often."""
+
+
 class Samples:
     """The examples of a split, cut to `max_seq_length` tokens; each becomes a sample when it is asked for.
 

@@ -1,7 +1,7 @@
 """What lies in a checkpoint directory, and how it is read: config, weights, and what tells it from another."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,20 +67,42 @@ def load_model(
     for; on a CPU in the checkpoint's own dtype the others are not copied at all. Raises LitLoraError unless names and
     shapes are exactly those of the config.
     """
+    model, weights = read_parts(checkpoint_dir, dtype, device, quantization, lambda weight: weight)
+    fill(model, weights)
+    return model.to(device)
+
+
+def read_parts(
+    checkpoint_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None,
+    part: Callable[[Tensor], Tensor],
+) -> tuple[GPT, dict[str, Tensor]]:
+    """Return the model of a checkpoint without its weights, and of each weight by its name the part that is wanted.
+
+    What quantization keeps beside a weight's parameters is a few numbers, and there as a whole.
+    """
     model, weights = _checked(checkpoint_dir)
+    parts: dict[str, Tensor] = {}
     if quantization:
         for name in block_linears(model):
-            model.set_submodule(name, NF4Linear(weights.once(f"{name}.weight").to(device), quantization))
+            layer = NF4Linear(weights.once(f"{name}.weight").to(device), quantization)
+            parts |= {f"{name}.{key}": part(parameter.detach()) for key, parameter in layer.named_parameters()}
+            parts |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers()}
+            model.set_submodule(name, layer.to("meta"))
     own = model.state_dict()
-    state = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
-    state |= {name: weights[name].to(device, dtype) for name in weights if name in own}
+    return model, parts | {name: part(weights[name]).to(device, dtype) for name in weights if name in own}
+
+
+def fill(model: GPT, weights: Mapping[str, Tensor]) -> None:
+    """Put weights into a model that has none, but maybe an adapter."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     tied = model.config.tie_word_embeddings
-    if tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"]} if tied else {}
+    model.load_state_dict(own | dict(weights) | head, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.to(device)
 
 
 def block_linears(model: GPT) -> list[str]:

@@ -33,6 +33,8 @@ class Network:
     quantize: str | None
     """bnb.nf4, bnb.nf4-dq, or None for a base in the run's precision."""
     device: torch.device
+    shards: int = 1
+    """How many devices hold a part of the base each."""
 
     def outline(self) -> GPT:
         """Build the model with its adapter, without a single value."""
@@ -83,7 +85,7 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
     adapter = list(lora_parameters(gpt).values())
     adapters = sum(matrix.nbytes for matrix in adapter)
     return {
-        **weight_bytes(gpt, network.quantize),
+        **held_bytes(network, weight_bytes(gpt, network.quantize)),
         "adapter, float32": adapters,
         "its gradients": adapters,
         "optimizer state": optimizer_bytes(optimizer, adapter),
@@ -110,6 +112,18 @@ def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
             for size in sizes
         ),
     }
+
+
+def held_bytes(network: Network, weights: dict[str, int]) -> dict[str, int]:
+    """Return the bytes of the frozen weights of which a device has a part, and of what it gathers of them at a time.
+
+    That is what lies outside of the blocks, for the whole of a pass, and two blocks: one while the other is used.
+    """
+    if network.shards == 1:
+        return weights
+    *outside, blocks = weights.values()
+    gathered = sum(outside) + blocks * 2 // network.config.num_hidden_layers
+    return {name: -(-size // network.shards) for name, size in weights.items()} | {"gathered weights": gathered}
 
 
 def nf4_bytes(values: int, *, double: bool) -> int:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -66,7 +65,6 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)  # so that before the first step the model equals its base exactly
-        self.to(linear.weight.device)  # only now, so that a seed gives the same start on every device
 
     def forward(self, x: Tensor) -> Tensor:
         y, a, b = frozen_linear(x, self.weight), self.lora_A.weight, self.lora_B.weight
@@ -156,14 +154,19 @@ def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Te
     return (weight.float() + scaling * (lora_b.float() @ lora_a.float())).to(weight.dtype)
 
 
-def add_lora(model: nn.Module, config: LoRAConfig) -> None:
-    """Freeze the model and put a LoRALinear in the place of each layer that the config targets."""
+def add_lora(model: nn.Module, config: LoRAConfig, device: torch.device | None = None) -> None:
+    """Freeze the model and put a LoRALinear in the place of each layer that the config targets.
+
+    The adapter is on its base's device, unless another is named, as for a base whose weights are yet to come.
+    """
     model.requires_grad_(False)
     for name in adapted_names(model, config):
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear | NF4Linear)
         layer = LoRALinear(linear, rank=config.r, scaling=config.scaling, dropout=config.lora_dropout)
+        for matrix in (layer.lora_A, layer.lora_B):
+            matrix.to(device or linear.weight.device)  # only now, so that a seed gives the same start on every device
         setattr(model.get_submodule(parent), child, layer)
 
 
@@ -182,6 +185,8 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
-def count(parameters: Iterable[nn.Parameter], *, trainable: bool) -> int:
-    """Count the trainable, or the frozen, of some parameters; a byte holds two in NF4."""
-    return sum(p.numel() * (2 if p.dtype is torch.uint8 else 1) for p in parameters if p.requires_grad is trainable)
+def count(model: nn.Module, *, trainable: bool) -> int:
+    """Count the trainable, or the frozen, weights of a model; a byte holds two in NF4, whose scales are none."""
+    weights_in = {"packed": 2, "scales": 0}
+    named = ((name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad is trainable)
+    return sum(p.numel() * weights_in.get(name, 1) for name, p in named)

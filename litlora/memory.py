@@ -2,15 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from litlora.args import TrainArgs
-from litlora.batches import Sample, deal, join, longest_micro_batch
+from litlora.args import FinetuneLoraArgs, TrainArgs
+from litlora.batches import Sample, Samples, deal, join, longest_micro_batch
 from litlora.errors import LitLoraError, is_shortage
 from litlora.footprint import Load, Network, breakdown
+from litlora.ranks import Ranks
 from litlora.state import Progress
 from litlora.training import Run, steps, summed_loss, total_steps
+
+USABLE = 0.9  # share of a GPU's free memory; the rest is for its libraries, and for gaps
 
 
 def check_memory(run: Run, done: int) -> None:
@@ -18,17 +23,39 @@ def check_memory(run: Run, done: int) -> None:
 
     It goes forward and back before the first step; nothing of it stays, neither gradients nor random numbers drawn.
     """
-    train, total = run.args.train, total_steps(len(run.train), run.args.train)
-    if done == total:
+    if done == total_steps(len(run.train), run.args.train):
         return
+    longest = longest_ahead(run.train, run.args, run.ranks, done)
+    if not fits(run, longest):
+        # With sharded weights a rank cannot try again: the others may still be in the midst of the pass.
+        fitting = [] if isinstance(run.gpt, FSDPModule) else fitting_part(run, longest)
+        raise too_long(run, longest, fitting)
+
+
+def longest_ahead(samples: Samples, args: FinetuneLoraArgs, ranks: Ranks, done: int) -> list[Sample]:
+    """Return the samples of the longest micro-batch, on any rank, of all behind the steps that are done."""
+    train, total = args.train, total_steps(len(samples), args.train)
     ahead = (
         share
-        for _, _, batch in steps(range(len(run.train)), run.args, after=done, total=total)
-        for share in filter(None, deal(batch, run.train.lengths[batch].tolist(), run.ranks.count))
+        for _, _, batch in steps(range(len(samples)), args, after=done, total=total)
+        for share in filter(None, deal(batch, samples.lengths[batch].tolist(), ranks.count))
     )
-    longest = longest_micro_batch(run.train, ahead, train.micro_batch_size, train.micro_batch_tokens)
-    if not fits(run, longest):
-        raise too_long(run, longest, fitting_part(run, longest))
+    return longest_micro_batch(samples, ahead, train.micro_batch_size, train.micro_batch_tokens)
+
+
+def must_shard(args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks) -> bool:
+    """Tell whether each of several devices is to hold a part of the base only: as asked for, or for want of memory."""
+    if ranks.count == 1 or args.strategy != "auto" or network.on_cpu:
+        return ranks.count > 1 and args.strategy == "fsdp"
+    longest = join(longest_ahead(samples, args, ranks, 0))
+    load = Load(longest.lengths, longest.supervised, args.train.activation_checkpointing)
+    free, _ = torch.cuda.mem_get_info(network.device)
+    return bool(ranks.highest(int(not has_room(free, network, load, args.optimizer))))
+
+
+def has_room(free: int, network: Network, load: Load, optimizer: str | dict[str, Any]) -> bool:
+    """Tell whether a run fits into the free bytes of a GPU."""
+    return sum(breakdown(network, load, optimizer).values()) <= free * USABLE
 
 
 def fits(run: Run, samples: Sequence[Sample]) -> bool:
@@ -95,7 +122,8 @@ def total(samples: Sequence[Sample]) -> int:
 def need(run: Run, samples: Sequence[Sample], activation_checkpointing: bool) -> str:
     """Say how much memory a run takes whose longest micro-batch is of these samples."""
     args = run.args
-    network = Network(run.gpt.config, run.folder.lora, args.precision, args.quantize, run.fabric.device)
+    shards = run.ranks.count if isinstance(run.gpt, FSDPModule) else 1
+    network = Network(run.gpt.config, run.folder.lora, args.precision, args.quantize, run.fabric.device, shards)
     micro = join(samples)
     load = Load(micro.lengths, micro.supervised, activation_checkpointing)
     return f"about {sum(breakdown(network, load, args.optimizer).values()) / 1e9:.1f} GB"

@@ -87,7 +87,7 @@ class NF4Weight(nn.Module):
     """
 
     packed: nn.Parameter
-    scales: Tensor
+    scales: nn.Parameter
     outer_scales: Tensor
     mean_scale: Tensor
 
@@ -97,11 +97,11 @@ class NF4Weight(nn.Module):
         packed, scales = _quantize(weight.to(quantization.dtype).flatten())
         self.packed = nn.Parameter(packed, requires_grad=False)  # (out * in / 2,)
         if not quantization.double:
-            self.register_buffer("scales", scales.view(torch.int32))  # (out * in / 64,)
+            self.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)  # (out * in / 64,)
             return
         mean = scales.mean()
         scales, outer = _functional().quantize_blockwise(scales - mean, blocksize=OUTER_BLOCK)
-        self.register_buffer("scales", scales)
+        self.scales = nn.Parameter(scales, requires_grad=False)
         self.register_buffer("outer_scales", outer.absmax.view(torch.int32))
         self.register_buffer("mean_scale", mean.view(torch.int32))
 

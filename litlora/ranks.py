@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
 from litlora.errors import EndedElsewhereError, LitLoraError, StoppedError
@@ -110,13 +111,6 @@ def _in_contact(rank: int) -> Iterator[None]:
         raise LostContactError(f"rank {rank} has lost the contact to another, which has ended: {HINT}") from error
 
 
-class _FewGradients(DDPStrategy):
-    """Data parallelism without the reducer, which would send gradients for each micro-batch, and the base at first."""
-
-    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
-        return module
-
-
 def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:
     """Return the Fabric of a process at its place; where there are others, it has met them."""
     if place.count == 1:
@@ -129,7 +123,7 @@ def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fa
         devices=place.local_count,
         num_nodes=place.nodes,
         precision=precision,
-        strategy=_FewGradients(),
+        strategy=ModelParallelStrategy(_unwrapped, data_parallel_size=place.count, tensor_parallel_size=1),
         plugins=[TorchElasticEnvironment()],
     )
     fabric.launch()
@@ -139,6 +133,11 @@ def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fa
 def keep_contact(place: Place) -> AbstractContextManager[None]:
     """Have the processes of a run, which have met, end together if one of them dies."""
     return nullcontext() if place.count == 1 else keeping_contact(place, _get_default_store())
+
+
+def _unwrapped(gpt: nn.Module, _: DeviceMesh) -> nn.Module:
+    """Leave a model as it is: its base may be sharded already, and its gradients are summed once a step, not here."""
+    return gpt
 
 
 @contextmanager

@@ -17,7 +17,8 @@ RUN = "run.json"
 BASE = "the base's weights"
 # Settings that say where, how fast or how often, but not what comes out of a step; folders count by their content.
 WITHOUT_EFFECT = {
-    "checkpoint_dir", "data_dir", "out_dir", "devices", "num_nodes", "logger_name", "resume", "overwrite", "dry_run",
+    "checkpoint_dir", "data_dir", "out_dir", "devices", "num_nodes", "strategy", "logger_name", "resume", "overwrite",
+    "dry_run",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.activation_checkpointing", "train.max_time",
     "train.save_interval", "train.save_total_limit", "train.log_interval",
     "eval.max_new_tokens", "eval.evaluate_example", "eval.initial_validation",

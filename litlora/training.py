@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from litlora.args import FinetuneLoraArgs, TrainArgs
 from litlora.batches import (
+    IDLE,
     MicroBatch,
     Numbered,
     Sample,
@@ -151,8 +152,7 @@ def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
 def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> StepResult:
     """Take one optimizer step on a global batch, with the mean over all its supervised tokens as the loss."""
     start = time.perf_counter()
-    share = deal_by_tokens(batch, run.ranks.count)[run.ranks.index]
-    micros = micro_batches(share, run.args.train.micro_batch_size, run.args.train.micro_batch_tokens)
+    micros = passes(run, batch)
     supervised = sum(sample.supervised for sample in batch)
     draw_apart(run, step)
     loss = torch.zeros((), device=run.fabric.device)
@@ -172,6 +172,13 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
     run.optimizer.zero_grad()
     tokens = sum(len(sample.tokens) for sample in batch)
     return StepResult(mean, grad_norm, tokens, supervised, time.perf_counter() - start)
+
+
+def passes(run: Run, batch: Sequence[Sample]) -> list[MicroBatch]:
+    """Return the micro-batches of this rank's share of a global batch, filled up to as many as any rank has."""
+    share = deal_by_tokens(batch, run.ranks.count)[run.ranks.index]
+    micros = micro_batches(share, run.args.train.micro_batch_size, run.args.train.micro_batch_tokens)
+    return micros + [IDLE] * (run.ranks.highest(len(micros)) - len(micros))
 
 
 def deal_by_tokens(batch: Sequence[Sample], ranks: int) -> list[list[Sample]]:
@@ -212,7 +219,9 @@ def validate(run: Run) -> float:
         micro_batches(group, train.micro_batch_size, train.micro_batch_tokens) for group in groups
     )
     with evaluating(run.model):
-        for micro in islice(batches, run.ranks.index, run.args.eval.max_iters, run.ranks.count):
+        in_turn = [islice(batches, run.args.eval.max_iters)] * run.ranks.count
+        for dealt in zip_longest(*in_turn, fillvalue=IDLE):
+            micro = dealt[run.ranks.index]
             total += summed_loss(run, micro).item()
             supervised += micro.supervised
     sums = run.ranks.add_up(torch.tensor([total, supervised], dtype=torch.float64, device=run.fabric.device))
@@ -223,7 +232,7 @@ def validate_and_show(run: Run, step: int) -> float:
     """Validate, and say the loss and a sample answer on stderr."""
     val_loss = validate(run)
     tqdm.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
-    if run.ranks.is_first and (answer := run.answer()):
+    if answer := run.answer():
         tqdm.write(answer, file=sys.stderr)
     return val_loss
 

@@ -15,6 +15,7 @@ from litlora.config import GPTConfig
 from litlora.footprint import Load, Network, activation_bytes, breakdown, nf4_bytes, optimizer_bytes, weight_bytes
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, lora_parameters
 from litlora.loss import supervised_loss
+from litlora.memory import has_room
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer
 
@@ -140,6 +141,33 @@ def test_the_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, 
     flags = ["--train.micro_batch_size", 1, "--train.max_seq_length", 200, "--dry_run", "true"]
     assert main(["finetune_lora", *map(str, folders + flags)]) == 0
     assert re.search(r"^tokens in the longest micro-batch +200$", capsys.readouterr().out, re.MULTILINE)
+
+
+def llama(name: str, shards: int = 1) -> Network:
+    device = torch.device("cuda")
+    return replace(network("bf16-true"), config=memory_table.config(name), device=device, shards=shards)
+
+
+def test_of_a_sharded_base_a_device_has_a_part_and_gathers_what_is_outside_of_the_blocks_and_two_of_them():
+    load = Load((512,), 512)
+    whole, dealt = (breakdown(llama("70B (Llama 2)", shards), load, "AdamW") for shards in (1, 8))
+    *outside, blocks = (name for name in whole if name.endswith("bfloat16"))
+    assert all(8 * dealt[name] == whole[name] for name in (*outside, blocks))
+    assert dealt["gathered weights"] == sum(whole[name] for name in outside) + whole[blocks] // 40
+    assert {name: dealt[name] for name in whole if "bfloat16" not in name}.items() <= whole.items()
+
+
+@pytest.mark.parametrize(("name", "room"), [("7B (Llama 2)", True), ("13B (Llama 2)", False)])
+def test_a_gpu_has_room_for_the_whole_of_a_base_or_has_not(name, room):
+    assert has_room(24 * 10**9, llama(name), Load((512,), 512), "AdamW") is room
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
+def test_a_forecast_for_several_devices_is_that_of_one_of_them(tiny, data_dir, tmp_path, capsys, strategy):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    flags = ["--dry_run", "true", "--devices", "2", "--strategy", strategy]
+    assert main(["finetune_lora", *map(str, folders), *flags]) == 0
+    assert ("gathered weights" in capsys.readouterr().out) == (strategy == "fsdp")
 
 
 PARAMETERS = [1_235_814_400, 6_738_415_616, 13_015_864_320, 68_976_648_192]

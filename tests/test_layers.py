@@ -13,7 +13,7 @@ LAYERS = """
     attention examples hub locking lora manifest optimizers state watching
     model preparing prompts ranks
     checkpoint footprint sampling tokenizer
-    adapter resuming
+    adapter resuming sharding
     records tokenized
     batches
     training

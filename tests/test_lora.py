@@ -60,8 +60,8 @@ def test_parameter_counts_of_llama_2_7b_are_the_published_ones(switches, trainab
         model = GPT(GPTConfig.from_hub(LLAMA_2_7B))
         targets = tuple(module for switch in switches for module in TARGET_MODULES[switch])
         add_lora(model, LoRAConfig(8, 16, 0.0, targets))
-    assert count(model.parameters(), trainable=True) == trainable
-    assert count(model.parameters(), trainable=False) == 6_738_415_616
+    assert count(model, trainable=True) == trainable
+    assert count(model, trainable=False) == 6_738_415_616
 
 
 def test_untrained_adapter_leaves_logits_unchanged_to_the_bit(checkpoint):

@@ -15,9 +15,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
+from litlora.checkpoint import load_model
+from litlora.quantize import Quantization
 
 ROOT = Path(__file__).parent.parent
 HEAD = ["--lora_head", "true"]
@@ -73,14 +76,47 @@ def assert_same(one: Path, other: Path) -> None:
             assert (row[name] == same[name] == "") or float(row[name]) == pytest.approx(float(same[name]), rel=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("devices", "flags"), [(2, (*HEAD, *NF4)), (4, tuple(HEAD))])
-def test_any_number_of_devices_makes_the_same_adapter_and_one_of_them_talks(alone, few, tmp_path, devices, flags):
-    done = run("-m", "litlora", *arguments(few, tmp_path / "out", "--devices", devices, *flags))
+def test_any_number_of_devices_makes_the_same_adapter_and_one_of_them_talks(
+    alone, few, tmp_path, devices, flags, strategy
+):
+    placed = "--devices", devices, "--strategy", strategy
+    done = run("-m", "litlora", *arguments(few, tmp_path / "out", *placed, *flags))
     assert done.returncode == 0, done.stderr
     assert_same(alone(*flags), tmp_path / "out")
     assert done.stdout == ""
     assert done.stderr.count("trainable parameters over") == done.stderr.count("adapter in") == 1
     assert "Warning" not in done.stderr
+
+
+SMALL = ["--quantize", "bnb.nf4-dq", "--train.activation_checkpointing", "true", "--train.save_interval", "6"]
+
+
+@pytest.fixture(scope="module")
+def gone_on(few, alone, tmp_path_factory) -> Path:
+    """Return a folder with a run that one process has begun and two went on with, and what each of these held."""
+    folder = tmp_path_factory.mktemp("gone_on")
+    shutil.copytree(alone(*SMALL), folder / "out", ignore=shutil.ignore_patterns("final"))
+    started = ["-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "tests/holding.py", folder]
+    flags = [*SMALL, "--strategy", "fsdp", "--resume", "true", "--eval.max_new_tokens", "3"]
+    done = run(*map(str, started), *arguments(few, folder / "out", *flags))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("  -> ") == 1  # the answer that all have computed
+    return folder
+
+
+def test_a_run_of_one_device_goes_on_with_a_base_dealt_to_two(alone, gone_on):
+    assert_same(alone(*SMALL), gone_on / "out")
+
+
+def test_each_device_holds_its_part_of_a_sharded_base_and_no_more(gone_on):
+    quantization = Quantization("bnb.nf4-dq", torch.float32)
+    base = load_model(ROOT / "checkpoints/pico", torch.float32, torch.device("cpu"), quantization)
+    whole = sum(weight.nbytes for weight in base.parameters())
+    held = [int((gone_on / rank).read_text()) for rank in "01"]
+    assert sum(held) == whole
+    assert max(held) < 0.51 * whole
 
 
 def test_two_machines_make_the_same_adapter_and_send_their_gradients_alone(alone, few, tmp_path):

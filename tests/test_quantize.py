@@ -99,7 +99,7 @@ def test_only_the_blocks_are_quantized(base, quantization):
     plain, model = load_model(base, torch.float32, CPU), load_model(base, torch.float32, CPU, quantization)
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype is torch.float32}
     assert kept == {n for n, _ in plain.named_parameters() if not n.endswith("_proj.weight")}
-    counts = [count(m.requires_grad_(False).parameters(), trainable=False) for m in (plain, model)]
+    counts = [count(m.requires_grad_(False), trainable=False) for m in (plain, model)]
     assert counts[0] == counts[1]
 
 

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from litlora.adapter import load_matrices
@@ -24,7 +26,7 @@ from litlora.heap import keep_small
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
-from litlora.memory import check_memory, shortage_said
+from litlora.memory import check_memory, must_shard, shortage_said
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
@@ -33,6 +35,7 @@ from litlora.ranks import Ranks, keep_contact, one_voice, open_fabric
 from litlora.records import ReadOnlyRunFolder, RunFolder
 from litlora.resuming import BASE, Identity, no_checkpoint
 from litlora.sampling import Sampler, generate
+from litlora.sharding import load_sharded
 from litlora.state import Progress, restore_state
 from litlora.stopping import Stopping
 from litlora.tokenized import Recipe, Split, Tokens, find_split, open_splits
@@ -83,15 +86,17 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     )
 
     torch.manual_seed(args.seed)
+    network = Network(config, folder.lora, args.precision, args.quantize, fabric.device)
     if args.dry_run:
-        sys.stdout.write(
-            forecast(args, Network(config, folder.lora, args.precision, args.quantize, fabric.device), train)
-        )
+        sys.stdout.write(forecast(args, network, train))
         return
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
-    gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
-    add_lora(gpt, folder.lora)
+    if must_shard(args, network, train, ranks):
+        gpt = load_sharded(args.checkpoint_dir, dtype, quantization, folder.lora, fabric)
+    else:
+        gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
+        add_lora(gpt, folder.lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
     if fabric.device.type == "cpu":
         keep_small(gpt.model.layers)
@@ -182,11 +187,12 @@ def sample_answer(
 
 
 def say_plan(run: Run) -> None:
-    trainable, frozen = (count(run.gpt.parameters(), trainable=kind) for kind in (True, False))
-    tokens, devices = int(run.train.lengths.sum()), str(run.fabric.device)
+    trainable, frozen = (count(run.gpt, trainable=kind) for kind in (True, False))
+    tokens, devices = int(run.train.lengths.sum()), f"on {run.fabric.device}"
     if run.ranks.count > 1:
-        devices = f"{run.ranks.count} devices, the first of them {devices}"
-    say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, on {devices}")
+        how = "sharded over" if isinstance(run.gpt, FSDPModule) else "on each of"
+        devices = f"{how} {run.ranks.count} devices, the first of them {run.fabric.device}"
+    say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, {devices}")
     say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")
 
 
@@ -197,13 +203,15 @@ def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
     load = Load(largest.lengths, largest.supervised, args.train.activation_checkpointing)
     outline = network.outline()
     counts = {
-        "trainable parameters": count(outline.parameters(), trainable=True),
-        "frozen parameters": count(outline.parameters(), trainable=False),
+        "trainable parameters": count(outline, trainable=True),
+        "frozen parameters": count(outline, trainable=False),
         "examples": len(train),
         "steps": total,
         "tokens": tokens,
         "tokens in the longest micro-batch": load.tokens,
     }
+    if args.strategy == "fsdp":
+        network = replace(network, shards=args.devices * args.num_nodes)
     parts = breakdown(network, load, args.optimizer)
     if network.on_cpu:
         parts["Python and torch"] = round(peak_memory_gb() * 1e9)  # of this process, which has loaded no weight
@@ -222,8 +230,8 @@ def report(gpt: GPT, progress: Progress, val_loss: float | None) -> dict[str, An
         "seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds,
         "peak_memory_gb": peak_memory_gb(),
-        "trainable_parameters": count(gpt.parameters(), trainable=True),
-        "frozen_parameters": count(gpt.parameters(), trainable=False),
+        "trainable_parameters": count(gpt, trainable=True),
+        "frozen_parameters": count(gpt, trainable=False),
         "versions": {package: version(package) for package in ("litlora", "torch", "bitsandbytes")},
     }
 
