@@ -70,7 +70,7 @@ class Training:
     @property
     def trained(self) -> int:
         """How many weights the adapter has."""
-        return count(self.model.parameters(), trainable=True)
+        return count(self.model, trainable=True)
 
     @property
     def example(self) -> float:
@@ -78,7 +78,7 @@ class Training:
 
         A frozen weight is multiplied with each token once forward and once back, a trained one twice back.
         """
-        frozen = count(self.model.parameters(), trainable=False) - self.model.model.embed_tokens.weight.numel()
+        frozen = count(self.model, trainable=False) - self.model.model.embed_tokens.weight.numel()
         return TOKENS * (4 * frozen + 6 * self.trained) / FLOPS
 
     def gradients(self, gpus: int) -> float:
