@@ -4,16 +4,19 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
-from typing import Protocol, TypeVar
+from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from litlora.args import TrainArgs
 from litlora.loss import IGNORE_INDEX
 from litlora.tokenized import Tokens
 
-T = TypeVar("T", covariant=True)
+T = TypeVar("T")
 PROMISING = 100  # global batches among which the longest micro-batch is looked for
 
 
@@ -79,42 +82,39 @@ class Samples:
         return Sample(tokens[:-1], torch.where(stored < 0, IGNORE_INDEX, stored)[1:], row + 1)
 
 
-class Numbered(Protocol[T]):
-    """Things that are asked for by number, such as samples, or their numbers alone."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> T: ...
-
-
-def global_batches(samples: Numbered[T], size: int, *, seed: int, epoch: int, skip: int = 0) -> Iterator[list[T]]:
-    """Yield the global batches of an epoch behind the first `skip`; their order follows from seed and epoch alone.
-
-    The last one may be smaller.
-    """
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed + epoch))
-    for start in range(skip * size, len(samples), size):
-        yield [samples[index] for index in order[start : start + size].tolist()]
+def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the numbers of samples in the order of an epoch, which follows from seed and epoch alone."""
+    order: NDArray[np.int64] = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
+    return order
 
 
 def longest_micro_batch(
-    samples: Samples, batches: Iterable[list[int]], size: int, max_tokens: int | None
+    samples: Samples, orders: Iterable[NDArray[np.int64]], train: TrainArgs, ranks: int
 ) -> list[Sample]:
-    """Return the samples of the micro-batch with the most tokens, of all global batches of these numbers.
-
-    Only those global batches are split whose mean and longest sample together promise the most.
-    """
-
-    def promise(batch: list[int]) -> float:
-        lengths = samples.lengths[batch]
-        return float(lengths.sum() / math.ceil(len(batch) / size) + lengths.max())
-
+    """Return the samples of the micro-batch with the most tokens, of all global batches of these orders."""
     groups = [
-        [batch[place] for place in group]
-        for batch in nlargest(PROMISING, batches, key=promise)
-        for group in split(samples.lengths[batch].tolist(), size, max_tokens)
+        [share[place] for place in group]
+        for batch in _promising(samples.lengths, orders, train, ranks)
+        for share in filter(None, deal(batch, samples.lengths[batch].tolist(), ranks))
+        for group in split(samples.lengths[share].tolist(), train.micro_batch_size, train.micro_batch_tokens)
     ]
     return [samples[number] for number in max(groups, key=lambda group: int(samples.lengths[group].sum()))]
+
+
+def _promising(
+    lengths: NDArray[np.int32], orders: Iterable[NDArray[np.int64]], train: TrainArgs, ranks: int
+) -> list[list[int]]:
+    """Return the few global batches whose mean micro-batch and longest sample together promise the most."""
+    best: list[tuple[float, list[int]]] = []
+    for order in orders:
+        starts = np.arange(0, len(order), train.global_batch_size)
+        sums, longest = (ufunc.reduceat(lengths[order], starts) for ufunc in (np.add, np.maximum))
+        micros = ranks * np.ceil(np.diff(starts, append=len(order)) / (ranks * train.micro_batch_size))
+        promise = sums / micros + longest
+        for place in np.argsort(-promise)[:PROMISING]:
+            best.append((promise[place], order[starts[place] :][: train.global_batch_size].tolist()))
+        best = nlargest(PROMISING, best, key=itemgetter(0))
+    return [batch for _, batch in best]
 
 
 def in_file_order(samples: Samples, size: int) -> Iterator[list[Sample]]:

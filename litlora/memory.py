@@ -8,12 +8,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from litlora.args import FinetuneLoraArgs, TrainArgs
-from litlora.batches import Sample, Samples, deal, join, longest_micro_batch
+from litlora.batches import Sample, Samples, join, longest_micro_batch
 from litlora.errors import LitLoraError, is_shortage
 from litlora.footprint import Load, Network, breakdown
 from litlora.ranks import Ranks
 from litlora.state import Progress
-from litlora.training import Run, steps, summed_loss, total_steps
+from litlora.training import Run, orders, summed_loss, total_steps
 
 USABLE = 0.9  # share of a GPU's free memory; the rest is for its libraries, and for gaps
 
@@ -25,29 +25,24 @@ def check_memory(run: Run, done: int) -> None:
     """
     if done == total_steps(len(run.train), run.args.train):
         return
-    longest = longest_ahead(run.train, run.args, run.ranks, done)
+    longest = longest_ahead(run.train, run.args, run.ranks.count, done)
     if not fits(run, longest):
         # With sharded weights a rank cannot try again: the others may still be in the midst of the pass.
         fitting = [] if isinstance(run.gpt, FSDPModule) else fitting_part(run, longest)
         raise too_long(run, longest, fitting)
 
 
-def longest_ahead(samples: Samples, args: FinetuneLoraArgs, ranks: Ranks, done: int) -> list[Sample]:
+def longest_ahead(samples: Samples, args: FinetuneLoraArgs, ranks: int, done: int) -> list[Sample]:
     """Return the samples of the longest micro-batch, on any rank, of all behind the steps that are done."""
-    train, total = args.train, total_steps(len(samples), args.train)
-    ahead = (
-        share
-        for _, _, batch in steps(range(len(samples)), args, after=done, total=total)
-        for share in filter(None, deal(batch, samples.lengths[batch].tolist(), ranks.count))
-    )
-    return longest_micro_batch(samples, ahead, train.micro_batch_size, train.micro_batch_tokens)
+    ahead = orders(len(samples), args, after=done, total=total_steps(len(samples), args.train))
+    return longest_micro_batch(samples, (order for _, order in ahead), args.train, ranks)
 
 
 def must_shard(args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks) -> bool:
     """Tell whether each of several devices is to hold a part of the base only: as asked for, or for want of memory."""
     if ranks.count == 1 or args.strategy != "auto" or network.on_cpu:
         return ranks.count > 1 and args.strategy == "fsdp"
-    longest = join(longest_ahead(samples, args, ranks, 0))
+    longest = join(longest_ahead(samples, args, ranks.count, 0))
     load = Load(longest.lengths, longest.supervised, args.train.activation_checkpointing)
     free, _ = torch.cuda.mem_get_info(network.device)
     return bool(ranks.highest(int(not has_room(free, network, load, args.optimizer))))

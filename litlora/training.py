@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, islice, zip_longest
-from typing import TypeVar
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
+from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -20,11 +21,10 @@ from litlora.args import FinetuneLoraArgs, TrainArgs
 from litlora.batches import (
     IDLE,
     MicroBatch,
-    Numbered,
     Sample,
     Samples,
     deal,
-    global_batches,
+    epoch_order,
     in_file_order,
     micro_batches,
 )
@@ -36,8 +36,6 @@ from litlora.ranks import Ranks
 from litlora.records import RunFolder
 from litlora.state import Progress, StepResult
 from litlora.stopping import Stopping
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,36 +101,30 @@ def _talk_interval() -> float:
 
 
 def steps(
-    samples: Numbered[T], args: FinetuneLoraArgs, *, after: int, total: int
-) -> Iterator[tuple[int, int, list[T]]]:
-    """Yield epoch, step and global batch of every step behind `after`; all of it follows from the seed alone."""
+    samples: Samples, args: FinetuneLoraArgs, *, after: int, total: int
+) -> Iterator[tuple[int, int, list[Sample]]]:
+    """Yield epoch, step and global batch of every step behind `after`."""
     size, step = args.train.global_batch_size, after
-    per_epoch = math.ceil(len(samples) / size)
-    for epoch in range(after // per_epoch + 1, args.train.epochs + 1):
-        batches = global_batches(samples, size, seed=args.seed, epoch=epoch, skip=step % per_epoch)
-        for batch in islice(batches, total - step):
+    for epoch, order in orders(len(samples), args, after=after, total=total):
+        for start in range(0, len(order), size):
             step += 1
-            yield epoch, step, batch
+            yield epoch, step, [samples[number] for number in order[start : start + size].tolist()]
+
+
+def orders(samples: int, args: FinetuneLoraArgs, *, after: int, total: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each epoch with the numbers of its samples behind step `after`; all of it follows from the seed alone."""
+    size = args.train.global_batch_size
+    per_epoch = math.ceil(samples / size)
+    for epoch in range(after // per_epoch + 1, math.ceil(total / per_epoch) + 1):
+        before = (epoch - 1) * per_epoch
+        first, last = max(after - before, 0), min(total - before, per_epoch)
+        yield epoch, epoch_order(samples, seed=args.seed, epoch=epoch)[first * size : last * size]
 
 
 def total_steps(samples: int, args: TrainArgs) -> int:
     """Return how many optimizer steps a run takes; the last, smaller global batch of an epoch counts."""
     wanted = args.epochs * math.ceil(samples / args.global_batch_size)
     return wanted if args.max_steps is None else min(wanted, args.max_steps)
-
-
-def workload(samples: Samples, args: FinetuneLoraArgs, total: int) -> tuple[MicroBatch, int]:
-    """Return the micro-batch with the most tokens of a whole run, and how many tokens all of them have."""
-    ranks = args.devices * args.num_nodes
-    largest, tokens = None, 0
-    for _, _, batch in steps(samples, args, after=0, total=total):
-        tokens += sum(len(sample.tokens) for sample in batch)
-        for share in deal_by_tokens(batch, ranks):
-            for micro in micro_batches(share, args.train.micro_batch_size, args.train.micro_batch_tokens):
-                if largest is None or len(micro.tokens) > len(largest.tokens):
-                    largest = micro
-    assert largest is not None  # since a run without an example is refused
-    return largest, tokens
 
 
 def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
@@ -176,14 +168,11 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
 
 def passes(run: Run, batch: Sequence[Sample]) -> list[MicroBatch]:
     """Return the micro-batches of this rank's share of a global batch, filled up to as many as any rank has."""
-    share = deal_by_tokens(batch, run.ranks.count)[run.ranks.index]
-    micros = micro_batches(share, run.args.train.micro_batch_size, run.args.train.micro_batch_tokens)
-    return micros + [IDLE] * (run.ranks.highest(len(micros)) - len(micros))
-
-
-def deal_by_tokens(batch: Sequence[Sample], ranks: int) -> list[list[Sample]]:
-    """Deal a global batch to ranks."""
-    return deal(batch, [len(sample.tokens) for sample in batch], ranks)
+    train, lengths = run.args.train, [len(sample.tokens) for sample in batch]
+    shares = deal(batch, lengths, run.ranks.count)
+    dealt = [micro_batches(share, train.micro_batch_size, train.micro_batch_tokens) for share in shares]
+    own = dealt[run.ranks.index]
+    return own + [IDLE] * (max(map(len, dealt)) - len(own))
 
 
 def draw_apart(run: Run, step: int) -> None:

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from litlora.args import TrainArgs
 from litlora.batches import (
     Sample,
     Samples,
-    global_batches,
+    deal,
+    epoch_order,
     in_file_order,
     join,
     longest_micro_batch,
@@ -145,26 +147,12 @@ def test_micro_batches_within_a_bound_of_tokens_are_balanced():
     assert max(found) - min(found) < 20
 
 
-def test_an_epoch_holds_every_sample_once_and_its_last_global_batch_is_smaller():
-    batches = list(global_batches(numbered(10), 4, seed=1, epoch=1))
-    assert [len(batch) for batch in batches] == [4, 4, 2]
-    assert sorted(int(sample.tokens[0]) for batch in batches for sample in batch) == list(range(10))
-
-
-def order(*, seed: int, epoch: int, skip: int = 0) -> list[int]:
-    batches = global_batches(numbered(30), 4, seed=seed, epoch=epoch, skip=skip)
-    return [int(sample.tokens[0]) for batch in batches for sample in batch]
-
-
-def test_the_order_follows_from_seed_and_epoch_alone():
-    assert order(seed=1, epoch=1) == order(seed=1, epoch=1)
-    assert len({tuple(order(seed=seed, epoch=epoch)) for seed, epoch in ((1, 1), (1, 2), (5, 1))}) == 3
-    assert order(seed=3, epoch=4) == torch.randperm(30, generator=torch.Generator().manual_seed(7)).tolist()
-
-
-def test_an_epoch_may_begin_behind_some_global_batches():
-    assert order(seed=1, epoch=2, skip=3) == order(seed=1, epoch=2)[12:]
-    assert order(seed=1, epoch=2, skip=8) == []
+def test_the_order_of_an_epoch_follows_from_seed_and_epoch_alone():
+    found = [tuple(epoch_order(30, seed=seed, epoch=epoch)) for seed, epoch in ((1, 1), (1, 1), (1, 2), (5, 1))]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    generator = torch.Generator().manual_seed(7)
+    assert epoch_order(30, seed=3, epoch=4).tolist() == torch.randperm(30, generator=generator).tolist()
 
 
 def test_a_split_may_be_read_in_the_order_of_its_file():
@@ -172,13 +160,19 @@ def test_a_split_may_be_read_in_the_order_of_its_file():
     assert [[int(sample.tokens[0]) for sample in group] for group in groups] == [[0, 1], [2, 3], [4]]
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize(("size", "max_tokens"), [(4, None), (1, None), (16, None), (4, 700)])
-def test_the_longest_micro_batch_of_all_epochs_is_found_without_reading_them(size, max_tokens):
+def test_the_longest_micro_batch_of_all_epochs_is_found_without_reading_them(size, max_tokens, ranks):
     lengths = np.random.default_rng(0).integers(1, 300, 500)
     offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
     samples = Samples(Tokens(np.zeros(offsets[-1], np.int32), offsets, np.zeros(500, np.int32)), max_seq_length=300)
-    order = {"size": 16, "seed": 1}
-    batches = [batch for epoch in (1, 2, 3) for batch in global_batches(samples, epoch=epoch, **order)]
-    sizes = [sum(micro.lengths) for batch in batches for micro in micro_batches(batch, size, max_tokens)]
-    numbers = (batch for epoch in (1, 2, 3) for batch in global_batches(range(500), epoch=epoch, **order))
-    assert len(join(longest_micro_batch(samples, numbers, size, max_tokens)).tokens) == max(sizes)
+    orders = [epoch_order(500, seed=1, epoch=epoch) for epoch in (1, 2, 3)]
+    batches = [order[start : start + 16].tolist() for order in orders for start in range(0, 500, 16)]
+    sizes = [
+        sum(micro.lengths)
+        for batch in batches
+        for share in deal([samples[number] for number in batch], samples.lengths[batch].tolist(), ranks)
+        for micro in micro_batches(share, size, max_tokens)
+    ]
+    train = TrainArgs(micro_batch_size=size, micro_batch_tokens=max_tokens)
+    assert len(join(longest_micro_batch(samples, orders, train, ranks)).tokens) == max(sizes)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from litlora.__main__ import main
-from litlora.args import TrainArgs
+from litlora.args import FinetuneLoraArgs, TrainArgs
 from litlora.prompts import ALPACA, ALPACA_WITH_INPUT
-from litlora.training import learning_rate, total_steps
+from litlora.training import learning_rate, orders, total_steps
 
 BASES = [[], ["--quantize", "bnb.nf4-dq"]]
 INIT_ARGS = {
@@ -95,6 +95,16 @@ def test_the_warm_up_may_be_a_fraction_of_all_steps():
 def test_the_smaller_last_global_batch_of_an_epoch_is_a_step():
     assert total_steps(17, TrainArgs(global_batch_size=8, epochs=2)) == 6
     assert total_steps(17, TrainArgs(global_batch_size=8, epochs=2, max_steps=4)) == 4
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 7, 8])
+def test_a_run_goes_on_behind_any_step_with_the_samples_that_are_left(after):
+    args = FinetuneLoraArgs(Path("base"), Path("data"), train=TrainArgs(global_batch_size=4, epochs=3))
+    whole = [number for _, order in orders(10, args, after=0, total=8) for number in order]
+    assert [sorted(whole[:10]), sorted(whole[10:20]), len(whole)] == [[*range(10)], [*range(10)], 28]
+    left = [(epoch, number) for epoch, order in orders(10, args, after=after, total=8) for number in order]
+    done = sum((4, 4, 2)[step % 3] for step in range(after))
+    assert left == [(1 + place // 10, number) for place, number in enumerate(whole)][done:]
 
 
 @pytest.mark.parametrize("base", BASES)

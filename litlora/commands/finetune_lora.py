@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from litlora.adapter import load_matrices
 from litlora.args import FinetuneLoraArgs
-from litlora.batches import Samples
+from litlora.batches import Samples, join
 from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
@@ -26,7 +26,7 @@ from litlora.heap import keep_small
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
-from litlora.memory import check_memory, must_shard, shortage_said
+from litlora.memory import check_memory, longest_ahead, must_shard, shortage_said
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
@@ -40,7 +40,7 @@ from litlora.state import Progress, restore_state
 from litlora.stopping import Stopping
 from litlora.tokenized import Recipe, Split, Tokens, find_split, open_splits
 from litlora.tokenizer import Tokenizer
-from litlora.training import Run, fit, peak_memory_gb, total_steps, workload
+from litlora.training import Run, fit, orders, peak_memory_gb, total_steps
 
 
 def finetune_lora(args: FinetuneLoraArgs) -> None:
@@ -77,29 +77,18 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
     with ranks.first_ahead():
         opened = open_splits(splits, recipe)
+    named = {split.path.name: tokens for split, tokens in zip(splits, opened, strict=True)}
     if tokenizer.vocab_size > config.vocab_size:
-        for split, tokens in zip(splits, opened, strict=True):
-            config.check_ids(split.path.name, tokens.highest())
-    train, val = (
-        samples_of(split.path.name, tokens, limit, args.train.micro_batch_tokens)
-        for split, tokens in zip(splits, opened, strict=True)
-    )
+        for name, tokens in named.items():
+            config.check_ids(name, tokens.highest())
+    train, val = (samples_of(name, tokens, limit, args.train.micro_batch_tokens) for name, tokens in named.items())
 
     torch.manual_seed(args.seed)
     network = Network(config, folder.lora, args.precision, args.quantize, fabric.device)
     if args.dry_run:
         sys.stdout.write(forecast(args, network, train))
         return
-    dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    quantization = Quantization(args.quantize, dtype) if args.quantize else None
-    if must_shard(args, network, train, ranks):
-        gpt = load_sharded(args.checkpoint_dir, dtype, quantization, folder.lora, fabric)
-    else:
-        gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
-        add_lora(gpt, folder.lora)
-    gpt.model.activation_checkpointing = args.train.activation_checkpointing
-    if fabric.device.type == "cpu":
-        keep_small(gpt.model.layers)
+    gpt = build_model(args, folder.lora, fabric, sharded=must_shard(args, network, train, ranks))
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
     model, optimizer = fabric.setup(gpt, optimizer)
     progress = go_on(folder, start, gpt, optimizer)
@@ -114,6 +103,21 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
             fit(run, progress)
         final = folder.save_final(gpt, report(gpt, progress, take_best(gpt, progress)))
     say(f"adapter in {final}")
+
+
+def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sharded: bool) -> GPT:
+    """Load the base, whole or this device's part of it, with a new adapter."""
+    dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
+    quantization = Quantization(args.quantize, dtype) if args.quantize else None
+    if sharded:
+        gpt = load_sharded(args.checkpoint_dir, dtype, quantization, lora, fabric)
+    else:
+        gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
+        add_lora(gpt, lora)
+    gpt.model.activation_checkpointing = args.train.activation_checkpointing
+    if fabric.device.type == "cpu":
+        keep_small(gpt.model.layers)
+    return gpt
 
 
 def contents(args: FinetuneLoraArgs, splits: Sequence[Split]) -> dict[str, str]:
@@ -199,19 +203,20 @@ def say_plan(run: Run) -> None:
 def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
     """Say what a run would compute, and what parts its peak memory would have."""
     total = total_steps(len(train), args.train)
-    largest, tokens = workload(train, args, total)
-    load = Load(largest.lengths, largest.supervised, args.train.activation_checkpointing)
+    devices = args.devices * args.num_nodes
+    longest = join(longest_ahead(train, args, devices, 0))
+    load = Load(longest.lengths, longest.supervised, args.train.activation_checkpointing)
     outline = network.outline()
     counts = {
         "trainable parameters": count(outline, trainable=True),
         "frozen parameters": count(outline, trainable=False),
         "examples": len(train),
         "steps": total,
-        "tokens": tokens,
+        "tokens": sum(int(train.lengths[order].sum()) for _, order in orders(len(train), args, after=0, total=total)),
         "tokens in the longest micro-batch": load.tokens,
     }
     if args.strategy == "fsdp":
-        network = replace(network, shards=args.devices * args.num_nodes)
+        network = replace(network, shards=devices)
     parts = breakdown(network, load, args.optimizer)
     if network.on_cpu:
         parts["Python and torch"] = round(peak_memory_gb() * 1e9)  # of this process, which has loaded no weight

@@ -14,7 +14,7 @@ from unittest.mock import patch
 from benchmarks import jobs
 from benchmarks.jobs import Job, Result, peak_memory_gb, serve, versions
 from litlora.__main__ import run
-from litlora.batches import global_batches
+from litlora.batches import epoch_order
 from litlora.model import GPT
 from litlora.records import RunFolder
 
@@ -69,9 +69,7 @@ def train_flags(job: Job, scratch: Path) -> list[str]:
 def write_in_order(job: Job, folder: Path) -> None:
     """Write the data so that, once litlora has shuffled it, it is visited as the other programs visit it."""
     lines = (job.data / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    visited = [
-        place for batch in global_batches(range(job.rows), job.global_batch_size, seed=SEED, epoch=1) for place in batch
-    ]
+    visited = epoch_order(job.rows, seed=SEED, epoch=1).tolist()
     ordered = [line for _, line in sorted(zip(visited, lines, strict=True))]
     (folder / "train.jsonl").write_text("\n".join(ordered) + "\n", encoding="utf-8")
     (folder / "val.jsonl").write_bytes((job.data / "val.jsonl").read_bytes())
