@@ -274,7 +274,7 @@ def gap_bytes(network: Network, load: Load) -> int:
         return 0
     config, targets = network.config, network.lora.targets
     adapted = sum(s.width * targets(f"model.layers.0.{name}") for s in _stages(network) for name in s.layers)
-    a_token = config.intermediate_size * 5 // 2 + adapted
+    a_token = (config.intermediate_size * 5 // 2 + adapted) // (2 if load.activation_checkpointing else 1)
     return min(EVERY, config.num_hidden_layers) * load.tokens * FLOAT32 * a_token
 
 

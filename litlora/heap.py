@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-EVERY = 4
-"""Blocks from one return to the next: fewer would take time to fill the same memory again, more leave larger gaps."""
+EVERY = 10
+"""Blocks from one return to the next: fewer take time to fill the same memory again, more leave larger gaps."""
 
 
 def keep_small(blocks: nn.ModuleList) -> None:
