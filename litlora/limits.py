@@ -27,7 +27,7 @@ def bounded() -> Iterator[None]:
 @contextmanager
 def _time() -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, _too_late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)  # again, for Python drops what a finalizer raises
     try:
         yield
     finally:

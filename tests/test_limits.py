@@ -16,6 +16,21 @@ def test_a_block_without_end_is_ended(monkeypatch):
             pass
 
 
+class Endless:
+    def __del__(self) -> None:
+        while True:
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_block_is_ended_even_if_a_finalizer_takes_the_first_alarm(monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 0.05)
+    with pytest.raises(TimeoutError), bounded():
+        Endless()
+        while True:
+            pass
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of the address space")
 def test_a_block_that_takes_more_memory_than_it_may_is_ended():
     with pytest.raises(MemoryError), bounded():

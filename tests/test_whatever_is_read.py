@@ -338,6 +338,7 @@ def test_tokenizer_settings(base: Path, data: st.DataObject, name: str):
     holds(lambda: use_tokenizer(base))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an alarm that a callback took
 @given(template=st.lists(st.sampled_from(TEMPLATE_PARTS) | st.text(max_size=5), max_size=8).map("".join))
 def test_chat_template(template: str):
     with pytest.MonkeyPatch.context() as patch:
