@@ -2,7 +2,6 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -46,14 +45,6 @@ def test_a_mistake_in_the_flags_waits_for_no_heavy_import_either():
     sentence, modules = done.stderr.splitlines()
     assert sentence == "litlora: unrecognized arguments: --nonsense 1; see litlora finetune_lora --help"
     assert not set(modules.split()) & HEAVY
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny, data_dir, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "out"
-    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", out]
-    assert main(["finetune_lora", *map(str, folders), "--train.max_steps", "1"]) == 0
-    return out / "final"
 
 
 @pytest.mark.parametrize(
