@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("few"), max_examples=1000, derandomize=False)
 settings.load_profile("few")
+# A shell has its background jobs ignore this signal, and they would have what they start ignore it as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 PICO = Path(__file__).parent.parent / "checkpoints" / "pico"
 ROWS = [
     {"instruction": "Name a fruit that is green.", "input": "", "output": "A pear is green, and so is a lime."},
