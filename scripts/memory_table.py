@@ -1,6 +1,6 @@
 """Print the peak memory that LoRA and QLoRA need on a GPU for Llamas of several sizes, computed from their shapes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -48,11 +48,16 @@ def rows() -> Iterator[tuple[str, ...]]:
             yield name, base, *(f"{value:.2f}" for value in (*whole, *again[2:]))
 
 
-def main() -> None:
-    print(f"| {' | '.join(COLUMNS)} |")
-    print(f"| --- | --- | {' | '.join(['--:'] * (len(COLUMNS) - 2))} |")
-    for row in rows():
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table in Markdown: two columns of names, and numbers."""
+    print(f"| {' | '.join(columns)} |")
+    print(f"| --- | --- | {' | '.join(['--:'] * (len(columns) - 2))} |")
+    for row in rows:
         print(f"| {' | '.join(row)} |")
+
+
+def main() -> None:
+    print_table(COLUMNS, rows())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import product
 
 import torch
-from memory_table import BASES, config
+from memory_table import BASES, config, print_table
 
 from litlora.footprint import Network, weight_bytes
 from litlora.lora import TARGET_MODULES, LoRAConfig, count
@@ -137,10 +137,7 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     columns = [*COLUMNS, *(column for cluster in CLUSTERS for column in (f"{cluster.name}: sent, MB", "ms", "batch"))]
-    print(f"| {' | '.join(columns)} |")
-    print(f"| --- | --- | {' | '.join(['--:'] * (len(columns) - 2))} |")
-    for row in rows():
-        print(f"| {' | '.join(row)} |")
+    print_table(columns, rows())
 
 
 if __name__ == "__main__":

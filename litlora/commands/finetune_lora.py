@@ -17,16 +17,16 @@ from torch.optim import Optimizer
 
 from litlora.adapter import load_matrices
 from litlora.args import FinetuneLoraArgs
-from litlora.batches import Samples, join
+from litlora.batches import Samples
 from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
-from litlora.footprint import Load, Network, breakdown, table
+from litlora.footprint import Network, breakdown, table
 from litlora.heap import keep_small
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
-from litlora.memory import check_memory, longest_ahead, must_shard, shortage_said
+from litlora.memory import check_memory, load_of, longest_ahead, must_shard, shortage_said
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
@@ -204,8 +204,7 @@ def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
     """Say what a run would compute, and what parts its peak memory would have."""
     total = total_steps(len(train), args.train)
     devices = args.devices * args.num_nodes
-    longest = join(longest_ahead(train, args, devices, 0))
-    load = Load(longest.lengths, longest.supervised, args.train.activation_checkpointing)
+    load = load_of(longest_ahead(train, args, devices, 0), args.train.activation_checkpointing)
     outline = network.outline()
     counts = {
         "trainable parameters": count(outline, trainable=True),
