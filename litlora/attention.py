@@ -87,10 +87,11 @@ def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Exact attention on a CPU, one block of queries at a time, in float32 whatever the inputs are.
+    """Exact attention on a CPU, one block of queries at a time.
 
-    The heads of a group stand below each other, so their keys and values are not repeated. The scores of a block are
-    computed again for its gradient, and memory grows with T alone.
+    Scores and what becomes of them are float32 whatever the inputs are. The other products have the inputs' dtype,
+    where a CPU can multiply it. The heads of a group stand below each other, so their keys and values are not repeated.
+    The scores of a block are computed again for its gradient, and memory grows with T alone.
     """
 
     @staticmethod
@@ -98,29 +99,33 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.lengths, ctx.window = lengths, window
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        mask = _block_mask(q, k, lengths, window)
+        mask, dtype = _block_mask(q, k, lengths, window), _arithmetic(q)
         for rows, keys in _blocks(lengths, window):
             probabilities = _probabilities(_grouped(q[rows], k), _by_head(k[keys]), mask)
-            out[rows] = _ungrouped(probabilities @ _by_head(v[keys]), q[rows])
+            out[rows] = _ungrouped(probabilities.to(dtype) @ _by_head(v[keys]).to(dtype), q[rows])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        mask = _block_mask(q, k, ctx.lengths, ctx.window)
+        mask, dtype = _block_mask(q, k, ctx.lengths, ctx.window), _arithmetic(q)
         q_gradient = torch.empty_like(q)
         k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
         for rows, keys in _blocks(ctx.lengths, ctx.window):
-            queries, out_gradient = _grouped(q[rows], k), _grouped(gradient[rows], k)
+            queries, out_gradient = _grouped(q[rows], k), _grouped(gradient[rows], k).to(dtype)
             probabilities = _probabilities(queries, _by_head(k[keys]), mask)
-            v_gradient[keys] += (probabilities.transpose(1, 2) @ out_gradient).transpose(0, 1)
-            scores = (out_gradient @ _by_head(v[keys]).transpose(1, 2)).mul_(probabilities)
-            scores.addcmul_(probabilities, scores.sum(dim=-1, keepdim=True), value=-1)  # the gradient of a softmax
-            scores *= q.shape[-1] ** -0.5
-            q_gradient[rows] = _ungrouped(scores @ _by_head(k[keys]), q[rows])
-            k_gradient[keys] += (scores.transpose(1, 2) @ queries).transpose(0, 1)
+            v_gradient[keys] += (probabilities.to(dtype).transpose(1, 2) @ out_gradient).transpose(0, 1)
+            upstream = (out_gradient @ _by_head(v[keys]).to(dtype).transpose(1, 2)).float()
+            scores = torch._softmax_backward_data(upstream, probabilities, -1, torch.float32)
+            scores = scores.mul_(q.shape[-1] ** -0.5).to(dtype)
+            q_gradient[rows] = _ungrouped(scores @ _by_head(k[keys]).to(dtype), q[rows])
+            k_gradient[keys] += (scores.transpose(1, 2) @ queries.to(dtype)).transpose(0, 1)
         return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype), None, None
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float32 if has_slow_products(x) else x.dtype
 
 
 def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -145,13 +150,13 @@ def _block_mask(q: Tensor, k: Tensor, lengths: Sequence[int], window: int | None
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Return the weight of each key for each query (n_kv, block * group, keys)."""
     here = mask[-q.shape[1] :, -k.shape[1] :].expand(len(q), -1, -1)
-    return torch.baddbmm(here, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+    return torch.baddbmm(here, q.float(), k.float().transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 def _grouped(q: Tensor, k: Tensor) -> Tensor:
     """Put the heads that share keys below each other: (block, n_head, head_dim) -> (n_kv, block * group, head_dim)."""
     n_kv = k.shape[1]
-    return q.view(len(q), n_kv, -1, q.shape[-1]).transpose(0, 1).flatten(1, 2).float()
+    return q.view(len(q), n_kv, -1, q.shape[-1]).transpose(0, 1).flatten(1, 2)
 
 
 def _ungrouped(y: Tensor, like: Tensor) -> Tensor:
@@ -160,4 +165,4 @@ def _ungrouped(y: Tensor, like: Tensor) -> Tensor:
 
 
 def _by_head(t: Tensor) -> Tensor:
-    return t.transpose(0, 1).float()  # (n_kv, keys, head_dim)
+    return t.transpose(0, 1)  # (n_kv, keys, head_dim)

@@ -11,7 +11,6 @@ from torch import nn
 from litlora.args import Precision
 from litlora.attention import BLOCK
 from litlora.config import GPTConfig
-from litlora.heap import EVERY
 from litlora.linear import SLAB, Linear, has_slow_products
 from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
 from litlora.loss import CHUNK
@@ -21,6 +20,7 @@ from litlora.quantize import BLOCK as NF4_BLOCK
 from litlora.quantize import DOUBLE, OUTER_BLOCK
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
+GAPS, WIDE_GAPS = 0.55, 1.05  # of the activations; the second where bfloat16 is computed in float32
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ def _attention_width(network: Network) -> int:
 
 
 def _norm_width(network: Network) -> int:
-    """Return the bytes that a norm keeps of a token: its input, on a CPU in float32, and one number."""
-    return network.config.hidden_size * (FLOAT32 if network.on_cpu else network.stream) + FLOAT32
+    """Return the bytes that a norm keeps of a token: its input and one number."""
+    return network.config.hidden_size * network.stream + FLOAT32
 
 
 def _angles_width(network: Network) -> int:
@@ -266,16 +266,13 @@ def _branch_bytes(network: Network, load: Load) -> int:
 
 
 def gap_bytes(network: Network, load: Load) -> int:
-    """Estimate what a CPU's heap leaves unused until it is trimmed: see `keep_small`.
+    """Estimate what the heap of a CPU's C library has free while most of it is in use.
 
-    How much a block adds was measured, with glibc; a GPU's allocator is asked for what is in use alone.
+    What a block keeps settles in the room of its temporaries, so that the next block needs new room for its own. How
+    much that makes was measured, with glibc; a GPU's allocator is asked for what is in use alone.
     """
-    if not network.on_cpu:
-        return 0
-    config, targets = network.config, network.lora.targets
-    adapted = sum(s.width * targets(f"model.layers.0.{name}") for s in _stages(network) for name in s.layers)
-    a_token = (config.intermediate_size * 5 // 2 + adapted) // (2 if load.activation_checkpointing else 1)
-    return min(EVERY, config.num_hidden_layers) * load.tokens * FLOAT32 * a_token
+    share = WIDE_GAPS if network.upcasts else GAPS
+    return int(share * activation_bytes(network, load)) if network.on_cpu else 0
 
 
 def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:

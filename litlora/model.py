@@ -89,12 +89,41 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
+class RMSNorm(nn.RMSNorm):
+    """A norm (Zhang and Sennrich 2019) that takes a CPU a third of the time where it is frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or self.weight.requires_grad:
+            return super().forward(x)
+        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x), computed in float32, times a frozen weight: x, and a number for each token, are all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, weighted = x.float() * scale, (gradient * weight).float()
+        shared = torch.linalg.vecdot(normed, weighted)[:, None] / x.shape[-1]
+        return weighted.addcmul_(normed, shared, value=-1).mul_(scale).to(x.dtype), None, None
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, past: Tensor | None) -> Tensor:
@@ -115,7 +144,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False  # whether a backward pass computes the blocks' insides again
         # Not part of the checkpoint, hence computed for real even where the model is built on the meta device.
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)

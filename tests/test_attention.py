@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from litlora import linear
 from litlora.attention import BLOCK, _BlockedAttention, attend_within, rotate, visible
 
 LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
@@ -43,11 +44,21 @@ def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head,
         torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_is_computed_in_float32_and_rounded_once():
+def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_products_of_it(monkeypatch):
+    monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", False)
     tensors = problem(6, 2, torch.bfloat16)
     exact = outcome(packed, [t.float() for t in tensors], None)
     for ours, reference in zip(outcome(packed, tensors, None), exact, strict=True):
         assert torch.equal(ours, reference.bfloat16())
+
+
+def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(monkeypatch):
+    monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", True)
+    tensors = problem(6, 2, torch.bfloat16)
+    exact = outcome(packed, [t.float() for t in tensors], None)
+    for ours, reference in zip(outcome(packed, tensors, None), exact, strict=True):
+        deviation = (ours.float() - reference).norm() / reference.norm()
+        assert deviation < 2**-7  # twice the step from one bfloat16 number to the next
 
 
 def test_a_sequence_of_any_length_takes_memory_by_the_block():

@@ -120,7 +120,7 @@ def test_the_branch_and_its_gradients_are_those_of_the_formula(dropout):
 
     torch.manual_seed(4)
     kept = Dropout.draw(dropout).mask(x)
-    dropped = x if kept is None else x * kept / (1 - round(dropout * 2**16) / 2**16)
+    dropped = x if kept is None else x * kept.ne(0) / (1 - round(dropout * 2**16) / 2**16)
     formula = x @ layer.weight.T + 1.5 * dropped @ layer.lora_A.weight.T @ layer.lora_B.weight.T
     torch.testing.assert_close(y, formula)
     for found, exact in zip(ours, torch.autograd.grad(formula, sources, gradient), strict=True):
@@ -131,7 +131,7 @@ def test_the_branch_and_its_gradients_are_those_of_the_formula(dropout):
 def test_dropout_drops_its_share_at_every_place_of_a_word_and_differently_each_time(probability):
     torch.manual_seed(0)
     x = torch.empty(50_000, 5)
-    kept = torch.stack([Dropout.draw(probability).mask(x) for _ in range(8)])
+    kept = torch.stack([Dropout.draw(probability).mask(x).ne(0) for _ in range(8)])
     by_place = kept.view(-1, 4).double().mean(dim=0)
     assert (by_place - (1 - probability)).abs().max() < 0.004
     assert not torch.equal(kept[0], kept[1])
