@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
 from litlora.errors import EndedElsewhereError, LitLoraError, StoppedError
-from litlora.launching import Place
-from litlora.watching import END, HINT, LostContactError, keeping_contact
+from litlora.launching import LEFT_ALONE, Place
+from litlora.watching import HINT, LostContactError, has_the_word, keeping_contact
 
 T = TypeVar("T")
 
@@ -153,13 +153,23 @@ def one_voice(place: Place) -> Iterator[None]:
                 stack.enter_context(redirect_stdout(silence))
                 stack.enter_context(redirect_stderr(silence))
             yield
+    except StoppedError as error:  # which all have agreed on
+        if place.rank:
+            raise EndedElsewhereError(error.exit_code) from error
+        raise
     except (Exception, KeyboardInterrupt) as error:
-        is_common = isinstance(error, StoppedError)  # all have agreed on it
-        if not (place.rank == 0 if is_common else _is_first_to_say(place.rank)):
-            raise EndedElsewhereError(getattr(error, "exit_code", 1)) from error
+        if not _is_to_say(error, place):
+            raise EndedElsewhereError(LEFT_ALONE if place.is_watched else 1) from error
         if place.rank:
             sys.stderr.write("\n")  # for the progress bar of the first, whose line may not have ended
         raise
+
+
+def _is_to_say(error: BaseException, place: Place) -> bool:
+    """Tell whether this rank says why it ends: whoever watches them takes one of several sentences, others need one."""
+    if place.is_watched and isinstance(error, LostContactError):
+        return False
+    return _is_first_to_say(place.rank) or (place.is_watched and isinstance(error, LitLoraError))
 
 
 def _is_first_to_say(rank: int) -> bool:
@@ -167,6 +177,6 @@ def _is_first_to_say(rank: int) -> bool:
     if not dist.is_initialized():
         return rank == 0
     try:
-        return _get_default_store().compare_set(END, "", str(rank)) == str(rank).encode()
+        return has_the_word(_get_default_store(), rank)
     except RuntimeError:
         return False
