@@ -1,0 +1,26 @@
+"""A run that waits before its third step until a file is there: what happens to it meanwhile comes in its midst."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from litlora import training
+from litlora.__main__ import main
+
+
+def wait_at(gate: Path) -> None:
+    train_step = training.train_step
+
+    def waiting(run, batch, rate, step):
+        while step == 3 and not gate.exists():
+            time.sleep(0.01)
+        return train_step(run, batch, rate, step)
+
+    training.train_step = waiting
+
+
+if __name__ != "tests.gate":  # also as multiprocessing names it in the processes that this one starts
+    wait_at(Path(os.environ["GATE"]))
+if __name__ == "__main__":
+    sys.exit(main())
