@@ -1,9 +1,11 @@
+import os
 import resource
+import signal
 
 import pytest
 
 from litlora.errors import LitLoraError
-from litlora.files import write_whole
+from litlora.files import whole_directory, write_whole
 
 
 def names(folder):
@@ -35,3 +37,19 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(LitLoraError) as refused:
         write_whole({tmp_path / "file/one": b""})
     assert str(refused.value) == f"cannot write {tmp_path / 'file'}: File exists"
+
+
+def test_what_a_killed_process_has_left_of_a_folder_vanishes_with_the_next_attempt_alone(tmp_path):
+    child = os.fork()
+    if not child:
+        with whole_directory(tmp_path / "new") as folder:
+            (folder / "file").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(names(tmp_path)) == 1
+    with whole_directory(tmp_path / "new") as first:
+        assert names(tmp_path) == [first.name]
+        with pytest.raises(LitLoraError), whole_directory(tmp_path / "new") as second:
+            assert names(tmp_path) == sorted([first.name, second.name])
+            raise LitLoraError("enough")
+    assert names(tmp_path) == ["new"]
