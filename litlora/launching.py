@@ -36,6 +36,8 @@ class Place:
     local_count: int = 1
     is_watched: bool = False
     """Whether the process that has started all of them says why they end."""
+    has_own_gpu: bool = False
+    """Whether a GPU that is the only one in sight is this process's own, as srun --gpus-per-task 1 has it."""
 
     @property
     def nodes(self) -> int:
@@ -62,7 +64,8 @@ def find_place(devices: int, nodes: int) -> Place:
     if LOCAL_COUNT not in os.environ:
         return Place()
     rank, count, local_count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LOCAL_COUNT))
-    place = Place(rank, count, local_count, is_watched=WATCHED in os.environ)
+    by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(count)  # and not by a torchrun that srun has started
+    place = Place(rank, count, local_count, is_watched=WATCHED in os.environ, has_own_gpu=by_srun)
     asked = ("--devices", devices, place.local_count), ("--num_nodes", nodes, place.nodes)
     for flag, wanted, started in asked:
         if wanted not in (1, started):

@@ -85,6 +85,13 @@ class Ranks:
             dist.broadcast_object_list(made)
         return made[0]  # type: ignore[return-value]
 
+    def as_first(self, tensor: Tensor) -> Tensor:
+        """Put what the first rank has into a tensor, and return it."""
+        if self.count > 1:
+            with _in_contact(self.index):
+                dist.broadcast(tensor, 0)
+        return tensor
+
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
         """Let the first rank do something before the others, who then find it done."""
@@ -115,19 +122,34 @@ def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fa
     """Return the Fabric of a process at its place; where there are others, it has met them."""
     if place.count == 1:
         return Fabric(devices=1, precision=precision)
-    available = torch.cuda.device_count()
-    if 0 < available < place.local_count:
-        raise LitLoraError(f"--devices ({place.local_count}) must be at most the GPUs of this machine ({available})")
+    devices, nodes, environment = _view(place, torch.cuda.device_count())
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
-        devices=place.local_count,
-        num_nodes=place.nodes,
+        devices=devices,
+        num_nodes=nodes,
         precision=precision,
         strategy=ModelParallelStrategy(_unwrapped, data_parallel_size=place.count, tensor_parallel_size=1),
-        plugins=[TorchElasticEnvironment()],
+        plugins=[environment],
     )
     fabric.launch()
     return fabric
+
+
+class OneGPU(TorchElasticEnvironment):
+    """The surroundings of a process that sees one GPU, its own, as if it were alone on its machine."""
+
+    def local_rank(self) -> int:
+        """Return the number of its GPU among those that it sees."""
+        return 0
+
+
+def _view(place: Place, gpus: int) -> tuple[int, int, TorchElasticEnvironment]:
+    """Return how many devices and machines there are for a process that sees so many GPUs, and its surroundings."""
+    if gpus == 1 and place.has_own_gpu:
+        return 1, place.count, OneGPU()
+    if 0 < gpus < place.local_count:
+        raise LitLoraError(f"--devices ({place.local_count}) must be at most the GPUs of this machine ({gpus})")
+    return place.local_count, place.nodes, TorchElasticEnvironment()
 
 
 def keep_contact(place: Place) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ import pytest
 from litlora import launching
 from litlora.errors import LitLoraError
 from litlora.launching import LEFT_ALONE, Place, find_place, heed_srun, start
+from litlora.ranks import _view
 
 TASK = {"PROCID": "9", "LOCALID": "1", "NODEID": "1", "JOB_ID": "71", "STEP_ID": "0", "STEP_NUM_TASKS": "32"}
 
@@ -28,7 +29,7 @@ def srun(monkeypatch):
 def test_processes_of_srun_have_their_places_and_meet_on_the_first_node(srun, nodes):
     srun(nodes, "8(x4)")
     heed_srun()
-    assert find_place(8, 4) == Place(9, 32, 8)
+    assert find_place(8, 4) == Place(9, 32, 8, has_own_gpu=True)
     assert os.environ["MASTER_ADDR"] == "gpu07"
     assert os.environ["MASTER_PORT"] == "20710"
 
@@ -37,6 +38,24 @@ def test_unequal_numbers_of_processes_are_refused(srun):
     srun("gpu[07-09]", "8(x2),16")
     with pytest.raises(LitLoraError, match="as many processes on every node"):
         heed_srun()
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1, (1, 32, 0)), (8, (8, 4, 1)), (0, (8, 4, 1))])
+def test_a_process_of_srun_that_sees_one_gpu_alone_takes_that(srun, gpus, expected):
+    srun("gpu[07-10]", "8(x4)")
+    heed_srun()
+    devices, nodes, environment = _view(find_place(8, 4), gpus)
+    environment.validate_settings(devices, nodes)
+    assert (devices, nodes, environment.local_rank()) == expected
+    assert environment.global_rank() == 9
+
+
+def test_fewer_gpus_than_processes_are_refused(srun):
+    srun("gpu[07-10]", "8(x4)")
+    heed_srun()
+    for place, gpus in ((find_place(8, 4), 4), (Place(1, 2, 2), 1)):
+        with pytest.raises(LitLoraError, match=f"must be at most the GPUs of this machine \\({gpus}\\)"):
+            _view(place, gpus)
 
 
 def attempt(ends: Sequence[str]) -> tuple[int, str | None]:
