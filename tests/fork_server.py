@@ -2,7 +2,7 @@
 
 A line of stdin is a request: the arguments, the file for stderr, the bytes of address space beyond the present ones
 that a child may have, or null, and for each of the children, which run the same command, variables of its environment:
-GATE is the file that they wait for before the third step, LIMIT the signs of life after which they give one up.
+GATE is the file that they wait for before the fourth step, LIMIT the signs of life after which they give one up.
 A line with their process ids follows, and one with their exit codes. They show each other more often that they live,
 but do not give up sooner.
 """

@@ -1,4 +1,4 @@
-"""A run that waits before its third step until a file is there: what happens to it meanwhile comes in its midst."""
+"""A run that waits before its fourth step until a file is there: what happens to it meanwhile comes in its midst."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ def wait_at(gate: Path) -> None:
     train_step = training.train_step
 
     def waiting(run, batch, rate, step):
-        while step == 3 and not gate.exists():
+        while step == 4 and not gate.exists():
             time.sleep(0.01)
         return train_step(run, batch, rate, step)
 

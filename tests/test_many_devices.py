@@ -187,11 +187,11 @@ def test_a_run_of_two_processes_that_srun_has_started_is_gone_on_with_by_one_and
 def test_a_signal_to_one_process_and_the_time_of_a_run_end_all_after_the_same_step(runs, alone, few, tmp_path):
     flags = arguments(few, tmp_path / "out", *HEAD, "--train.save_interval", "1")
     processes = runs.start_all(flags, srun(2, GATE=tmp_path / "go"))
-    wait_for(tmp_path / "out/step-000002", processes[0])
+    wait_for(tmp_path / "out/step-000003", processes[0])
     os.kill(processes[1], signal.SIGTERM)
     (tmp_path / "go").touch()
     assert runs.wait_all() == [128 + signal.SIGTERM] * 2
-    assert re.fullmatch(r"litlora: stopped by SIGTERM after step 3 of 10, .*", said(runs))
+    assert re.fullmatch(r"litlora: stopped by SIGTERM after step 4 of 10, .*", said(runs))
     runs.start_all([*flags, "--resume", "true", "--train.max_time", "1e-3"], srun(2))
     assert runs.wait_all() == [124] * 2
     assert re.fullmatch(r"litlora: stopped after --train.max_time .*", said(runs))
@@ -201,10 +201,10 @@ def test_a_signal_to_one_process_and_the_time_of_a_run_end_all_after_the_same_st
 
 
 def test_memory_that_one_process_runs_out_of_ends_all_with_one_sentence(runs, few, tmp_path):
-    longer = ["--train.max_steps", 200, "--train.epochs", 200, "--train.save_interval", 2]
+    longer = ["--train.max_steps", 200, "--train.epochs", 200, "--train.save_interval", 3]
     longer += ["--train.global_batch_size", 22, "--train.micro_batch_size", 22]
     processes = runs.start_all(arguments(few, tmp_path / "out", *longer), srun(2, GATE=tmp_path / "go"))
-    wait_for(tmp_path / "out/step-000002", processes[0])
+    wait_for(tmp_path / "out/step-000003", processes[0])
     resource.prlimit(processes[1], resource.RLIMIT_AS, (2**20, resource.RLIM_INFINITY))
     (tmp_path / "go").touch()
     assert runs.wait_all() == [1, 1]
@@ -216,7 +216,7 @@ def test_memory_that_one_process_runs_out_of_ends_all_with_one_sentence(runs, fe
 def test_without_anyone_who_watches_them_processes_name_the_killed_one_and_end(runs, few, tmp_path, strategy):
     flags = "--train.save_interval", "1", "--strategy", strategy
     processes = runs.start_all(arguments(few, tmp_path / "out", *flags), srun(4, GATE=tmp_path / "go"))
-    wait_for(tmp_path / "out/step-000002", processes[0])
+    wait_for(tmp_path / "out/step-000003", processes[0])
     os.kill(processes[2], signal.SIGKILL)
     (tmp_path / "go").touch()
     assert runs.wait_all() == [1, 1, -signal.SIGKILL, 1]
@@ -227,7 +227,7 @@ def hang(runs, few, tmp_path, hung: int, **variables: object) -> list[int]:
     """Return the exit codes of two processes for which a third one hangs."""
     variables |= {"GATE": tmp_path / "go", "LIMIT": 50}
     processes = runs.start_all(arguments(few, tmp_path / "out", "--train.save_interval", "1"), srun(3, **variables))
-    wait_for(tmp_path / "out/step-000002", processes[0])
+    wait_for(tmp_path / "out/step-000003", processes[0])
     os.kill(processes[hung], signal.SIGSTOP)
     (tmp_path / "go").touch()
     while any(is_running(process) for process in processes if process != processes[hung]):
@@ -287,12 +287,12 @@ def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on(alone, few, t
 
 
 def start(folder: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
-    """Start two processes by one command, which save every step, and return it when they wait before the third."""
+    """Start two processes by one command, which save every step, and return it when they wait before the fourth."""
     command = arguments(few, folder / "out", *HEAD, "--train.save_interval", 1, "--devices", 2, *flags)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(folder / "go")}
     script = [sys.executable, str(ROOT / "tests/gate.py"), *command]
     parent = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, env=env)
-    wait_for(folder / "out/step-000002", parent.pid)
+    wait_for(folder / "out/step-000003", parent.pid)
     return parent
 
 
@@ -333,7 +333,7 @@ def test_torchrun_ends_all_when_one_is_killed_and_it_is_named(few, tmp_path):
     command += arguments(few, tmp_path / "out", "--train.save_interval", 1)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(tmp_path / "go")}
     torchrun = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
-    wait_for(tmp_path / "out/step-000002", torchrun.pid)
+    wait_for(tmp_path / "out/step-000003", torchrun.pid)
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     places = {int(child): Path(f"/proc/{child}/environ").read_text().split("\0") for child in children}
     os.kill(next(child for child, place in places.items() if "RANK=1" in place), signal.SIGKILL)
