@@ -123,19 +123,30 @@ def whole_directory(path: Path) -> Iterator[Path]:
 def _remove_remains(path: Path) -> None:
     """Remove the folders that `whole_directory` has made for `path` and that nobody holds any more."""
     for remains in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with suppress(OSError), _held(remains):
-            shutil.rmtree(remains)
+        with suppress(OSError), _held(remains) as is_ours:
+            if is_ours:
+                shutil.rmtree(remains)
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder, or fail if another process does; the kernel lets it go however the process ends."""
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder until the process lets go or ends, and tell whether it could be held.
+
+    It cannot where another process does so, nor on the disks of some networks.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield _lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def sync(path: Path) -> None:

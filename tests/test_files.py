@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import signal
@@ -53,3 +54,14 @@ def test_what_a_killed_process_has_left_of_a_folder_vanishes_with_the_next_attem
             assert names(tmp_path) == sorted([first.name, second.name])
             raise LitLoraError("enough")
     assert names(tmp_path) == ["new"]
+
+
+def test_where_no_folder_can_be_held_all_remains_stay(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "as on a network's disk")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".new.0a1b2c3d.partial").mkdir()
+    with whole_directory(tmp_path / "new") as folder:
+        (folder / "file").touch()
+    assert names(tmp_path) == [".new.0a1b2c3d.partial", "new"]
