@@ -1,9 +1,14 @@
-"""A run that waits before its fourth step until a file is there: what happens to it meanwhile comes in its midst."""
+"""A run that waits before its fourth step until a file is there: what happens to it meanwhile comes in its midst.
+
+Then it asks for more memory than it has had, so that a limit which came meanwhile is felt.
+"""
 
 import os
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from litlora import training
 from litlora.__main__ import main
@@ -15,6 +20,8 @@ def wait_at(gate: Path) -> None:
     def waiting(run, batch, rate, step):
         while step == 4 and not gate.exists():
             time.sleep(0.01)
+        if step == 4:
+            torch.empty(100_000_000)  # pages that nobody touches cost nothing
         return train_step(run, batch, rate, step)
 
     training.train_step = waiting
