@@ -32,26 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The parser itself exits with 2.
     """
+    code, sentence = attempt(sys.argv[1:] if arguments is None else arguments)
+    if sentence is not None:
+        say(sentence)
+    return code
+
+
+def attempt(arguments: Sequence[str]) -> tuple[int, str | None]:
+    """Run a command, and return its exit code and the sentence that is to be said, if any."""
     try:
-        return run(sys.argv[1:] if arguments is None else arguments)
+        return run(arguments), None
     except EndedElsewhereError as error:
-        return error.exit_code
+        return error.exit_code, None
     except LitLoraError as error:
-        say(str(error))
-        return error.exit_code
+        return error.exit_code, str(error)
     except OSError as error:  # a name that no system call takes, a file that may not be read
         if error.filename is None:
             raise
-        say(f"{error.filename} cannot be read or written: {error.strerror}")
-        return 1
+        return 1, f"{error.filename} cannot be read or written: {error.strerror}"
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
-        say("there is too little memory for what this command has to hold: free some, or take a smaller checkpoint")
-        return 1
+        return (
+            1,
+            "there is too little memory for what this command has to hold: free some, or take a smaller checkpoint",
+        )
     except KeyboardInterrupt:
-        say("stopped")
-        return 130
+        return 130, "stopped"
 
 
 def say(sentence: str) -> None:
@@ -75,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(options, args.FinetuneLoraArgs):
         heed_srun()
         if must_start(options.devices, options.num_nodes, options.dry_run):
-            entry = importlib.import_module("litlora.__main__").main  # as another process finds it
+            entry = importlib.import_module("litlora.__main__").attempt  # as another process finds it
             return start(entry, arguments, options.devices)
     command = getattr(importlib.import_module(f"litlora.commands.{name}"), name)
     command(options)

@@ -6,23 +6,20 @@ SHORTAGES = ("can't allocate memory", "out of memory")  # of a CPU, whose error 
 class LitLoraError(Exception):
     """What the user did wrong and the way out, in one sentence that names the flag, file or row."""
 
-    exit_code = 1
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class StoppedError(LitLoraError):
     """A run that was told to stop before its end, and how to go on with it."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 class EndedElsewhereError(LitLoraError):
     """The end of a process that trains with others, one of which says why."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__()
-        self.exit_code = exit_code
+        super().__init__("another process says why", exit_code)
 
 
 def is_shortage(error: MemoryError | RuntimeError) -> bool:

@@ -1,5 +1,7 @@
 """Files and folders that appear whole or not at all, and JSON that is read with care."""
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -99,13 +101,15 @@ def finish_writing(folder: Path) -> None:
 def whole_directory(path: Path) -> Iterator[Path]:
     """Lend a folder beside `path` that takes its name once the block ends well, and vanishes otherwise.
 
-    Raises LitLoraError when it cannot be written, or when `path` is there already and holds something.
+    What a killed process has left of it vanishes with the next attempt. Raises LitLoraError when it cannot be written,
+    or when `path` is there already and holds something.
     """
     partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
+    _remove_remains(path)
     with failure_said(path):
         partial.mkdir(parents=True)
     try:
-        with failure_said(path):
+        with failure_said(path), _held(partial):
             yield partial
             for file in partial.iterdir():
                 sync(file)
@@ -114,6 +118,35 @@ def whole_directory(path: Path) -> Iterator[Path]:
             sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_remains(path: Path) -> None:
+    """Remove the folders that `whole_directory` has made for `path` and that nobody holds any more."""
+    for remains in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), _held(remains) as is_ours:
+            if is_ours:
+                shutil.rmtree(remains)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder until the process lets go or ends, and tell whether it could be held.
+
+    It cannot where another process does so, nor on the disks of some networks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from threading import Thread
 from types import FrameType
@@ -20,6 +20,11 @@ from litlora.stopping import SIGNALS
 
 LAST_WORDS = 30.0  # seconds in which the others end by themselves after one has failed
 LOCAL_COUNT = "LOCAL_WORLD_SIZE"  # set by torchrun, and for the processes that are started here
+WATCHED = "LITLORA_WATCHED"  # set for the processes that are started here
+LEFT_ALONE = 3  # exit code of a watched process that ends because another has, of which the watching one knows more
+
+Attempt = Callable[[Sequence[str]], tuple[int, str | None]]
+"""Runs a command, and returns its exit code and the sentence that is to be said, if any."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class Place:
     rank: int = 0
     count: int = 1
     local_count: int = 1
+    is_watched: bool = False
+    """Whether the process that has started all of them says why they end."""
+    has_own_gpu: bool = False
+    """Whether a GPU that is the only one in sight is this process's own, as srun --gpus-per-task 1 has it."""
 
     @property
     def nodes(self) -> int:
@@ -54,7 +63,9 @@ def find_place(devices: int, nodes: int) -> Place:
     """Return the place that torchrun, srun or `start` has given this process, or refuse one that was not asked for."""
     if LOCAL_COUNT not in os.environ:
         return Place()
-    place = Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LOCAL_COUNT)))
+    rank, count, local_count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LOCAL_COUNT))
+    by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(count)  # and not by a torchrun that srun has started
+    place = Place(rank, count, local_count, is_watched=WATCHED in os.environ, has_own_gpu=by_srun)
     asked = ("--devices", devices, place.local_count), ("--num_nodes", nodes, place.nodes)
     for flag, wanted, started in asked:
         if wanted not in (1, started):
@@ -72,21 +83,30 @@ def must_start(devices: int, nodes: int, dry_run: bool) -> bool:
     return devices > 1
 
 
-def start(main: Callable[[Sequence[str]], int], arguments: Sequence[str], count: int) -> int:
-    """Run a command in processes that train together, and return the exit code of the first that fails, or 0."""
+def start(attempt: Attempt, arguments: Sequence[str], count: int) -> int:
+    """Run a command in processes that train together, and return 0; if it fails, one sentence says why.
+
+    None of them says it itself: what they have to say comes here, where all is known that became of the others.
+    """
     context, port = multiprocessing.get_context("spawn"), _free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        context.Process(target=_run, args=(main, arguments, _environment(rank, count, port)), name=f"rank {rank}")
-        for rank in range(count)
+        context.Process(target=_run, args=(attempt, arguments, _environment(rank, count, port), words))
+        for rank, (_, words) in enumerate(pipes)
     ]
     for process in processes:
         process.start()
     with _passing_signals(processes):
         try:
-            return _watch(processes)
+            codes = _watch(processes)
         finally:
             for process in processes:
                 process.kill()
+            for process in processes:
+                process.join()
+    if any(code != 0 for code in codes):
+        raise _said(pipes) or _cause(codes)
+    return 0
 
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
@@ -94,7 +114,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, LOCAL_COUNT: count, "GROUP_RANK": 0}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     silence = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # or torch warns, with its stack, that another process has ended
-    return {name: str(value) for name, value in (place | meeting | silence).items()}
+    return {name: str(value) for name, value in (place | meeting | silence | {WATCHED: 1}).items()}
 
 
 def _free_port() -> int:
@@ -103,11 +123,14 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], environment: dict[str, str]) -> None:
+def _run(attempt: Attempt, arguments: Sequence[str], environment: dict[str, str], words: Connection) -> None:
     os.setpgrp()  # Ctrl-C is for the parent, which passes it on once
     Thread(target=end_with_parent, daemon=True).start()
     os.environ.update(environment)
-    raise SystemExit(main(arguments))
+    code, sentence = attempt(arguments)
+    if sentence is not None:
+        words.send((sentence, code))
+    raise SystemExit(code)
 
 
 def end_with_parent() -> None:
@@ -133,21 +156,39 @@ def _passing_signals(processes: Sequence[SpawnProcess]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _watch(processes: Sequence[SpawnProcess]) -> int:
-    """Wait for the end of all processes, or for a while after one has failed, and name one that was killed."""
-    code, deadline = 0, float("inf")
-    while (running := [process for process in processes if process.exitcode is None]) and time.monotonic() < deadline:
-        wait([process.sentinel for process in running], timeout=None if code == 0 else 1)
-        codes = [process.exitcode or 0 for process in processes]
-        if killed := [n for n in range(len(codes)) if codes[n] < 0]:
-            raise _killed(processes[killed[0]])
-        if code == 0 and any(codes):
-            code, deadline = next(filter(None, codes)), time.monotonic() + LAST_WORDS
-    return code
+def _watch(processes: Sequence[SpawnProcess]) -> list[int | None]:
+    """Return all exit codes, once all have ended or one was killed; or those there are a while after one has failed."""
+    deadline = float("inf")
+    while True:
+        codes = [process.exitcode for process in processes]
+        failed = [code for code in codes if code]
+        if None not in codes or any(code < 0 for code in failed) or time.monotonic() > deadline:
+            return codes
+        if failed:
+            deadline = min(deadline, time.monotonic() + LAST_WORDS)
+        running = [process.sentinel for process, code in zip(processes, codes, strict=True) if code is None]
+        wait(running, timeout=1 if failed else None)
 
 
-def _killed(process: SpawnProcess) -> LitLoraError:
-    name = signal.Signals(-(process.exitcode or 0)).name
+def _said(pipes: Sequence[tuple[Connection, Connection]]) -> LitLoraError | None:
+    """Return what the first process that has something to say has said."""
+    return next((LitLoraError(*words.recv()) for words, _ in pipes if words.poll()), None)
+
+
+def _cause(codes: Sequence[int | None]) -> LitLoraError:
+    """Say what became of the process for which the others have ended, from exit codes alone; None is of one that hangs.
+
+    Those that were left alone by it say nothing of the cause.
+    """
     sys.stderr.write("\n")  # for the progress bar, whose process had no time to end its line
-    hint = "was there too little memory? Go on with the same command and --resume true"
-    return LitLoraError(f"{process.name} was killed by {name}: {hint}")
+    suspects = {rank: code for rank, code in enumerate(codes) if code not in (0, LEFT_ALONE)}
+    hint = "go on with the same command and --resume true"
+    if not suspects:
+        return LitLoraError(f"all ranks have lost the contact to one another: {hint}")
+    rank, code = min(suspects.items(), key=lambda suspect: (suspect[1] is None, suspect[1] or 0))
+    if code is None:
+        return LitLoraError(f"rank {rank} has shown no sign of life, and the others have ended: {hint}")
+    if code > 0:
+        return LitLoraError(f"rank {rank} has ended with exit code {code}: mend what it says above, and {hint}")
+    name = signal.Signals(-code).name
+    return LitLoraError(f"rank {rank} was killed by {name}: was there too little memory? {hint.capitalize()}")

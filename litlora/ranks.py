@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
 from litlora.errors import EndedElsewhereError, LitLoraError, StoppedError
-from litlora.launching import Place
-from litlora.watching import END, HINT, LostContactError, keeping_contact
+from litlora.launching import LEFT_ALONE, Place
+from litlora.watching import HINT, LostContactError, has_the_word, keeping_contact
 
 T = TypeVar("T")
 
@@ -85,6 +85,13 @@ class Ranks:
             dist.broadcast_object_list(made)
         return made[0]  # type: ignore[return-value]
 
+    def as_first(self, tensor: Tensor) -> Tensor:
+        """Put what the first rank has into a tensor, and return it."""
+        if self.count > 1:
+            with _in_contact(self.index):
+                dist.broadcast(tensor, 0)
+        return tensor
+
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
         """Let the first rank do something before the others, who then find it done."""
@@ -115,19 +122,34 @@ def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fa
     """Return the Fabric of a process at its place; where there are others, it has met them."""
     if place.count == 1:
         return Fabric(devices=1, precision=precision)
-    available = torch.cuda.device_count()
-    if 0 < available < place.local_count:
-        raise LitLoraError(f"--devices ({place.local_count}) must be at most the GPUs of this machine ({available})")
+    devices, nodes, environment = _view(place, torch.cuda.device_count())
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
-        devices=place.local_count,
-        num_nodes=place.nodes,
+        devices=devices,
+        num_nodes=nodes,
         precision=precision,
         strategy=ModelParallelStrategy(_unwrapped, data_parallel_size=place.count, tensor_parallel_size=1),
-        plugins=[TorchElasticEnvironment()],
+        plugins=[environment],
     )
     fabric.launch()
     return fabric
+
+
+class OneGPU(TorchElasticEnvironment):
+    """The surroundings of a process that sees one GPU, its own, as if it were alone on its machine."""
+
+    def local_rank(self) -> int:
+        """Return the number of its GPU among those that it sees."""
+        return 0
+
+
+def _view(place: Place, gpus: int) -> tuple[int, int, TorchElasticEnvironment]:
+    """Return how many devices and machines there are for a process that sees so many GPUs, and its surroundings."""
+    if gpus == 1 and place.has_own_gpu:
+        return 1, place.count, OneGPU()
+    if 0 < gpus < place.local_count:
+        raise LitLoraError(f"--devices ({place.local_count}) must be at most the GPUs of this machine ({gpus})")
+    return place.local_count, place.nodes, TorchElasticEnvironment()
 
 
 def keep_contact(place: Place) -> AbstractContextManager[None]:
@@ -153,13 +175,23 @@ def one_voice(place: Place) -> Iterator[None]:
                 stack.enter_context(redirect_stdout(silence))
                 stack.enter_context(redirect_stderr(silence))
             yield
+    except StoppedError as error:  # which all have agreed on
+        if place.rank:
+            raise EndedElsewhereError(error.exit_code) from error
+        raise
     except (Exception, KeyboardInterrupt) as error:
-        is_common = isinstance(error, StoppedError)  # all have agreed on it
-        if not (place.rank == 0 if is_common else _is_first_to_say(place.rank)):
-            raise EndedElsewhereError(getattr(error, "exit_code", 1)) from error
+        if not _is_to_say(error, place):
+            raise EndedElsewhereError(LEFT_ALONE if place.is_watched else 1) from error
         if place.rank:
             sys.stderr.write("\n")  # for the progress bar of the first, whose line may not have ended
         raise
+
+
+def _is_to_say(error: BaseException, place: Place) -> bool:
+    """Tell whether this rank says why it ends: whoever watches them takes one of several sentences, others need one."""
+    if place.is_watched and isinstance(error, LostContactError):
+        return False
+    return _is_first_to_say(place.rank) or (place.is_watched and isinstance(error, LitLoraError))
 
 
 def _is_first_to_say(rank: int) -> bool:
@@ -167,6 +199,6 @@ def _is_first_to_say(rank: int) -> bool:
     if not dist.is_initialized():
         return rank == 0
     try:
-        return _get_default_store().compare_set(END, "", str(rank)) == str(rank).encode()
+        return has_the_word(_get_default_store(), rank)
     except RuntimeError:
         return False

@@ -124,6 +124,8 @@ def restore_state(folder: Path, optimizer: Optimizer) -> Progress:
 
 
 def _restore(tensors: dict[str, Tensor], counters: dict[str, Any], optimizer: Optimizer) -> Progress:
+    groups = optimizer.state_dict()
+    _check_shapes(tensors, optimizer)
     torch.set_rng_state(tensors.pop("cpu_generator"))
     state: dict[int, dict[str, object]] = {}
     matrices: dict[str, Tensor] = {}
@@ -136,10 +138,35 @@ def _restore(tensors: dict[str, Tensor], counters: dict[str, Any], optimizer: Op
             state.setdefault(int(index), {})[name] = value
         elif int(name) < torch.cuda.device_count():
             torch.cuda.set_rng_state(value, int(name))
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    optimizer.load_state_dict(groups | {"state": state})
     progress = counters["progress"]
     best = Best(**progress["best"] | {"matrices": matrices})
     return _checked(Progress(**progress | {"best": _checked(best)}))
+
+
+def _check_shapes(tensors: dict[str, Tensor], optimizer: Optimizer) -> None:
+    """Refuse tensors that are not as large as those which the optimizer makes itself at a step; it would not ask."""
+    own = _state_after_a_step(optimizer)
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "optimizer" and tensor.shape != own.get(name, tensor).shape:
+            raise ValueError(f"{key} is of the shape {[*tensor.shape]} and not {[*own[name].shape]}")
+
+
+@torch.no_grad()
+def _state_after_a_step(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the tensors of an optimizer's state after a step that leaves the parameters as they are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.copy_(value)
+    states = optimizer.state_dict()["state"].items()
+    flat = {f"{index}.{name}": value for index, values in states for name, value in _flat(values)}
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
 
 
 def _checked(counted: Counted) -> Counted:

@@ -9,11 +9,11 @@ from threading import Event, Thread
 from torch._C._distributed_c10d import Store
 
 from litlora.errors import LitLoraError, StoppedError
-from litlora.launching import Place
+from litlora.launching import LEFT_ALONE, Place
 
 BEAT = 1.0  # seconds between two signs of life
 LIMIT = 25  # beats without a sign of another's life after which it counts as dead
-PATIENCE = 3.0  # seconds that whoever knows more has, before a rank says that another is gone
+PATIENCE = 3  # looks at the others' signs, in which who is gone shows, before a rank says so
 END = "end"  # in the store: the rank that says why all of them end
 HINT = "look there for the cause, such as too little memory, and go on with the same command and --resume true"
 
@@ -35,7 +35,7 @@ class Watch:
         """The rank whose sign of life the others wait for."""
         self._place, self._store = place, store
         self._others = [rank for rank in range(place.count) if rank != place.rank]
-        self._beat, self._is_said, self._over = 0, False, Event()
+        self._beat, self._looks, self._is_said, self._over = 0, 0, False, Event()
         self._threads = [Thread(target=target, daemon=True) for target in (self._live, self._guard)]
         for thread in self._threads:
             thread.start()
@@ -49,6 +49,7 @@ class Watch:
                     self._beat, self.missing = self._beat + 1, None
                     self._store.set(_sign(self._place.rank, self._beat), "")
                     self._store.delete_key(_sign(self._place.rank, self._beat - 2))  # which all have seen
+                self._looks += 1
 
     def _is_complete(self) -> bool:
         """Tell whether all others have shown the present sign of life, and note who has not, unless it has left."""
@@ -56,7 +57,7 @@ class Watch:
             return True
         self._others = [rank for rank in self._others if not self._store.check([_farewell(rank)])]
         behind = [rank for rank in self._others if not self._store.check([_sign(rank, self._beat)])]
-        if behind and self.missing is None:
+        if behind and self.missing not in behind:  # who was only late has shown its sign by now
             self.missing = behind[0]
         self._is_said = self._store.check([END])
         return not behind
@@ -68,6 +69,8 @@ class Watch:
             if self._over.wait(BEAT):
                 return
             seen, late = self._beat, late + 1 if self._beat == seen else 0
+        if self._place.is_watched:
+            os._exit(LEFT_ALONE)
         if not self._is_said and self._speaks():
             who = "rank 0, or what has started it," if self.missing is None else f"rank {self.missing}"
             fault = f"{who} has shown no sign of life for {LIMIT * BEAT:.0f} seconds"
@@ -75,13 +78,23 @@ class Watch:
         os._exit(1)
 
     def _speaks(self) -> bool:
-        """Tell whether this is the first of the living ranks of its machine: another machine may be out of reach."""
+        """Claim the word; without an answer of the store, the first rank that lives on each machine has it."""
+        answers: list[bool] = []
+        asking = Thread(target=self._ask_for_the_word, args=(answers,), daemon=True)
+        asking.start()
+        asking.join(PATIENCE * BEAT)
         first_here = self._place.rank - self._place.rank % self._place.local_count
-        return self._place.rank == first_here + (self.missing in (None, first_here))
+        return answers[0] if answers else self._place.rank == first_here + (self.missing in (None, first_here))
+
+    def _ask_for_the_word(self, answers: list[bool]) -> None:
+        with suppress(RuntimeError):  # the store is gone
+            answers.append(has_the_word(self._store, self._place.rank))
 
     def explain(self, error: Exception) -> None:
         """Name the rank that is gone as the cause of an error, once those that are left have shown their lives."""
-        time.sleep(PATIENCE)
+        enough = self._looks + PATIENCE
+        while self._looks < enough and self._threads[0].is_alive():  # if nobody answers any more, the guard ends it
+            time.sleep(BEAT / 4)
         if self.missing is not None:
             fault = f"rank {self._place.rank} has lost the contact to rank {self.missing}, which has ended"
             raise LostContactError(f"{fault}: {HINT}") from error
@@ -98,7 +111,12 @@ class Watch:
         """End the threads, but for one that the store leaves without an answer."""
         self._over.set()
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(PATIENCE * BEAT)
+
+
+def has_the_word(store: Store, rank: int) -> bool:
+    """Tell whether it is for this rank to say why all of them end: it is for the first that asks."""
+    return store.compare_set(END, "", str(rank)) == str(rank).encode()
 
 
 def _sign(rank: int, beat: int) -> str:

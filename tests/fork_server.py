@@ -1,8 +1,10 @@
 """A process that imports torch once, and forks children per command line: real runs to be killed, without the wait.
 
 A line of stdin is a request: the arguments, the file for stderr, the bytes of address space beyond the present ones
-that a child may have, or null, and for each of the children, which run the same command, variables of its environment.
-A line with their process ids follows, and one with their exit codes. They show each other more often that they live.
+that a child may have, or null, and for each of the children, which run the same command, variables of its environment:
+GATE is the file that they wait for before the fourth step, LIMIT the signs of life after which they give one up.
+A line with their process ids follows, and one with their exit codes. They show each other more often that they live,
+but do not give up sooner.
 """
 
 import json
@@ -14,6 +16,9 @@ from pathlib import Path
 import litlora.commands.finetune_lora  # noqa: F401
 from litlora import watching
 from litlora.__main__ import main
+from tests.gate import wait_at
+
+BEAT = 0.2
 
 
 def limit_memory(headroom: int) -> None:
@@ -25,7 +30,9 @@ def run(arguments: list[str], stderr: str, headroom: int | None, variables: dict
     descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)
     os.environ.update(variables)
-    watching.BEAT = 0.2
+    watching.BEAT, watching.LIMIT = BEAT, int(variables.get("LIMIT", watching.LIMIT / BEAT))
+    if "GATE" in variables:
+        wait_at(Path(variables["GATE"]))
     if headroom is not None:
         limit_memory(headroom)
     return main(arguments)

@@ -1,9 +1,12 @@
+import errno
+import os
 import resource
+import signal
 
 import pytest
 
 from litlora.errors import LitLoraError
-from litlora.files import write_whole
+from litlora.files import whole_directory, write_whole
 
 
 def names(folder):
@@ -35,3 +38,30 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(LitLoraError) as refused:
         write_whole({tmp_path / "file/one": b""})
     assert str(refused.value) == f"cannot write {tmp_path / 'file'}: File exists"
+
+
+def test_what_a_killed_process_has_left_of_a_folder_vanishes_with_the_next_attempt_alone(tmp_path):
+    child = os.fork()
+    if not child:
+        with whole_directory(tmp_path / "new") as folder:
+            (folder / "file").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(names(tmp_path)) == 1
+    with whole_directory(tmp_path / "new") as first:
+        assert names(tmp_path) == [first.name]
+        with pytest.raises(LitLoraError), whole_directory(tmp_path / "new") as second:
+            assert names(tmp_path) == sorted([first.name, second.name])
+            raise LitLoraError("enough")
+    assert names(tmp_path) == ["new"]
+
+
+def test_where_no_folder_can_be_held_all_remains_stay(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "as on a network's disk")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".new.0a1b2c3d.partial").mkdir()
+    with whole_directory(tmp_path / "new") as folder:
+        (folder / "file").touch()
+    assert names(tmp_path) == [".new.0a1b2c3d.partial", "new"]

@@ -103,12 +103,13 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_unbroken_one(runs, u
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_process_that_is_killed_can_be_gone_on_with(runs, unbroken, few, tmp_path, number):
     out_dir = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "litlora", *command(few, out_dir)], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    while not (out_dir / "step-000003").exists():
+    env = os.environ | {"PYTHONPATH": str(ROOT), "GATE": str(tmp_path / "go")}
+    line = [sys.executable, "tests/gate.py", *command(few, out_dir)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    while not (out_dir / "step-000003").exists() and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(number)
+    (tmp_path / "go").touch()
     _, talk = process.communicate()
     if number == signal.SIGKILL:
         assert process.returncode == -number
@@ -128,7 +129,7 @@ def test_too_little_memory_is_found_before_the_first_step(runs, tmp_path):
     sizes = ["--train.micro_batch_size", "512", "--train.global_batch_size", "512"]
     for split in ("train", "val"):
         shutil.copy(ROOT / f"data/pico/{split}.jsonl", tmp_path)
-    runs.start([*command(tmp_path, tmp_path / "out"), *sizes], headroom=700_000_000)
+    runs.start([*command(tmp_path, tmp_path / "out"), *sizes], headroom=1_000_000_000)
     assert runs.wait() == 1
     *_, sentence = runs.stderr.read_text().splitlines()
     fault = r"litlora: there is too little memory for the longest micro-batch, examples: 512, tokens: [\d,]+"
@@ -137,7 +138,7 @@ def test_too_little_memory_is_found_before_the_first_step(runs, tmp_path):
     said = re.fullmatch(f"{fault}{needs}; {way}, or pass --train.activation_checkpointing true{needs}", sentence)
     assert said, sentence
     whole, part, checkpointed = (float(said[group]) for group in (1, 3, 4))
-    assert whole > 0.7 > part
+    assert whole > 1.0 > part, sentence
     assert whole > checkpointed
     assert not (tmp_path / "out").exists()
 

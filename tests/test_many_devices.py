@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 
 from litlora.__main__ import main
 from litlora.checkpoint import load_model
+from litlora.launching import LEFT_ALONE
 from litlora.quantize import Quantization
 
 ROOT = Path(__file__).parent.parent
+HUNG = 600  # seconds after which a run will not end any more
 HEAD = ["--lora_head", "true"]
 NF4 = ["--quantize", "bnb.nf4"]
 
@@ -46,7 +48,7 @@ def arguments(data_dir: Path, out_dir: Path, *flags: object) -> list[str]:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=HUNG)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_two_machines_make_the_same_adapter_and_send_their_gradients_alone(alone
     command += arguments(few, tmp_path / "out", "--num_nodes", 2, *HEAD)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     nodes = [subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
-    said = [node.communicate(timeout=120)[1] for node in nodes]
+    said = [node.communicate(timeout=HUNG)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert_same(alone(*HEAD), tmp_path / "out")
     gradients = 4 * json.loads((tmp_path / "out/final/report.json").read_text())["trainable_parameters"]
@@ -145,12 +147,13 @@ def rows(folder: Path) -> list[dict[str, str]]:
 jobs = count(os.getpid())
 
 
-def srun(number: int) -> list[dict[str, str]]:
+def srun(number: int, **more: object) -> list[dict[str, str]]:
     """Return the variables that srun gives to each of so many processes, with a port that follows from the job."""
     step = {"JOB_ID": next(jobs), "STEP_ID": 0, "STEP_NODELIST": "127.0.0.1", "NODEID": 0}
     step |= {"STEP_NUM_TASKS": number, "STEP_TASKS_PER_NODE": number}
     places = [step | {"PROCID": rank, "LOCALID": rank} for rank in range(number)]
-    return [{f"SLURM_{name}": str(value) for name, value in place.items()} for place in places]
+    others = {name: str(value) for name, value in more.items()}
+    return [{f"SLURM_{name}": str(value) for name, value in place.items()} | others for place in places]
 
 
 def said(runs) -> str:
@@ -183,11 +186,12 @@ def test_a_run_of_two_processes_that_srun_has_started_is_gone_on_with_by_one_and
 
 def test_a_signal_to_one_process_and_the_time_of_a_run_end_all_after_the_same_step(runs, alone, few, tmp_path):
     flags = arguments(few, tmp_path / "out", *HEAD, "--train.save_interval", "1")
-    processes = runs.start_all(flags, srun(2))
-    wait_for(tmp_path / "out/step-000002", processes[0])
+    processes = runs.start_all(flags, srun(2, GATE=tmp_path / "go"))
+    wait_for(tmp_path / "out/step-000003", processes[0])
     os.kill(processes[1], signal.SIGTERM)
+    (tmp_path / "go").touch()
     assert runs.wait_all() == [128 + signal.SIGTERM] * 2
-    assert re.fullmatch(r"litlora: stopped by SIGTERM after step \d+ of 10, .*", said(runs))
+    assert re.fullmatch(r"litlora: stopped by SIGTERM after step 4 of 10, .*", said(runs))
     runs.start_all([*flags, "--resume", "true", "--train.max_time", "1e-3"], srun(2))
     assert runs.wait_all() == [124] * 2
     assert re.fullmatch(r"litlora: stopped after --train.max_time .*", said(runs))
@@ -197,34 +201,51 @@ def test_a_signal_to_one_process_and_the_time_of_a_run_end_all_after_the_same_st
 
 
 def test_memory_that_one_process_runs_out_of_ends_all_with_one_sentence(runs, few, tmp_path):
-    longer = ["--train.max_steps", 200, "--train.epochs", 200, "--train.save_interval", 2]
+    longer = ["--train.max_steps", 200, "--train.epochs", 200, "--train.save_interval", 3]
     longer += ["--train.global_batch_size", 22, "--train.micro_batch_size", 22]
-    processes = runs.start_all(arguments(few, tmp_path / "out", *longer), srun(2))
-    wait_for(tmp_path / "out/step-000002", processes[0])
+    processes = runs.start_all(arguments(few, tmp_path / "out", *longer), srun(2, GATE=tmp_path / "go"))
+    wait_for(tmp_path / "out/step-000003", processes[0])
     resource.prlimit(processes[1], resource.RLIMIT_AS, (2**20, resource.RLIM_INFINITY))
+    (tmp_path / "go").touch()
     assert runs.wait_all() == [1, 1]
     assert "Traceback" not in runs.stderr.read_text(), runs.stderr.read_text()
     assert re.fullmatch("litlora: there is no longer enough memory after step .*", said(runs))
 
 
-def test_without_anyone_who_watches_them_processes_name_the_killed_one_and_end(runs, few, tmp_path):
-    processes = runs.start_all(arguments(few, tmp_path / "out", "--train.save_interval", "1"), srun(4))
-    wait_for(tmp_path / "out/step-000002", processes[0])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_without_anyone_who_watches_them_processes_name_the_killed_one_and_end(runs, few, tmp_path, strategy):
+    flags = "--train.save_interval", "1", "--strategy", strategy
+    processes = runs.start_all(arguments(few, tmp_path / "out", *flags), srun(4, GATE=tmp_path / "go"))
+    wait_for(tmp_path / "out/step-000003", processes[0])
     os.kill(processes[2], signal.SIGKILL)
+    (tmp_path / "go").touch()
     assert runs.wait_all() == [1, 1, -signal.SIGKILL, 1]
     assert re.fullmatch(r"litlora: rank [013] has lost the contact to rank 2, which has ended: .*", said(runs))
 
 
-@pytest.mark.parametrize(("hung", "who"), [(1, "rank 1"), (0, "rank 0, or what has started it,")])
-def test_a_process_that_hangs_does_not_keep_the_others_waiting(runs, few, tmp_path, hung, who):
-    processes = runs.start_all(arguments(few, tmp_path / "out", "--train.save_interval", "1"), srun(3))
-    wait_for(tmp_path / "out/step-000002", processes[0])
+def hang(runs, few, tmp_path, hung: int, **variables: object) -> list[int]:
+    """Return the exit codes of two processes for which a third one hangs."""
+    variables |= {"GATE": tmp_path / "go", "LIMIT": 50}
+    processes = runs.start_all(arguments(few, tmp_path / "out", "--train.save_interval", "1"), srun(3, **variables))
+    wait_for(tmp_path / "out/step-000003", processes[0])
     os.kill(processes[hung], signal.SIGSTOP)
+    (tmp_path / "go").touch()
     while any(is_running(process) for process in processes if process != processes[hung]):
         time.sleep(0.05)
     os.kill(processes[hung], signal.SIGKILL)
-    assert [code for rank, code in enumerate(runs.wait_all()) if rank != hung] == [1, 1]
-    assert re.fullmatch(f"litlora: {who} has shown no sign of life for 5 seconds: .*", said(runs))
+    return [code for rank, code in enumerate(runs.wait_all()) if rank != hung]
+
+
+@pytest.mark.parametrize(("hung", "who"), [(1, "rank 1"), (0, "rank 0, or what has started it,")])
+def test_a_process_that_hangs_does_not_keep_the_others_waiting(runs, few, tmp_path, hung, who):
+    assert hang(runs, few, tmp_path, hung) == [1, 1]
+    assert re.fullmatch(f"litlora: {who} has shown no sign of life for 10 seconds: .*", said(runs))
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_process_that_hangs_is_left_to_whoever_watches_all_of_them(runs, few, tmp_path, hung):
+    assert hang(runs, few, tmp_path, hung, LITLORA_WATCHED=1) == [LEFT_ALONE, LEFT_ALONE]
+    assert said(runs) == ""
 
 
 def is_running(process: int) -> bool:
@@ -242,58 +263,82 @@ def ranks_of(parent: int) -> dict[int, int]:
     return dict(enumerate(sorted(child for child, line in lines.items() if b"spawn_main" in line)))
 
 
-def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_with_another_number(alone, few, tmp_path):
-    parent = start(tmp_path / "out", few)
-    wait_for(tmp_path / "out/step-000002", parent.pid)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on(alone, few, tmp_path, strategy, stalled):
+    parent = start(tmp_path, few, "--strategy", strategy)
     ranks = ranks_of(parent.pid)
+    if stalled:
+        parent.send_signal(signal.SIGSTOP)
     os.kill(ranks[1], signal.SIGKILL)
-    said = parent.communicate(timeout=60)[1]
+    (tmp_path / "go").touch()
+    while stalled and is_running(ranks[0]):
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGCONT)
+    said = parent.communicate(timeout=HUNG)[1]
     assert parent.returncode == 1
     assert re.findall("^litlora: .*", said, re.MULTILINE) == [
         "litlora: rank 1 was killed by SIGKILL: was there too little memory? "
         "Go on with the same command and --resume true"
     ]
+    assert "Traceback" not in said
     assert not any(Path(f"/proc/{child}").exists() for child in ranks.values())
-    assert main(arguments(few, tmp_path / "out", *HEAD, "--train.save_interval", "1", "--resume", "true")) == 0
-    assert_same(alone(*HEAD), tmp_path / "out")
+    go_on(tmp_path / "out", few, alone, "--strategy", strategy, "--devices", 2 if strategy == "fsdp" else 1)
 
 
-def start(out_dir: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
-    """Start two processes by one command, which save every step."""
-    command = ["-m", "litlora", *arguments(few, out_dir, *HEAD, "--train.save_interval", 1, "--devices", 2, *flags)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
+def start(folder: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
+    """Start two processes by one command, which save every step, and return it when they wait before the fourth."""
+    command = arguments(few, folder / "out", *HEAD, "--train.save_interval", 1, "--devices", 2, *flags)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(folder / "go")}
+    script = [sys.executable, str(ROOT / "tests/gate.py"), *command]
+    parent = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, env=env)
+    wait_for(folder / "out/step-000003", parent.pid)
+    return parent
+
+
+def go_on(out_dir: Path, few: Path, alone, *flags: object) -> None:
+    """Go on with what `start` has begun to its end, which is as that of the run of one process."""
+    done = run("-m", "litlora", *arguments(few, out_dir, *HEAD, "--train.save_interval", 1, "--resume", "true", *flags))
+    assert done.returncode == 0, done.stderr
+    assert_same(alone(*HEAD), out_dir)
 
 
 def test_a_signal_to_the_one_that_started_them_stops_all_and_its_end_ends_them(alone, few, tmp_path):
-    parent = start(tmp_path / "out", few)
-    wait_for(tmp_path / "out/step-000002", parent.pid)
+    parent = start(tmp_path, few)
     parent.send_signal(signal.SIGTERM)
-    said = parent.communicate(timeout=60)[1]
+    wait_for_signal(ranks_of(parent.pid)[0], signal.SIGTERM)
+    (tmp_path / "go").touch()
+    said = parent.communicate(timeout=HUNG)[1]
     assert parent.returncode == 128 + signal.SIGTERM
     assert len(re.findall(r"^litlora: stopped by SIGTERM after step \d+ of 10, ", said, re.MULTILINE)) == 1
     shutil.rmtree(tmp_path / "out")
-    parent = start(tmp_path / "out", few)
-    wait_for(tmp_path / "out/step-000002", parent.pid)
+    (tmp_path / "go").unlink()
+    parent = start(tmp_path, few)
     ranks = ranks_of(parent.pid).values()
     parent.kill()
-    parent.communicate(timeout=60)
+    parent.communicate(timeout=HUNG)
     while any(map(is_running, ranks)):
         time.sleep(0.01)
-    assert main(arguments(few, tmp_path / "out", *HEAD, "--train.save_interval", "1", "--resume", "true")) == 0
-    assert_same(alone(*HEAD), tmp_path / "out")
+    go_on(tmp_path / "out", few, alone)
+
+
+def wait_for_signal(process: int, number: int) -> None:
+    """Return when a process has got a first signal, after which the second would end it."""
+    while int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process}/status").read_text())[1], 16) >> (number - 1) & 1:
+        time.sleep(0.005)
 
 
 def test_torchrun_ends_all_when_one_is_killed_and_it_is_named(few, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "litlora"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "tests/gate.py")]
     command += arguments(few, tmp_path / "out", "--train.save_interval", 1)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(tmp_path / "go")}
     torchrun = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
-    wait_for(tmp_path / "out/step-000002", torchrun.pid)
+    wait_for(tmp_path / "out/step-000003", torchrun.pid)
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     places = {int(child): Path(f"/proc/{child}/environ").read_text().split("\0") for child in children}
     os.kill(next(child for child, place in places.items() if "RANK=1" in place), signal.SIGKILL)
-    said = torchrun.communicate(timeout=60)[1]
+    (tmp_path / "go").touch()
+    said = torchrun.communicate(timeout=HUNG)[1]
     assert torchrun.returncode == 1
     assert re.search(r"Root Cause .*rank +: 1 .*exitcode +: -9 ", said, re.DOTALL), said
     assert len(re.findall("^litlora: ", said, re.MULTILINE)) <= 1, said  # torchrun may end the others before they speak

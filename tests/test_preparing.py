@@ -21,7 +21,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.partition("?")[0]
         if path == "/stalls.jsonl":
-            time.sleep(1)
+            time.sleep(600)  # in a thread that nobody waits for
         elif path == "/elsewhere.jsonl":
             self.answer(302, b"", Location="file:///etc/hostname")
         elif path == "/cut.jsonl":

@@ -261,10 +261,27 @@ def test_a_run_out_of_time_saves_and_can_be_gone_on_with(world, capsys):
     assert same("out/final", "parts/final")
 
 
+def renew_manifest(checkpoint: Path) -> None:
+    """Have a checkpoint pass for whole whatever was done to its files."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name in manifest:
+        content = (checkpoint / name).read_bytes()
+        manifest[name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_a_state_of_another_optimizer_is_refused(stopped, capsys):
-    path = Path("out/step-000002/training_state.json")
-    path.write_text(json.dumps({"progress": {"nonsense": 1}, "optimizer": {}}))
-    manifest = json.loads(Path("out/step-000002/manifest.json").read_text())
-    manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
-    Path("out/step-000002/manifest.json").write_text(json.dumps(manifest))
+    checkpoint = Path("out/step-000002")
+    (checkpoint / "training_state.json").write_text(json.dumps({"progress": {"nonsense": 1}, "optimizer": {}}))
+    renew_manifest(checkpoint)
     assert "out/step-000002 holds no training state of this optimizer: " in refusal(capsys, "--resume", "true")
+
+
+def test_a_state_of_another_shape_is_refused(stopped, capsys):
+    path = Path("out/step-000002/training_state.safetensors")
+    state = load_file(path)
+    shape = [*state["optimizer.0.exp_avg"].shape]
+    save_file(state | {"optimizer.0.exp_avg": torch.zeros(1)}, path)
+    renew_manifest(path.parent)
+    said = f"of this optimizer: optimizer.0.exp_avg is of the shape [1] and not {shape}\n"
+    assert refusal(capsys, "--resume", "true").endswith(said)

@@ -179,8 +179,10 @@ def can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(mounted, capture_output=True).returncode == 0
 
 
-def run(command: Sequence[str], prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
-    return subprocess.Popen([*prefix, sys.executable, "-m", "litlora", *command], stderr=subprocess.PIPE, text=True)
+def run(command: Sequence[str], prefix: Sequence[str] = (), module: str = "litlora") -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "GATE": "go"}
+    line = [*prefix, sys.executable, "-m", module, *command]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def goes_on_from(world: Path, sentence: str) -> None:
@@ -210,10 +212,11 @@ def test_a_disk_that_is_really_full_keeps_the_last_checkpoint(worlds):
 def test_a_permission_that_is_lost_on_the_way_keeps_the_last_checkpoint(worlds):
     world = next(worlds)
     without_rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
-    process = run(LONG, without_rights)
-    while not (world / "out/step-000001").exists() and process.poll() is None:
+    process = run(LONG, without_rights, "tests.gate")
+    while not (world / "out/step-000003").exists() and process.poll() is None:
         time.sleep(0.001)
     (world / "out").chmod(0o500)
+    Path("go").touch()
     _, talk = process.communicate()
     (world / "out").chmod(0o700)
     assert process.returncode == 1

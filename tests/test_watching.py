@@ -37,5 +37,5 @@ def test_ranks_that_are_busy_for_long_or_suspended_together_go_on():
     ranks.send_signal(signal.SIGSTOP)
     time.sleep(2)
     ranks.send_signal(signal.SIGCONT)
-    ranks.communicate(timeout=60)
+    ranks.communicate(timeout=600)
     assert ranks.returncode == 0

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -92,7 +92,9 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     model, optimizer = fabric.setup(gpt, optimizer)
     progress = go_on(folder, start, gpt, optimizer)
 
-    answer = partial(sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens)
+    answer = partial(
+        sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens, OneChoice(ranks=ranks)
+    )
     run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping, ranks)
     say_plan(run)
     check_memory(run, progress.step)
@@ -172,8 +174,19 @@ def take_best(gpt: GPT, progress: Progress) -> float | None:
     return best.loss
 
 
+@dataclass(frozen=True)
+class OneChoice(Sampler):
+    """Has all ranks take the token that the first chooses: one that went another way would leave them waiting."""
+
+    ranks: Ranks = field(kw_only=True)
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Choose as the first rank does."""
+        return self.ranks.as_first(super().choose(logits))
+
+
 def sample_answer(
-    fabric: Fabric, gpt: GPT, tokenizer: Tokenizer, style: PromptStyle, example: Example, limit: int
+    fabric: Fabric, gpt: GPT, tokenizer: Tokenizer, style: PromptStyle, example: Example, limit: int, sampler: Sampler
 ) -> str:
     """Return a question and the likeliest answer of at most `limit` tokens; nothing if the limit is 0."""
     if not limit:
@@ -182,7 +195,7 @@ def sample_answer(
     prompt = style.prompt(turn.instruction, turn.input, example.system)
     ids = tokenizer.encode(prompt, style.add_special_tokens).ids
     with fabric.autocast():
-        tokens = generate(gpt, ids, Sampler(), max_new_tokens=limit, stop_ids=tokenizer.stop_ids)
+        tokens = generate(gpt, ids, sampler, max_new_tokens=limit, stop_ids=tokenizer.stop_ids)
         question = " ".join(filter(None, (turn.instruction, turn.input)))
         return f"  {question}\n  -> {''.join(tokenizer.stream(ids, tokens))}"
 
