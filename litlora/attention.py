@@ -89,8 +89,8 @@ def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
 class _BlockedAttention(torch.autograd.Function):
     """Exact attention on a CPU, one block of queries at a time.
 
-    Scores and what becomes of them are float32 whatever the inputs are. The other products have the inputs' dtype,
-    where a CPU can multiply it. The heads of a group stand below each other, so their keys and values are not repeated.
+    The output is computed in float32 whatever the inputs are, and rounded once. Gradients are products of the inputs'
+    dtype, as elsewhere, where a CPU can multiply it. The heads of a group stand below each other, so their keys and values are not repeated.
     The scores of a block are computed again for its gradient, and memory grows with T alone.
     """
 
@@ -99,10 +99,10 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.lengths, ctx.window = lengths, window
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        mask, dtype = _block_mask(q, k, lengths, window), _arithmetic(q)
+        mask = _block_mask(q, k, lengths, window)
         for rows, keys in _blocks(lengths, window):
             probabilities = _probabilities(_grouped(q[rows], k), _by_head(k[keys]), mask)
-            out[rows] = _ungrouped(probabilities.to(dtype) @ _by_head(v[keys]).to(dtype), q[rows])
+            out[rows] = _ungrouped(probabilities @ _by_head(v[keys]).float(), q[rows])
         return out
 
     @staticmethod

@@ -93,10 +93,11 @@ class _SlabLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        dtype = _arithmetic(gradient)
-        total = gradient.new_zeros(len(gradient), ctx.weight.shape[1], dtype=dtype)
-        for rows in _slabs(ctx.weight, gradient):
-            total.addmm_(gradient[:, rows].to(dtype), ctx.weight[rows].to(dtype))
+        dtype, slabs = _arithmetic(gradient), _slabs(ctx.weight, gradient)
+        parts = (gradient[:, rows].to(dtype) @ ctx.weight[rows].to(dtype) for rows in slabs)
+        total = next(parts)
+        for part in parts:
+            total = total.float().add_(part)  # a sum in bfloat16 would be rounded once for each slab
         return total.to(gradient.dtype), None
 
 

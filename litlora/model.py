@@ -107,13 +107,13 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return (wide * scale).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        normed, weighted = x.float() * scale, (gradient * weight).float()
+        normed, weighted = x.float() * scale, gradient.float() * weight.float()
         shared = torch.linalg.vecdot(normed, weighted)[:, None] / x.shape[-1]
         return weighted.addcmul_(normed, shared, value=-1).mul_(scale).to(x.dtype), None, None
 
