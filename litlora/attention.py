@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litlora.linear import has_slow_products
+from litlora.linear import arithmetic, has_slow_products
 
 BLOCK = 128
 """Queries whose scores exist at one time on a CPU: they stay in its cache, and little is computed that is masked."""
@@ -89,9 +89,9 @@ def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
 class _BlockedAttention(torch.autograd.Function):
     """Exact attention on a CPU, one block of queries at a time.
 
-    The output is computed in float32 whatever the inputs are, and rounded once. Gradients are products of the inputs'
-    dtype, as elsewhere, where a CPU can multiply it. The heads of a group stand below each other, so their keys and values are not repeated.
-    The scores of a block are computed again for its gradient, and memory grows with T alone.
+    The output is computed in float32 whatever the inputs are, and rounded once; gradients are products of the inputs'
+    dtype, where a CPU can multiply it. The heads of a group stand below each other, so their keys and values are not
+    repeated. The scores of a block are computed again for its gradient, and memory grows with T alone.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ class _BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        mask, dtype = _block_mask(q, k, ctx.lengths, ctx.window), _arithmetic(q)
+        mask, dtype = _block_mask(q, k, ctx.lengths, ctx.window), arithmetic(q)
         q_gradient = torch.empty_like(q)
         k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
         for rows, keys in _blocks(ctx.lengths, ctx.window):
@@ -122,10 +122,6 @@ class _BlockedAttention(torch.autograd.Function):
             q_gradient[rows] = _ungrouped(scores @ _by_head(k[keys]).to(dtype), q[rows])
             k_gradient[keys] += (scores.transpose(1, 2) @ queries.to(dtype)).transpose(0, 1)
         return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype), None, None
-
-
-def _arithmetic(x: Tensor) -> torch.dtype:
-    return torch.float32 if has_slow_products(x) else x.dtype
 
 
 def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice, slice]]:

@@ -85,7 +85,7 @@ class _SlabLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: StoredWeight) -> Tensor:
         ctx.weight = weight
-        out, wide = x.new_empty(len(x), weight.shape[0]), x.to(_arithmetic(x))
+        out, wide = x.new_empty(len(x), weight.shape[0]), x.to(arithmetic(x))
         for rows in _slabs(weight, x):
             _product(wide, weight[rows].to(wide.dtype), out[:, rows])
         return out
@@ -93,7 +93,7 @@ class _SlabLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        dtype, slabs = _arithmetic(gradient), _slabs(ctx.weight, gradient)
+        dtype, slabs = arithmetic(gradient), _slabs(ctx.weight, gradient)
         parts = (gradient[:, rows].to(dtype) @ ctx.weight[rows].to(dtype) for rows in slabs)
         total = next(parts)
         for part in parts:
@@ -109,7 +109,8 @@ def _product(x: Tensor, slab: Tensor, out: Tensor) -> None:
         out.copy_(F.linear(x, slab))
 
 
-def _arithmetic(x: Tensor) -> torch.dtype:
+def arithmetic(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products with x are computed."""
     return torch.float32 if has_slow_products(x) else x.dtype
 
 
