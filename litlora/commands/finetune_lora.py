@@ -237,7 +237,7 @@ def report(gpt: GPT, progress: Progress, val_loss: float | None) -> dict[str, An
     return {
         "train_loss": progress.train_loss,
         "val_loss": val_loss,
-        "val_perplexity": None if val_loss is None else math.exp(val_loss),
+        "val_perplexity": perplexity(val_loss),
         "steps": progress.step,
         "supervised_tokens": progress.supervised_tokens,
         "tokens": progress.tokens,
@@ -248,6 +248,11 @@ def report(gpt: GPT, progress: Progress, val_loss: float | None) -> dict[str, An
         "frozen_parameters": count(gpt, trainable=False),
         "versions": {package: version(package) for package in ("litlora", "torch", "bitsandbytes")},
     }
+
+
+def perplexity(loss: float | None) -> float | None:
+    """Return e to the power of a loss, or None where there is none or no float is as large."""
+    return None if loss is None or loss > math.log(sys.float_info.max) else math.exp(loss)
 
 
 def say(line: str) -> None:

@@ -10,6 +10,7 @@ from reference import hugging_face
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
+from litlora.commands.finetune_lora import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,11 @@ def test_a_run_leaves_what_it_promises(run):
     assert {path.name for path in (run / "final").iterdir()} == adapter | tokenizer | {"report.json"}
     state = {"training_state.json", "training_state.safetensors", "run.json", "manifest.json"}
     assert {path.name for path in (run / "step-000002").iterdir()} == adapter | tokenizer | state
+
+
+def test_a_loss_has_a_perplexity_as_far_as_floats_go():
+    assert perplexity(2.0) == pytest.approx(7.38905609893065)
+    assert perplexity(1e3) is None
 
 
 def test_the_report_says_what_was_done(run):
