@@ -11,6 +11,7 @@ from torch import nn
 from litlora.args import Precision
 from litlora.attention import BLOCK
 from litlora.config import GPTConfig
+from litlora.heap import EVERY
 from litlora.linear import SLAB, Linear, has_slow_products
 from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
 from litlora.loss import CHUNK
@@ -265,14 +266,22 @@ def _branch_bytes(network: Network, load: Load) -> int:
     return load.tokens * max(widths, default=0) * 3 * FLOAT32
 
 
-def gap_bytes(network: Network, load: Load) -> int:
-    """Estimate what the heap of a CPU's C library has free while most of it is in use.
+def spares_memory(quantize: str | None, activation_checkpointing: bool) -> bool:
+    """Tell whether a run is to be small before it is fast, so that a CPU's heap gives back its gaps on the way."""
+    return quantize is not None or activation_checkpointing
 
-    What a block keeps settles in the room of its temporaries, so that the next block needs new room for its own. How
-    much that makes was measured, with glibc; a GPU's allocator is asked for what is in use alone.
+
+def gap_bytes(network: Network, load: Load) -> int:
+    """Estimate what the heap of a CPU's C library has free while most of it is in use: see `keep_small`.
+
+    How much that makes, for a block or for what is kept, was measured, with glibc; a GPU's allocator is asked for what
+    is in use alone.
     """
-    share = WIDE_GAPS if network.upcasts else GAPS
-    return int(share * activation_bytes(network, load)) if network.on_cpu else 0
+    if not network.on_cpu:
+        return 0
+    if not spares_memory(network.quantize, load.activation_checkpointing):
+        return int((WIDE_GAPS if network.upcasts else GAPS) * activation_bytes(network, load))
+    return min(EVERY, network.config.num_hidden_layers) * load.tokens * FLOAT32 * network.config.intermediate_size
 
 
 def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:

@@ -8,7 +8,7 @@ import litlora
 PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
-    args config files layout limits linear loss rows stopping
+    args config files heap layout limits linear loss rows stopping
     launching quantize
     attention examples hub locking lora manifest optimizers state watching
     model preparing prompts ranks

@@ -21,7 +21,8 @@ from litlora.batches import Samples
 from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
-from litlora.footprint import Network, breakdown, table
+from litlora.footprint import Network, breakdown, spares_memory, table
+from litlora.heap import keep_small
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
@@ -116,6 +117,8 @@ def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sha
         gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
         add_lora(gpt, lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
+    if fabric.device.type == "cpu" and spares_memory(args.quantize, args.train.activation_checkpointing):
+        keep_small(gpt.model.layers)
     return gpt
 
 
