@@ -106,10 +106,12 @@ def whole_directory(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
     _remove_remains(path)
+    unheld = partial.with_suffix(".new")  # nobody takes it for remains before it is held
     with failure_said(path):
-        partial.mkdir(parents=True)
+        unheld.mkdir(parents=True)
     try:
-        with failure_said(path), _held(partial):
+        with failure_said(path), _held(unheld):
+            unheld.replace(partial)
             yield partial
             for file in partial.iterdir():
                 sync(file)
@@ -117,6 +119,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
             partial.replace(path)
             sync(path.parent)
     finally:
+        shutil.rmtree(unheld, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
 
 
