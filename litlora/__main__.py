@@ -53,10 +53,8 @@ def attempt(arguments: Sequence[str]) -> tuple[int, str | None]:
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
-        return (
-            1,
-            "there is too little memory for what this command has to hold: free some, or take a smaller checkpoint",
-        )
+        hint = "free some, or take a smaller checkpoint"
+        return 1, f"there is too little memory for what this command has to hold: {hint}"
     except KeyboardInterrupt:
         return 130, "stopped"
 

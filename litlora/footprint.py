@@ -11,7 +11,7 @@ from torch import nn
 from litlora.args import Precision
 from litlora.attention import BLOCK
 from litlora.config import GPTConfig
-from litlora.heap import EVERY
+from litlora.heap import EVERY, spares_memory
 from litlora.linear import SLAB, Linear, has_slow_products
 from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
 from litlora.loss import CHUNK
@@ -264,11 +264,6 @@ def _branch_bytes(network: Network, load: Load) -> int:
     stages, targets = _stages(network), network.lora.targets
     widths = [s.width for s in stages if any(targets(f"model.layers.0.{name}") for name in s.layers)]
     return load.tokens * max(widths, default=0) * 3 * FLOAT32
-
-
-def spares_memory(quantize: str | None, activation_checkpointing: bool) -> bool:
-    """Tell whether a run is to be small before it is fast, so that a CPU's heap gives back its gaps on the way."""
-    return quantize is not None or activation_checkpointing
 
 
 def gap_bytes(network: Network, load: Load) -> int:

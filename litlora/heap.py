@@ -9,11 +9,17 @@ EVERY = 10
 """Blocks from one return to the next: fewer take time to fill the same memory again, more leave larger gaps."""
 
 
+def spares_memory(quantize: str | None, activation_checkpointing: bool) -> bool:
+    """Tell whether a run is to be small before it is fast, so that its blocks are worth keeping small."""
+    return quantize is not None or activation_checkpointing
+
+
 def keep_small(blocks: nn.ModuleList) -> None:
     """Have blocks that train return the gaps of the heap to the system, every few of them, forth and back.
 
     What a block keeps for its gradient settles in the room of temporaries, so that the next block needs new room for
-    its own: after thirty blocks the gaps would be twice what is kept. Only glibc can return them.
+    its own: after thirty blocks the gaps would be half as large as what is kept, or as large. Only glibc can return
+    them, and what is returned takes time to fill again.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:

@@ -31,6 +31,17 @@ def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once(slab, monke
         torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=2**-8)
 
 
+def test_a_gradient_in_many_slabs_is_as_exact_as_in_one_where_a_cpu_multiplies_bfloat16(monkeypatch):
+    monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", True)
+    _, exact = outcome(F.linear, torch.float64)
+    deviations = []
+    for slab in (SLAB, 2):
+        monkeypatch.setattr(linear, "SLAB", slab)
+        _, found = outcome(_SlabLinear.apply, torch.bfloat16)
+        deviations.append((found.double() - exact).norm())
+    assert deviations[1] < 1.5 * deviations[0]
+
+
 def test_the_product_is_the_same_by_every_way():
     ways = (F.linear, frozen_linear, _SlabLinear.apply)
     first, *others = (outcome(way, torch.bfloat16) for way in ways)

@@ -1,10 +1,11 @@
 import pytest
 import torch
 from reference import hugging_face
+from torch import nn
 
 from litlora.checkpoint import load_model
 from litlora.lora import LoRAConfig, add_lora
-from litlora.model import GPT, KVCache, _SwiGLU
+from litlora.model import GPT, KVCache, RMSNorm, _SwiGLU
 from litlora.sampling import Sampler, generate
 
 LENGTHS = [11, 1, 40, 6]
@@ -83,3 +84,18 @@ def test_activation_checkpointing_keeps_little_more_than_the_input_of_each_block
         weights = {p.data_ptr() for p in model.parameters()}
         kept[on] = sum(t.numel() for where, t in stored.items() if where not in weights)
     assert kept[True] < kept[False] / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_is_that_of_torch_to_the_bit_and_its_gradient_that_of_float64(dtype):
+    torch.manual_seed(0)
+    norm, x, gradient = RMSNorm(100, 1e-5), torch.randn(7, 100).to(dtype), torch.randn(7, 100).to(dtype)
+    norm.to(dtype).requires_grad_(False).weight.copy_(torch.rand(100) + 0.5)
+    assert torch.equal(norm(x), nn.RMSNorm.forward(norm, x))
+    assert torch.equal(norm(x), torch.cat([norm(row) for row in x.split(1)]))
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    norm(ours).backward(gradient)
+    nn.RMSNorm.forward(norm.double(), theirs).backward(gradient.double())
+    torch.testing.assert_close(
+        ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5 if dtype is torch.float32 else 2**-7
+    )

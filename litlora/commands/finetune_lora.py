@@ -21,8 +21,8 @@ from litlora.batches import Samples
 from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
-from litlora.footprint import Network, breakdown, spares_memory, table
-from litlora.heap import keep_small
+from litlora.footprint import Network, breakdown, table
+from litlora.heap import keep_small, spares_memory
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
