@@ -12,6 +12,8 @@ SLAB = 2048
 """Rows of a bfloat16 weight that exist in float32 at one time, where products are computed so."""
 STORED_SLAB = 512
 """Rows of a stored weight that exist as numbers at one time on a CPU: fewer, since each is there in several dtypes."""
+STORED_VALUES = 2**20
+"""Values that more rows than these may have where each is there in one dtype: fewer products take less time."""
 
 HAS_BFLOAT16_PRODUCTS: bool = (
     torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -115,7 +117,11 @@ def arithmetic(x: Tensor) -> torch.dtype:
 
 
 def _slabs(weight: StoredWeight, x: Tensor) -> Iterator[slice]:
-    rows = weight.shape[0]
-    on_cpu = SLAB if isinstance(weight, Tensor) else STORED_SLAB
-    size = on_cpu if x.device.type == "cpu" else rows
+    rows, width = weight.shape
+    if x.device.type != "cpu":
+        size = rows
+    elif isinstance(weight, Tensor):
+        size = SLAB
+    else:  # a multiple of rows with which a block ends
+        size = STORED_SLAB * (1 if has_slow_products(x) else max(1, STORED_VALUES // (STORED_SLAB * width)))
     return (slice(start, start + size) for start in range(0, rows, size))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import LitLoraError
-from litlora.linear import frozen_linear
+from litlora.linear import arithmetic, frozen_linear
 
 BLOCK = 64
 """Values that share a scale, which is their largest magnitude."""
@@ -114,10 +114,12 @@ class NF4Weight(nn.Module):
         start, stop, _ = (bound * self.shape[1] for bound in rows.indices(self.shape[0]))
         assert start % BLOCK == 0
         packed, scales = self.packed[start // 2 : -(-stop // 2)], self._scales()[start // BLOCK : -(-stop // BLOCK)]
-        # On a CPU this gives the same bits in half the time of bitsandbytes' own bfloat16.
-        dtype = torch.float32 if packed.device.type == "cpu" else self.quantization.dtype
-        # The shape is flat, since bitsandbytes' AVX-512 code is wrong for rows that do not end with a block.
-        numbers: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK, "nf4", (stop - start,), dtype)
+        # Where a CPU has no bfloat16, float32 gives the same bits in half the time of bitsandbytes' own.
+        dtype = arithmetic(packed.new_empty(0, dtype=self.quantization.dtype))
+        # Threads share the rows of a shape, but bitsandbytes' AVX-512 code is wrong if they do not end with a block.
+        width = self.shape[1] if self.shape[1] % BLOCK == 0 else stop - start
+        shape = ((stop - start) // width, width)
+        numbers: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK, "nf4", shape, dtype)
         return numbers.view(-1, self.shape[1]).to(self.quantization.dtype)
 
     def times_row(self, x: Tensor) -> Tensor:
