@@ -21,6 +21,7 @@ from litlora.stopping import SIGNALS
 LAST_WORDS = 30.0  # seconds in which the others end by themselves after one has failed
 LOCAL_COUNT = "LOCAL_WORLD_SIZE"  # set by torchrun, and for the processes that are started here
 WATCHED = "LITLORA_WATCHED"  # set for the processes that are started here
+THREADS = "OMP_NUM_THREADS"  # of torch, in each process
 LEFT_ALONE = 3  # exit code of a watched process that ends because another has, of which the watching one knows more
 
 Attempt = Callable[[Sequence[str]], tuple[int, str | None]]
@@ -114,7 +115,13 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, LOCAL_COUNT: count, "GROUP_RANK": 0}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     silence = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # or torch warns, with its stack, that another process has ended
-    return {name: str(value) for name, value in (place | meeting | silence | {WATCHED: 1}).items()}
+    threads = {THREADS: os.environ.get(THREADS, max(1, _cores() // count))}  # or each takes all cores from the others
+    return {name: str(value) for name, value in (place | meeting | silence | threads | {WATCHED: 1}).items()}
+
+
+def _cores() -> int:
+    """Return how many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -108,3 +108,12 @@ def test_a_process_that_is_started_here_knows_that_it_is_watched(monkeypatch):
     assert not find_place(1, 1).is_watched
     monkeypatch.setattr(os, "environ", os.environ | launching._environment(1, 2, 1))
     assert find_place(2, 1) == Place(1, 2, 2, is_watched=True)
+
+
+@pytest.mark.parametrize(("cores", "asked", "threads"), [(8, None, "4"), (1, None, "1"), (8, "3", "3")])
+def test_processes_share_the_cores_unless_told_how_many_threads_to_take(monkeypatch, cores, asked, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert launching._environment(1, 2, 1)["OMP_NUM_THREADS"] == threads

@@ -13,9 +13,12 @@ class Program:
     environment: str
     """The virtual environment that it runs in, and the module beside this one that runs it there."""
     compiled: bool = False
+    devices: int = 1
+    """Processes that train together, each with its share of the cores."""
 
 
 LITLORA = Program("litlora", "litlora")
+LITLORA_BY_TWO = Program("litlora --devices 2", "litlora", devices=2)
 LITLORA_COMPILED = Program("litlora --compile", "litlora", compiled=True)
 PEFT = Program("PEFT + transformers", "peft")
 TRANSFORMERS = Program("transformers", "peft")
@@ -42,15 +45,16 @@ class Case:
         return f"Training, {number}, LoRA on {self.layers}{' over NF4' if self.quantized else ''}"
 
 
-TRAINING = (LITLORA, PEFT, LITGPT)
+TRAINING = (LITLORA, LITLORA_BY_TWO, PEFT, LITGPT)
+AGAINST_PEFT = (LITLORA, LITLORA_BY_TWO, PEFT)
 GENERATION = (LITLORA, LITLORA_COMPILED, TRANSFORMERS, LITGPT)
 CASES = (
     Case("train-32", "train", "32-true", TRAINING),
     Case("train-bf16", "train", "bf16-true", TRAINING),
-    Case("train-all-32", "train", "32-true", (LITLORA, PEFT), "all linear layers"),
-    Case("train-all-bf16", "train", "bf16-true", (LITLORA, PEFT), "all linear layers"),
-    Case("train-nf4-32", "train", "32-true", (LITLORA, PEFT), quantized=True),
-    Case("train-nf4-bf16", "train", "bf16-true", (LITLORA, PEFT), quantized=True),
+    Case("train-all-32", "train", "32-true", AGAINST_PEFT, "all linear layers"),
+    Case("train-all-bf16", "train", "bf16-true", AGAINST_PEFT, "all linear layers"),
+    Case("train-nf4-32", "train", "32-true", AGAINST_PEFT, quantized=True),
+    Case("train-nf4-bf16", "train", "bf16-true", AGAINST_PEFT, quantized=True),
     Case("generate-32", "generate", "32-true", GENERATION),
     Case("generate-bf16", "generate", "bf16-true", GENERATION),
 )

@@ -5,18 +5,16 @@ import importlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks import jobs
-from benchmarks.jobs import Job, Result, peak_memory_gb, serve, versions
+from benchmarks.jobs import Job, Result, peak_memory_gb, peak_of_children, serve, versions
 from litlora.__main__ import run
 from litlora.batches import epoch_order
 from litlora.model import GPT
-from litlora.records import RunFolder
 
 PACKAGES = ("litlora", "torch", "bitsandbytes")
 SEED = 1337
@@ -24,18 +22,21 @@ SEED = 1337
 
 def train(job: Job) -> Result:
     """Fine-tune on the rows, once."""
-    with tempfile.TemporaryDirectory() as scratch, step_times() as times:
+    with tempfile.TemporaryDirectory() as scratch, peak_of_children() as peak:
+        folder = Path(scratch) / "run"
         write_in_order(job, Path(scratch))
         run(train_flags(job, Path(scratch)))
-        report = json.loads((Path(scratch) / "run/final/report.json").read_text(encoding="utf-8"))
-        with (Path(scratch) / "run/metrics.csv").open(encoding="utf-8", newline="") as file:
+        report = json.loads((folder / "final/report.json").read_text(encoding="utf-8"))
+        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        # Written just before the first step, and just after each.
+        start, end = ((folder / name).stat().st_mtime for name in ("hyperparameters.yaml", "metrics.csv"))
     return Result(
-        seconds=times[-1] - times[0],
+        seconds=end - start,
         tokens=report["tokens"],
         supervised=report["supervised_tokens"],
         losses=losses,
-        memory_gb=peak_memory_gb(),
+        memory_gb=peak_memory_gb() if job.devices == 1 else peak[0],
         versions=versions(*PACKAGES),
     )
 
@@ -48,6 +49,7 @@ def train_flags(job: Job, scratch: Path) -> list[str]:
         "data_dir": scratch,
         "out_dir": scratch / "run",
         "precision": job.precision,
+        "devices": job.devices,
         "lora_r": jobs.RANK,
         "lora_alpha": jobs.ALPHA,
         "lora_dropout": jobs.DROPOUT,
@@ -73,22 +75,6 @@ def write_in_order(job: Job, folder: Path) -> None:
     ordered = [line for _, line in sorted(zip(visited, lines, strict=True))]
     (folder / "train.jsonl").write_text("\n".join(ordered) + "\n", encoding="utf-8")
     (folder / "val.jsonl").write_bytes((job.data / "val.jsonl").read_bytes())
-
-
-@contextmanager
-def step_times() -> Iterator[list[float]]:
-    """Give the list that gets the time when training is about to start, and when each step has been logged."""
-    times: list[float] = []
-
-    def timed(method: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any, **options: Any) -> None:
-            method(*arguments, **options)
-            times.append(time.perf_counter())
-
-        return call
-
-    with patch.multiple(RunFolder, open=timed(RunFolder.open), log=timed(RunFolder.log)):
-        yield times
 
 
 def generate(job: Job) -> Result:

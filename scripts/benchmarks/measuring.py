@@ -46,7 +46,8 @@ def measure(case: Case, job: Job, environments: Environments, repetitions: int) 
             measurement.products.append(Products(**found))
         for program in case.programs[:: -1 if repetition % 2 else 1]:
             if program.name not in measurement.missing:
-                take(measurement, program, replace(job, compiled=program.compiled), pythons[program.environment])
+                variant = replace(job, compiled=program.compiled, devices=program.devices)
+                take(measurement, program, variant, pythons[program.environment])
     return measurement
 
 
