@@ -95,8 +95,9 @@ def start(attempt: Attempt, arguments: Sequence[str], count: int) -> int:
         context.Process(target=_run, args=(attempt, arguments, _environment(rank, count, port), words))
         for rank, (_, words) in enumerate(pipes)
     ]
-    for process in processes:
-        process.start()
+    with _sharing_cores(count):
+        for process in processes:
+            process.start()
     with _passing_signals(processes):
         try:
             codes = _watch(processes)
@@ -115,13 +116,23 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, LOCAL_COUNT: count, "GROUP_RANK": 0}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     silence = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # or torch warns, with its stack, that another process has ended
-    threads = {THREADS: os.environ.get(THREADS, max(1, _cores() // count))}  # or each takes all cores from the others
-    return {name: str(value) for name, value in (place | meeting | silence | threads | {WATCHED: 1}).items()}
+    return {name: str(value) for name, value in (place | meeting | silence | {WATCHED: 1}).items()}
 
 
-def _cores() -> int:
-    """Return how many of the machine's cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@contextmanager
+def _sharing_cores(count: int) -> Iterator[None]:
+    """Have processes that are started inside take a share of the cores each, or all would take them from one another.
+
+    They are told before they import anything: once torch is there, it is too late.
+    """
+    asked = os.environ.get(THREADS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ[THREADS] = asked or str(max(1, cores // count))
+    try:
+        yield
+    finally:
+        if not asked:
+            del os.environ[THREADS]
 
 
 def _free_port() -> int:

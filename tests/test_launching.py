@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from litlora import launching
 from litlora.errors import LitLoraError
@@ -110,10 +111,15 @@ def test_a_process_that_is_started_here_knows_that_it_is_watched(monkeypatch):
     assert find_place(2, 1) == Place(1, 2, 2, is_watched=True)
 
 
-@pytest.mark.parametrize(("cores", "asked", "threads"), [(8, None, "4"), (1, None, "1"), (8, "3", "3")])
-def test_processes_share_the_cores_unless_told_how_many_threads_to_take(monkeypatch, cores, asked, threads):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+def tell_threads(arguments: Sequence[str]) -> tuple[int, str | None]:
+    return 1, f"{torch.get_num_threads()} threads"
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("3", 3)])
+def test_processes_share_the_cores_unless_told_how_many_threads_to_take(monkeypatch, asked, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert launching._environment(1, 2, 1)["OMP_NUM_THREADS"] == threads
+    with pytest.raises(LitLoraError, match=f"^{threads} threads$"):
+        start(tell_threads, [], 2)
+    assert os.environ.get("OMP_NUM_THREADS") == asked
