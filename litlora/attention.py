@@ -19,6 +19,8 @@ Rope = tuple[Tensor, Tensor]
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (i, i + head_dim / 2) of x (T, heads, head_dim) by its angle (Su et al. 2021, eq. 34)."""
+    if not torch.is_grad_enabled():
+        return _turned(x, *rope)  # for a single token it takes no longer than the way to it through autograd
     out: Tensor = _Rotation.apply(x, *rope)  # type: ignore[no-untyped-call]
     return out
 

@@ -36,8 +36,6 @@ class Network:
     device: torch.device
     shards: int = 1
     """How many devices hold a part of the base each."""
-    processes: int = 1
-    """How many train on this machine."""
 
     def outline(self) -> GPT:
         """Build the model with its adapter, without a single value."""
@@ -276,7 +274,7 @@ def gap_bytes(network: Network, load: Load) -> int:
     """
     if not network.on_cpu:
         return 0
-    if not spares_memory(network.quantize, load.activation_checkpointing, network.processes):
+    if not spares_memory(network.quantize, load.activation_checkpointing):
         return int((WIDE_GAPS if network.upcasts else GAPS) * activation_bytes(network, load))
     return min(EVERY, network.config.num_hidden_layers) * load.tokens * FLOAT32 * network.config.intermediate_size
 

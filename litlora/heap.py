@@ -9,12 +9,9 @@ EVERY = 10
 """Blocks from one return to the next: fewer take time to fill the same memory again, more leave larger gaps."""
 
 
-def spares_memory(quantize: str | None, activation_checkpointing: bool, processes: int) -> bool:
-    """Tell whether a run is to be small before it is fast, so that its blocks are worth keeping small.
-
-    Of several processes that train on one machine, each has gaps of its own.
-    """
-    return quantize is not None or activation_checkpointing or processes > 1
+def spares_memory(quantize: str | None, activation_checkpointing: bool) -> bool:
+    """Tell whether a run is to be small before it is fast, so that its blocks are worth keeping small."""
+    return quantize is not None or activation_checkpointing
 
 
 def keep_small(blocks: nn.ModuleList) -> None:

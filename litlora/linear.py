@@ -39,11 +39,14 @@ def frozen_linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     if not isinstance(weight, Tensor):
         if one_row and x.is_cuda and not torch.is_grad_enabled():
             return weight.times_row(x)
+    elif weight.is_mkldnn:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+        return out
     elif one_row and x.device.type == "cpu":
         return _row_product(x, weight)
     elif not has_slow_products(x):
         return F.linear(x, weight)
-    out: Tensor = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+    out = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -61,12 +64,55 @@ def _row_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.expand(parts, 1, -1), weight.view(parts, -1, size[1]).mT).view(1, -1)
 
 
+def packed(weight: Tensor) -> Tensor:
+    """Return a weight (out, in) in the order in which one row is multiplied fastest, for `frozen_linear` alone.
+
+    For bfloat16 on a CPU, that halves the time.
+    """
+    if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS:
+        return weight
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+    return out
+
+
 class Linear(nn.Linear):
     """A linear layer without bias that is fast where it is frozen."""
 
     def forward(self, x: Tensor) -> Tensor:
         trains = self.weight.requires_grad and torch.is_grad_enabled()
         return F.linear(x, self.weight) if trains else frozen_linear(x, self.weight)
+
+    def completed(self, product: Tensor, x: Tensor) -> Tensor:
+        """Return the output for x, given its product with the weight."""
+        return product
+
+
+class Completed(Protocol):
+    """A layer whose output can be had from a product that was computed with others'."""
+
+    weight: Any
+
+    def completed(self, product: Tensor, x: Tensor) -> Tensor: ...
+
+
+class Joint(nn.Module):
+    """Linear layers of one input whose weights are one: a token at a time, a large product is faster than its parts.
+
+    It is for inference alone, and takes the weights away from its layers.
+    """
+
+    def __init__(self, *layers: Completed) -> None:
+        super().__init__()
+        weights = [layer.weight for layer in layers]
+        self.layers, self.sizes = layers, [len(weight) for weight in weights]
+        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+        for layer in layers:
+            layer.weight = None
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the output (T, out) of each layer."""
+        products = torch.split(frozen_linear(x, self.weight), self.sizes, dim=1)
+        return [layer.completed(product, x) for layer, product in zip(self.layers, products, strict=True)]
 
 
 def has_slow_products(x: Tensor) -> bool:

@@ -67,11 +67,15 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)  # so that before the first step the model equals its base exactly
 
     def forward(self, x: Tensor) -> Tensor:
-        y, a, b = frozen_linear(x, self.weight), self.lora_A.weight, self.lora_B.weight
+        return self.completed(frozen_linear(x, self.weight), x)
+
+    def completed(self, product: Tensor, x: Tensor) -> Tensor:
+        """Return the output for x, given its product with the frozen weight, to which the branch is added in place."""
+        a, b = self.lora_A.weight, self.lora_B.weight
         if not (self.training or torch.is_grad_enabled()):
-            return _add_low_rank(y, x, a, b, self.scaling, None)[0]
+            return _add_low_rank(product, x, a, b, self.scaling, None)[0]
         dropout = self.dropout if self.training else 0.0
-        out: Tensor = _AddLowRank.apply(y, x, a, b, self.scaling, dropout)  # type: ignore[no-untyped-call]
+        out: Tensor = _AddLowRank.apply(product, x, a, b, self.scaling, dropout)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -123,8 +123,7 @@ def need(run: Run, samples: Sequence[Sample], activation_checkpointing: bool) ->
     """Say how much memory a run takes whose longest micro-batch is of these samples."""
     args = run.args
     shards = run.ranks.count if isinstance(run.gpt, FSDPModule) else 1
-    shape = run.gpt.config, run.folder.lora, args.precision, args.quantize
-    network = Network(*shape, run.fabric.device, shards, args.devices)
+    network = Network(run.gpt.config, run.folder.lora, args.precision, args.quantize, run.fabric.device, shards)
     load = load_of(samples, activation_checkpointing)
     return f"about {sum(breakdown(network, load, args.optimizer).values()) / 1e9:.1f} GB"
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.attention import Rope, attend, attend_within, rotate
 from litlora.config import GPTConfig, Llama3Scaling
-from litlora.linear import Linear
+from litlora.linear import Joint, Linear
 
 
 class KVCache:
@@ -48,9 +48,15 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = Linear(width, config.hidden_size, bias=False)
+        self.joint: Joint | None = None
+
+    def join(self) -> None:
+        """Make one product of the three that have one input."""
+        self.joint = Joint(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, past: Tensor | None) -> Tensor:
-        q, k, v = (proj(x).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = self.joint(x) if self.joint else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (t.unflatten(1, (-1, self.head_dim)) for t in projected)
         q, k = rotate(q, rope), rotate(k, rope)  # (T, heads, head_dim)
         if past is None:
             y = attend_within(q, k, v, lengths, self.window)
@@ -67,9 +73,15 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.joint: Joint | None = None
+
+    def join(self) -> None:
+        """Make one product of the two that have one input."""
+        self.joint = Joint(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = _SwiGLU.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
+        gate, up = self.joint(x) if self.joint else (self.gate_proj(x), self.up_proj(x))
+        hidden: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         out: Tensor = self.down_proj(hidden)
         return out
 

@@ -5,10 +5,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from litlora.errors import LitLoraError
-from litlora.model import GPT, KVCache, evaluating
+from litlora.linear import Joint, Linear, packed
+from litlora.lora import LoRALinear
+from litlora.model import GPT, MLP, Attention, KVCache, evaluating
+from litlora.quantize import quantization_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,20 @@ def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     with torch.compiler.set_stance("force_eager") if model.is_compiled and len(tokens) > 1 else nullcontext():
         logits: Tensor = model.lm_head(model(tokens, [len(tokens)], cache)[-1:])
     return logits[0]
+
+
+def lay_out(model: GPT) -> None:
+    """Lay out the weights for one token at a time, after which the model trains no more: those with one input as one.
+
+    The embedding's stay as they are, and those in 4 bits.
+    """
+    if quantization_of(model) is None:
+        for module in model.modules():
+            if isinstance(module, Attention | MLP):
+                module.join()
+    for module in model.modules():
+        if isinstance(module, Linear | LoRALinear | Joint) and isinstance(module.weight, Tensor):
+            module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
 
 
 @torch.inference_mode()

@@ -115,7 +115,7 @@ def tell_threads(arguments: Sequence[str]) -> tuple[int, str | None]:
     return 1, f"{torch.get_num_threads()} threads"
 
 
-@pytest.mark.parametrize(("asked", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("3", 3)])
+@pytest.mark.parametrize(("asked", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("2", 2)])
 def test_processes_share_the_cores_unless_told_how_many_threads_to_take(monkeypatch, asked, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:

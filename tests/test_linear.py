@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from litlora import linear
-from litlora.linear import SLAB, Linear, _SlabLinear, frozen_linear
+from litlora.linear import SLAB, Joint, Linear, _SlabLinear, frozen_linear, packed
+from litlora.lora import LoRALinear
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,3 +68,38 @@ def test_one_row_is_multiplied_as_exactly_as_many(dtype, out_features):
     torch.testing.assert_close(
         frozen_linear(x, weight).double(), exact, atol=1e-4, rtol=1e-5 if dtype is torch.float32 else 2**-8
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_a_packed_weight_multiplies_as_exactly_as_it_did(dtype, rows):
+    torch.manual_seed(0)
+    weight, x = torch.randn(333, 600).to(dtype), torch.randn(rows, 600).to(dtype)
+    found, exact = frozen_linear(x, packed(weight)), F.linear(x.double(), weight.double())
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5 if dtype is torch.float32 else 2**-8)
+
+
+def test_a_weight_is_packed_where_a_cpu_multiplies_bfloat16(monkeypatch):
+    weight = torch.randn(64, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", False)
+    assert packed(weight) is weight
+    monkeypatch.undo()
+    assert packed(weight).is_mkldnn == linear.HAS_BFLOAT16_PRODUCTS
+    assert packed(weight.float()).dtype is torch.float32
+
+
+@torch.no_grad()
+def test_a_joint_product_is_that_of_each_layer_with_its_own_branch():
+    torch.manual_seed(0)
+    layers = [Linear(16, out, bias=False) for out in (12, 4, 4)]
+    layers[0], layers[2] = (LoRALinear(layer, rank=2, scaling=3.0, dropout=0.5) for layer in (layers[0], layers[2]))
+    for layer in (layers[0], layers[2]):
+        nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(5, 16)
+    expected = [layer.eval()(x) for layer in layers]
+    joint = Joint(*layers)
+    assert joint.weight.shape == (20, 16)
+    assert all(layer.weight is None for layer in layers)  # or every weight would be there twice
+    for found, reference in zip(joint(x), expected, strict=True):
+        torch.testing.assert_close(found, reference)

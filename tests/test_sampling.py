@@ -1,12 +1,14 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from litlora.checkpoint import load_model
-from litlora.lora import LoRAConfig, add_lora
-from litlora.model import GPT
-from litlora.sampling import Sampler, compile_step, generate
+from litlora.lora import LoRAConfig, add_lora, lora_parameters
+from litlora.model import GPT, KVCache, evaluating
+from litlora.sampling import Sampler, compile_step, generate, lay_out, next_logits
 
 DRAWS = 20_000
 
@@ -46,12 +48,41 @@ def test_compiled_all_blocks_and_lengths_are_one_compilation_with_the_same_token
     torch._dynamo.reset()
     counters.clear()
     for compilations, family in enumerate(["llama-gqa", "mistral"], start=1):
-        model = load_model(checkpoints(family), torch.float32, torch.device("cpu"))
-        add_lora(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=("q_proj", "v_proj")))
+        model = adapted(checkpoints(family), torch.float32)
         eager = tokens_of(model)
         compile_step(model)
         assert tokens_of(model) == eager
         assert counters["stats"]["unique_graphs"] == 2 * compilations  # a block, and the head
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_once_the_weights_are_laid_out_the_scores_are_the_same(checkpoints, family, dtype):
+    model, tokens = adapted(checkpoints(family), dtype), torch.tensor([5, 6, 7, 8, 9])
+    expected = scores(model, tokens)
+    lay_out(model)
+    tolerances = {torch.float32: {}, torch.bfloat16: {"atol": 0.02, "rtol": 0.02}}[dtype]
+    torch.testing.assert_close(scores(model, tokens), expected, **tolerances)
+
+
+@torch.inference_mode()
+def scores(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the scores after a prompt, and after one token more."""
+    weight = model.lm_head.weight
+    cache = KVCache(model.config, 8, weight.dtype, weight.device)
+    with evaluating(model):
+        return torch.stack([next_logits(model, part, cache) for part in (tokens[:-1], tokens[-1:])]).float()
+
+
+def adapted(checkpoint: Path, dtype: torch.dtype) -> GPT:
+    """Return a model with an adapter that changes what it says."""
+    model = load_model(checkpoint, dtype, torch.device("cpu"))
+    targets = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head")
+    add_lora(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=targets))
+    for name, matrix in lora_parameters(model).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(matrix, std=0.02)
+    return model
 
 
 def tokens_of(model: GPT) -> list[int]:

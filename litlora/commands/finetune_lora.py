@@ -84,7 +84,7 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     train, val = (samples_of(name, tokens, limit, args.train.micro_batch_tokens) for name, tokens in named.items())
 
     torch.manual_seed(args.seed)
-    network = Network(config, folder.lora, args.precision, args.quantize, fabric.device, processes=args.devices)
+    network = Network(config, folder.lora, args.precision, args.quantize, fabric.device)
     if args.dry_run:
         sys.stdout.write(forecast(args, network, train))
         return
@@ -117,7 +117,7 @@ def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sha
         gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
         add_lora(gpt, lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
-    if fabric.device.type == "cpu" and spares_memory(args.quantize, args.train.activation_checkpointing, args.devices):
+    if fabric.device.type == "cpu" and spares_memory(args.quantize, args.train.activation_checkpointing):
         keep_small(gpt.model.layers)
     return gpt
 

@@ -9,7 +9,7 @@ from litlora.args import GenerateArgs
 from litlora.checkpoint import load_config
 from litlora.errors import LitLoraError
 from litlora.quantize import Quantization
-from litlora.sampling import Sampler, compile_step
+from litlora.sampling import Sampler, compile_step, lay_out
 from litlora.sampling import generate as stream_tokens
 from litlora.tokenizer import Tokenizer
 
@@ -31,6 +31,8 @@ def generate(args: GenerateArgs) -> None:
     model = load_with_adapter(base_dir, adapter_dir, dtype, device, quantization)
     if args.compile:
         compile_step(model)
+    else:
+        lay_out(model)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):
         tokens = stream_tokens(model, prompt, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids)
