@@ -66,7 +66,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
 
     q is (n_head, T, head_dim), k and v are (n_kv, S, head_dim). Returns (n_head, T, head_dim).
     """
-    if has_slow_products(q):
+    if has_slow_products(q.dtype, q.device):
         return attend(q.float(), k.float(), v.float(), window=window).to(q.dtype)
     T, S = q.shape[1], k.shape[1]
     if window is not None and S > T + window - 1:
@@ -111,7 +111,7 @@ class _BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        mask, dtype = _block_mask(q, k, ctx.lengths, ctx.window), arithmetic(q)
+        mask, dtype = _block_mask(q, k, ctx.lengths, ctx.window), arithmetic(q.dtype, q.device)
         q_gradient = torch.empty_like(q)
         k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
         for rows, keys in _blocks(ctx.lengths, ctx.window):

@@ -59,7 +59,7 @@ class Network:
     def upcasts(self) -> bool:
         """Tell whether the products of the blocks are of bfloat16 and computed in float32."""
         dtype = torch.bfloat16 if self.product == BFLOAT16 else torch.float32
-        return self.on_cpu and has_slow_products(torch.empty(0, dtype=dtype))
+        return has_slow_products(dtype, self.device)
 
     @property
     def on_cpu(self) -> bool:

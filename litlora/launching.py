@@ -126,13 +126,17 @@ def _sharing_cores(count: int) -> Iterator[None]:
     They are told before they import anything: once torch is there, it is too late.
     """
     asked = os.environ.get(THREADS)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ[THREADS] = asked or str(max(1, cores // count))
+    os.environ[THREADS] = asked or str(max(1, usable_cores() // count))
     try:
         yield
     finally:
         if not asked:
             del os.environ[THREADS]
+
+
+def usable_cores() -> int:
+    """Return how many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -44,7 +44,7 @@ def frozen_linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
         return out
     elif one_row and x.device.type == "cpu":
         return _row_product(x, weight)
-    elif not has_slow_products(x):
+    elif not has_slow_products(x.dtype, x.device):
         return F.linear(x, weight)
     out = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
@@ -115,12 +115,12 @@ class Joint(nn.Module):
         return [layer.completed(product, x) for layer, product in zip(self.layers, products, strict=True)]
 
 
-def has_slow_products(x: Tensor) -> bool:
-    """Tell whether products of this dtype and device are better computed in float32.
+def has_slow_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether products of this dtype on this device are better computed in float32.
 
     Where oneDNN cannot multiply bfloat16, torch falls back to a loop that is ten times slower than float32.
     """
-    return x.dtype is torch.bfloat16 and x.device.type == "cpu" and not HAS_BFLOAT16_PRODUCTS
+    return dtype is torch.bfloat16 and device.type == "cpu" and not HAS_BFLOAT16_PRODUCTS
 
 
 class _SlabLinear(torch.autograd.Function):
@@ -133,7 +133,7 @@ class _SlabLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: StoredWeight) -> Tensor:
         ctx.weight = weight
-        out, wide = x.new_empty(len(x), weight.shape[0]), x.to(arithmetic(x))
+        out, wide = x.new_empty(len(x), weight.shape[0]), x.to(arithmetic(x.dtype, x.device))
         for rows in _slabs(weight, x):
             _product(wide, weight[rows].to(wide.dtype), out[:, rows])
         return out
@@ -141,7 +141,7 @@ class _SlabLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        dtype, slabs = arithmetic(gradient), _slabs(ctx.weight, gradient)
+        dtype, slabs = arithmetic(gradient.dtype, gradient.device), _slabs(ctx.weight, gradient)
         parts = (gradient[:, rows].to(dtype) @ ctx.weight[rows].to(dtype) for rows in slabs)
         total = next(parts)
         for part in parts:
@@ -157,9 +157,9 @@ def _product(x: Tensor, slab: Tensor, out: Tensor) -> None:
         out.copy_(F.linear(x, slab))
 
 
-def arithmetic(x: Tensor) -> torch.dtype:
-    """Return the dtype in which products with x are computed."""
-    return torch.float32 if has_slow_products(x) else x.dtype
+def arithmetic(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which products of this one are computed."""
+    return torch.float32 if has_slow_products(dtype, device) else dtype
 
 
 def _slabs(weight: StoredWeight, x: Tensor) -> Iterator[slice]:
@@ -168,6 +168,8 @@ def _slabs(weight: StoredWeight, x: Tensor) -> Iterator[slice]:
         size = rows
     elif isinstance(weight, Tensor):
         size = SLAB
-    else:  # a multiple of rows with which a block ends
-        size = STORED_SLAB * (1 if has_slow_products(x) else max(1, STORED_VALUES // (STORED_SLAB * width)))
+    elif has_slow_products(x.dtype, x.device):
+        size = STORED_SLAB
+    else:
+        size = STORED_SLAB * max(1, STORED_VALUES // (STORED_SLAB * width))  # a multiple, with which a block ends
     return (slice(start, start + size) for start in range(0, rows, size))

@@ -115,7 +115,7 @@ class NF4Weight(nn.Module):
         assert start % BLOCK == 0
         packed, scales = self.packed[start // 2 : -(-stop // 2)], self._scales()[start // BLOCK : -(-stop // BLOCK)]
         # Where a CPU has no bfloat16, float32 gives the same bits in half the time of bitsandbytes' own.
-        dtype = arithmetic(packed.new_empty(0, dtype=self.quantization.dtype))
+        dtype = arithmetic(self.quantization.dtype, packed.device)
         # Threads share the rows of a shape, but bitsandbytes' AVX-512 code is wrong if they do not end with a block.
         width = self.shape[1] if self.shape[1] % BLOCK == 0 else stop - start
         shape = ((stop - start) // width, width)

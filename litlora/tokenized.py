@@ -27,7 +27,7 @@ from tqdm import tqdm
 from litlora.errors import LitLoraError
 from litlora.examples import ANY, Example, Turn, open_split, read_rows, require_rows
 from litlora.files import check_writable, digest, read_json, whole_directory
-from litlora.launching import end_with_parent
+from litlora.launching import end_with_parent, usable_cores
 from litlora.prompts import PromptStyle
 from litlora.rows import jsonl_rows, jsonl_start
 from litlora.tokenizer import Tokenizer
@@ -341,8 +341,7 @@ def _spans(path: Path) -> Iterator[tuple[int, int]]:
 
 def _processes(size: int) -> int:
     """Choose how many processes are to tokenize so many bytes."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return 1 if size < SMALL else min(cores, MOST_PROCESSES)
+    return 1 if size < SMALL else min(usable_cores(), MOST_PROCESSES)
 
 
 def _run(jobs: Iterable[Job], recipe: Recipe, processes: int) -> Iterator[Piece]:
