@@ -13,6 +13,9 @@ from litlora.linear import arithmetic, has_slow_products
 BLOCK = 128
 """Queries whose scores exist at one time on a CPU: they stay in its cache, and little is computed that is masked."""
 
+GRAIN = 16
+"""What the lengths of sequences are rounded up to, where each shape of a product has a kernel that oneDNN writes."""
+
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of every position's angles, each (T, 1, head_dim / 2)."""
 
@@ -110,20 +113,39 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        mask, dtype = _block_mask(q, k, ctx.lengths, ctx.window), arithmetic(q.dtype, q.device)
-        q_gradient = torch.empty_like(q)
-        k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
-        for rows, keys in _blocks(ctx.lengths, ctx.window):
-            queries, out_gradient = _grouped(q[rows], k), _grouped(gradient[rows], k).to(dtype)
-            probabilities = _probabilities(queries, _by_head(k[keys]), mask)
-            v_gradient[keys] += (probabilities.to(dtype).transpose(1, 2) @ out_gradient).transpose(0, 1)
-            upstream = (out_gradient @ _by_head(v[keys]).to(dtype).transpose(1, 2)).float()
-            scores = torch._softmax_backward_data(upstream, probabilities, -1, torch.float32)
-            scores = scores.mul_(q.shape[-1] ** -0.5).to(dtype)
-            q_gradient[rows] = _ungrouped(scores @ _by_head(k[keys]).to(dtype), q[rows])
-            k_gradient[keys] += (scores.transpose(1, 2) @ queries.to(dtype)).transpose(0, 1)
-        return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype), None, None
+        tensors, lengths = (*ctx.saved_tensors, gradient), ctx.lengths
+        if arithmetic(gradient.dtype, gradient.device) is torch.bfloat16:
+            lengths = [length + -length % GRAIN for length in ctx.lengths]
+        filled = [_with_lengths(t, ctx.lengths, lengths) for t in tensors]
+        found = _gradients(*filled, lengths=lengths, window=ctx.window)
+        return *(_with_lengths(t, lengths, ctx.lengths) for t in found), None, None
+
+
+def _with_lengths(t: Tensor, lengths: Sequence[int], others: Sequence[int]) -> Tensor:
+    """Fill each sequence up with zeros to its other length, or cut it: no query before the zeros sees them."""
+    if lengths == others:
+        return t
+    parts = zip(torch.split(t, list(lengths)), others, strict=True)
+    return torch.cat([F.pad(part, (0, 0, 0, 0, 0, other - len(part))) for part, other in parts])
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, *, lengths: Sequence[int], window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values, given that of the output (T, n_head, head_dim)."""
+    mask, dtype = _block_mask(q, k, lengths, window), arithmetic(q.dtype, q.device)
+    q_gradient = torch.empty_like(q)
+    k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
+    for rows, keys in _blocks(lengths, window):
+        queries, out_gradient = _grouped(q[rows], k), _grouped(gradient[rows], k).to(dtype)
+        probabilities = _probabilities(queries, _by_head(k[keys]), mask)
+        v_gradient[keys] += (probabilities.to(dtype).transpose(1, 2) @ out_gradient).transpose(0, 1)
+        upstream = (out_gradient @ _by_head(v[keys]).to(dtype).transpose(1, 2)).float()
+        scores = torch._softmax_backward_data(upstream, probabilities, -1, torch.float32)
+        scores = scores.mul_(q.shape[-1] ** -0.5).to(dtype)
+        q_gradient[rows] = _ungrouped(scores @ _by_head(k[keys]).to(dtype), q[rows])
+        k_gradient[keys] += (scores.transpose(1, 2) @ queries.to(dtype)).transpose(0, 1)
+    return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype)
 
 
 def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice, slice]]:

@@ -52,10 +52,11 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_pro
         assert torch.equal(ours, reference.bfloat16())
 
 
-def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(monkeypatch):
+@pytest.mark.parametrize("window", [None, 50])
+def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(window, monkeypatch):
     monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", True)
     tensors = problem(6, 2, torch.bfloat16)
-    exact, found = outcome(packed, [t.float() for t in tensors], None), outcome(packed, tensors, None)
+    exact, found = outcome(packed, [t.float() for t in tensors], window), outcome(packed, tensors, window)
     assert torch.equal(found[0], exact[0].bfloat16())  # only gradients are of such products
     for ours, reference in zip(found, exact, strict=True):
         deviation = (ours.float() - reference).norm() / reference.norm()
