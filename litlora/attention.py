@@ -115,7 +115,7 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors, lengths = (*ctx.saved_tensors, gradient), ctx.lengths
         if arithmetic(gradient.dtype, gradient.device) is torch.bfloat16:
-            lengths = [length + -length % GRAIN for length in ctx.lengths]
+            lengths = tuple(length + -length % GRAIN for length in lengths)
         filled = [_with_lengths(t, ctx.lengths, lengths) for t in tensors]
         found = _gradients(*filled, lengths=lengths, window=ctx.window)
         return *(_with_lengths(t, lengths, ctx.lengths) for t in found), None, None
