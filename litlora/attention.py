@@ -1,6 +1,8 @@
 """Rotary positions, and causal attention within each of the sequences that lie end to end in one row."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,6 +62,8 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], windo
     if q.device.type == "cpu":
         out: Tensor = _BlockedAttention.apply(q, k, v, lengths, window)  # type: ignore[no-untyped-call]
         return out
+    if _has_flash_attention(q.device, q.dtype, q.shape[2]):
+        return _flash_attention(q, k, v, lengths, window)
     parts = zip(*(torch.split(t.transpose(0, 1), list(lengths), dim=1) for t in (q, k, v)), strict=True)
     return torch.cat([attend(*part, window=window) for part in parts], dim=1).transpose(0, 1)
 
@@ -77,11 +81,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
         k, v, S = k[:, first:], v[:, first:], T + window - 1
     if T == 1:  # the heads of a group are to their keys what several queries would be
         y = F.scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[2]), k[None], v[None])
-        return y.view(q.shape)
+        return y.reshape(q.shape)  # not all kernels of a GPU return the layout of their input
     masked = S > T or (window is not None and T > window)
     mask = visible(T, S, window, q.device) if masked else None
-    y = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, enable_gqa=True)
-    return y[0]
+    k, v = (_repeated(t, len(q) // len(t)) for t in (k, v))  # few kernels read the keys of a group as they are
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None)[0]
+
+
+def _repeated(t: Tensor, times: int) -> Tensor:
+    """Repeat each head: (n_kv, S, head_dim) -> (n_kv * times, S, head_dim)."""
+    return t[:, None].expand(-1, times, -1, -1).flatten(0, 1)
 
 
 def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
@@ -89,6 +98,30 @@ def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
     ones = torch.ones(T, S, dtype=torch.bool, device=device)
     mask = ones.tril(S - T)
     return mask if window is None else mask & ones.triu(S - T - window + 1)
+
+
+@cache
+def _has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether a GPU has FlashAttention's kernels (Dao 2023) for values of this dtype and heads of this width."""
+    fits = dtype is torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+    """Let all sequences attend to themselves at once; the heads of a group read their keys where they are."""
+    bounds, longest = _bounds(tuple(lengths), q.device), max(lengths)
+    seen = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    out: Tensor
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, 0.0, True, False, **seen
+    )
+    return out
+
+
+@lru_cache(maxsize=4)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return where each sequence begins, and where the last ends: all blocks of a model ask for the same."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 class _BlockedAttention(torch.autograd.Function):

@@ -22,6 +22,7 @@ from litlora.quantize import DOUBLE, OUTER_BLOCK
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 GAPS, WIDE_GAPS = 0.55, 1.05  # of the activations; the second where bfloat16 is computed in float32
+WORKSPACES = 2 * 2**25  # bytes of cuBLAS on a Hopper, for either direction; it takes a quarter of that on others
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
         "optimizer state": optimizer_bytes(optimizer, adapter),
         "activations": activation_bytes(network, load),
         "temporaries": temporary_bytes(network, load),
-        "gaps in the heap": gap_bytes(network, load),
+        **({"gaps in the heap": gap_bytes(network, load)} if network.on_cpu else {"cuBLAS": WORKSPACES}),
     }
 
 
@@ -168,8 +169,9 @@ def _blocks(network: Network, load: Load) -> Iterator[int]:
         kept = 0
         for stage in _stages(network):
             adapted = sum(network.lora.targets(f"model.layers.{layer}.{name}") for name in stage.layers)
-            if adapted:
-                kept += load.tokens * (stage.width * stage.size + adapted * network.lora.r * FLOAT32)
+            if adapted or (flows and stage.keeps_input):
+                kept += load.tokens * stage.width * stage.size
+            kept += load.tokens * adapted * network.lora.r * FLOAT32
             kept += flows * stage.cast_weights
             flows = flows or adapted > 0
             kept += flows * load.tokens * stage.behind
@@ -189,6 +191,8 @@ class Stage:
     """Bytes of a token that are kept of what comes behind."""
     cast_weights: int
     """Bytes of the copies that mixed precision makes of the weights, kept if the input needs a gradient."""
+    keeps_input: bool = False
+    """Whether what computed the input keeps it for its own gradient, whether one of the layers is adapted or not."""
 
 
 def _stages(network: Network) -> tuple[Stage, ...]:
@@ -200,7 +204,7 @@ def _stages(network: Network) -> tuple[Stage, ...]:
     qkv, gate_up = (heads + 2 * keys) * hidden, 2 * inner * hidden
     return (
         Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, _attention_width(network), qkv * copied),
-        Stage(_layers("self_attn", "o"), heads, product, norm, heads * hidden * inside),
+        Stage(_layers("self_attn", "o"), heads, product, norm, heads * hidden * inside, _has_flash(network)),
         Stage(_layers("mlp", "gate", "up"), hidden, stream, 2 * inner * product, gate_up * copied),
         Stage(_layers("mlp", "down"), inner, product, norm, inner * hidden * inside),
     )
@@ -210,12 +214,20 @@ def _layers(part: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{part}.{name}_proj" for name in names)
 
 
+def _has_flash(network: Network) -> bool:
+    return not network.on_cpu and network.product == BFLOAT16
+
+
 def _attention_width(network: Network) -> int:
-    """Return the bytes that attention keeps of a token: queries, keys and values, on a GPU its output and sums too."""
+    """Return the bytes that attention keeps of a token: queries, keys and values; on a GPU sums of each head too.
+
+    Without FlashAttention, a GPU has keys and values for every head, and an output that is nowhere else.
+    """
     config = network.config
     heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    output = heads * network.product + config.num_attention_heads * FLOAT32
-    return (heads + 2 * keys) * network.product + (0 if network.on_cpu else output)
+    sums = 0 if network.on_cpu else config.num_attention_heads * FLOAT32
+    values = heads + 2 * keys if network.on_cpu or _has_flash(network) else 4 * heads
+    return values * network.product + sums
 
 
 def _norm_width(network: Network) -> int:
@@ -269,11 +281,8 @@ def _branch_bytes(network: Network, load: Load) -> int:
 def gap_bytes(network: Network, load: Load) -> int:
     """Estimate what the heap of a CPU's C library has free while most of it is in use: see `keep_small`.
 
-    How much that makes, for a block or for what is kept, was measured, with glibc; a GPU's allocator is asked for what
-    is in use alone.
+    How much that makes, for a block or for what is kept, was measured, with glibc.
     """
-    if not network.on_cpu:
-        return 0
     if not spares_memory(network.quantize, load.activation_checkpointing):
         return int((WIDE_GAPS if network.upcasts else GAPS) * activation_bytes(network, load))
     return min(EVERY, network.config.num_hidden_layers) * load.tokens * FLOAT32 * network.config.intermediate_size

@@ -1,25 +1,12 @@
-"""The heap of a CPU's C library, which a run would fill with kernels, and each of its passes leave full of gaps."""
+"""The heap of a CPU's C library, which each pass of a run would leave full of gaps."""
 
 import ctypes
-import os
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 EVERY = 10
 """Blocks from one return to the next: fewer take time to fill the same memory again, more leave larger gaps."""
-
-KERNELS = 256
-"""Kernels that oneDNN may keep: more than a micro-batch has, or each of its blocks would have them written again."""
-
-
-def keep_few_kernels() -> None:
-    """Have oneDNN, before its first product, keep fewer of the kernels that it writes for products of bfloat16.
-
-    It writes one for each shape, of 0.6 MB, and keeps 1024; but micro-batches without padding hardly ever have the
-    same shape. A user's own number stands.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 def spares_memory(quantize: str | None, activation_checkpointing: bool) -> bool:

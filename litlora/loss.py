@@ -1,5 +1,6 @@
 """Cross-entropy at supervised positions only, in chunks, without keeping logits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, scores.to(logits.dtype)
 
 
+def _chunk_gradients(
+    hidden: Tensor, labels: Tensor, head: nn.Module, sources: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of a chunk, and the gradients of its sources; its logits are gone before the next has any."""
+    with torch.enable_grad():
+        logits = head(hidden)
+    loss, logits_gradient = _loss_and_gradient(logits, labels)
+    return loss, list(torch.autograd.grad(logits, sources, logits_gradient))
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trainable: nn.Parameter) -> Tensor:
@@ -57,12 +68,9 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            with torch.enable_grad():
-                chunk = hidden[rows].detach().requires_grad_(hidden_gradient is not None)
-                logits = head(chunk)
-            loss, logits_gradient = _loss_and_gradient(logits, labels[rows])
+            chunk = hidden[rows].detach().requires_grad_(hidden_gradient is not None)
             sources = [chunk, *trainable] if hidden_gradient is not None else list(trainable)
-            found = list(torch.autograd.grad(logits, sources, logits_gradient))
+            loss, found = _chunk_gradients(chunk, labels[rows], head, sources)
             total += loss
             if hidden_gradient is not None:
                 hidden_gradient[rows] = found.pop(0)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
@@ -120,6 +121,7 @@ def _in_contact(rank: int) -> Iterator[None]:
 
 def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:
     """Return the Fabric of a process at its place; where there are others, it has met them."""
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # autograd's thread, which finds its way by itself
     if place.count == 1:
         return Fabric(devices=1, precision=precision)
     devices, nodes, environment = _view(place, torch.cuda.device_count())

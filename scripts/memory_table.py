@@ -36,7 +36,7 @@ def gigabytes(name: str, base: str, *, checkpointing: bool, tokens: int = TOKENS
     network = Network(config(name), LORA, "bf16-true", BASES[base], torch.device("cuda"))
     parts = breakdown(network, Load((tokens,), tokens, checkpointing), "AdamW")
     trained = sum(parts[part] for part in ("adapter, float32", "its gradients", "optimizer state"))
-    passing = parts["activations"] + parts["temporaries"]
+    passing = parts["activations"] + parts["temporaries"] + parts["cuBLAS"]
     peak = sum(parts.values())
     return (peak - trained - passing) / 1e9, trained / 1e9, passing / 1e9, peak / 1e9
 

@@ -38,6 +38,12 @@ ROWS = [
 ]  # fmt: skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs of this machine where no test is for one: a command takes the GPU that it sees."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a small byte-level BPE tokenizer, as a Hub checkpoint has it."""
@@ -89,6 +95,12 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return each device in turn that must give the same numbers."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session", params=[*(family.name for family in FAMILIES), "pico"])

@@ -13,13 +13,14 @@ def hugging_face(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTra
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager").eval()
 
 
-def in_4_bits(checkpoint: Path, quantization: Quantization) -> PreTrainedModel:
+def in_4_bits(checkpoint: Path, quantization: Quantization, device: torch.device) -> PreTrainedModel:
     # In training mode, since bitsandbytes rearranges its weights in evaluation where a CPU has AVX512-BF16.
     return AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=quantization.dtype,
         quantization_config=BitsAndBytesConfig(**quantization.hub),
         attn_implementation="eager",
+        device_map={"": device},
     ).train()
 
 

@@ -8,11 +8,13 @@ from litlora.attention import BLOCK, _BlockedAttention, attend_within, rotate, v
 LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
 
 
-def problem(n_head: int, n_kv: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def problem(
+    n_head: int, n_kv: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> list[torch.Tensor]:
     """Return queries, keys, values and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(LENGTHS), n, 16) for n in (n_head, n_kv, n_kv, n_head)]
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -37,11 +39,22 @@ def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
 
 @pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
 @pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2), (3, 1)])
-def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head, n_kv, window):
-    tensors = problem(n_head, n_kv)
-    exact = outcome(plain, [t.double() for t in tensors], window)
+def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head, n_kv, window, device):
+    tensors = problem(n_head, n_kv, device=device)
+    exact = outcome(plain, [t.double().cpu() for t in tensors], window)
     for ours, reference in zip(outcome(packed, tensors, window), exact, strict=True):
-        torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.double().cpu(), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("width", [16, 20])
+def test_bfloat16_on_a_gpu_deviates_by_its_rounding_and_no_more(window, width):
+    tensors = [t[..., :1].expand(-1, -1, width) + t.repeat(1, 1, 2)[..., :width] for t in problem(6, 2)]
+    tensors = [t.to("cuda", torch.bfloat16) for t in tensors]
+    exact = outcome(plain, [t.double().cpu() for t in tensors], window)
+    for ours, reference in zip(outcome(packed, tensors, window), exact, strict=True):
+        assert (ours.double().cpu() - reference).norm() <= 2**-6 * reference.norm() + 1e-3
 
 
 def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_products_of_it(monkeypatch):

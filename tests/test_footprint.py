@@ -11,6 +11,7 @@ import torch
 
 from litlora import linear
 from litlora.__main__ import main
+from litlora.checkpoint import block_linears
 from litlora.config import GPTConfig
 from litlora.footprint import Load, Network, activation_bytes, breakdown, nf4_bytes, optimizer_bytes, weight_bytes
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, lora_parameters
@@ -18,6 +19,7 @@ from litlora.loss import supervised_loss
 from litlora.memory import has_room
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer
+from litlora.quantize import NF4Linear, Quantization
 
 SHAPE = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "head_dim": 8}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
@@ -25,6 +27,7 @@ CONFIG = GPTConfig(**SHAPE, **HEADS, max_position_embeddings=512, rms_norm_eps=1
                    rope_scaling=None, sliding_window=None, tie_word_embeddings=False)  # fmt: skip
 LENGTHS = (130, 70, 1)
 SUPERVISED = 151
+GPU = torch.device("cuda")
 ALL = tuple(name for names in TARGET_MODULES.values() for name in names)
 
 
@@ -88,18 +91,23 @@ class Kept:
         self.tensor = tensor
 
 
+def batch(described: Network, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens, and the labels of some of them."""
+    tokens = torch.randint(described.config.vocab_size, (load.tokens,), device=described.device)
+    return tokens, tokens.where(torch.arange(load.tokens, device=described.device) < load.supervised, -100)
+
+
 def kept_bytes(described: Network, load: Load) -> int:
     """Return the bytes that a real forward pass leaves, without the model's own."""
-    gpt, kept = real(described), WeakSet()
+    gpt, kept = real(described).to(described.device), WeakSet()
     gpt.model.activation_checkpointing = load.activation_checkpointing
-    tokens = torch.randint(described.config.vocab_size, (load.tokens,))
-    labels = torch.where(torch.arange(load.tokens) < load.supervised, tokens, -100)
+    tokens, labels = batch(described, load)
 
     def pack(tensor: torch.Tensor) -> Kept:
         kept.add(whole := Kept(tensor))
         return whole
 
-    mixed = torch.autocast("cpu", torch.bfloat16, enabled=described.precision == "bf16-mixed")
+    mixed = torch.autocast(described.device.type, torch.bfloat16, enabled=described.precision == "bf16-mixed")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda whole: whole.tensor), mixed:
         loss = supervised_loss(gpt(tokens, load.lengths), gpt.lm_head, labels)
     own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
@@ -118,6 +126,57 @@ def test_activations_take_the_bytes_that_a_graph_really_keeps(
     monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", has_products)
     described, load = network(precision, targets), Load(LENGTHS, SUPERVISED, checkpointing)
     assert activation_bytes(described, load) == kept_bytes(described, load)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids="-".join)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_on_a_gpu_too_activations_take_the_bytes_that_a_graph_really_keeps(precision, targets, checkpointing):
+    described, load = replace(network(precision, targets), device=GPU), Load(LENGTHS, SUPERVISED, checkpointing)
+    beside = kept_bytes(described, load) - activation_bytes(described, load)
+    assert 0 <= beside < 1000  # of attention: where sequences begin, a random state, and sums that are filled up
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize(
+    ("precision", "quantize"),
+    [("32-true", None), ("bf16-true", None), ("bf16-mixed", None), ("32-true", "bnb.nf4"), ("bf16-true", "bnb.nf4")],
+)
+def test_a_step_on_a_gpu_takes_about_what_is_said(precision, quantize, checkpointing):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "head_dim": 64}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    shape = replace(CONFIG, **sizes, **heads, vocab_size=32000, max_position_embeddings=1024)
+    described = replace(network(precision), config=shape, quantize=quantize, device=GPU)
+    load = Load((512, 300, 200), 700, checkpointing)
+    gpt = quantized(described)
+    gpt.model.activation_checkpointing = checkpointing
+    tokens, labels = batch(described, load)
+    optimizer = build_optimizer("AdamW", lora_parameters(gpt).values(), lr=1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = supervised_loss(gpt(tokens, load.lengths), gpt.lm_head, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = sum(breakdown(described, load, "AdamW").values())
+    assert said == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+def quantized(described: Network) -> GPT:
+    """Return a model on its device, whose blocks are in 4 bits where they are to be."""
+    gpt = GPT(described.config).to(GPU, torch.bfloat16 if described.stream == 2 else torch.float32)
+    if described.quantize:
+        quantization = Quantization(described.quantize, gpt.lm_head.weight.dtype)
+        for name in block_linears(gpt):
+            parent, _, child = name.rpartition(".")
+            linear = NF4Linear(gpt.get_submodule(name).weight.detach(), quantization)
+            setattr(gpt.get_submodule(parent), child, linear)
+    add_lora(gpt, described.lora)
+    return gpt
 
 
 def test_a_dry_run_says_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp_path, capsys):

@@ -12,21 +12,25 @@ from litlora.loss import CHUNK, IGNORE_INDEX, supervised_loss
 ROWS, WIDTH, VOCABULARY = 3 * CHUNK + 17, 24, 101
 
 
-def problem(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+def problem(
+    dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu"
+) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
     """Return hidden states, a head, and labels of which a third are none."""
     torch.manual_seed(0)
     head = nn.Linear(WIDTH, VOCABULARY, bias=False, dtype=dtype).requires_grad_(False)
     hidden = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
     labels = torch.randint(VOCABULARY, (ROWS,))
     labels[torch.rand(ROWS) < 0.3] = IGNORE_INDEX
-    return hidden, head, labels
+    return hidden.detach().to(device).requires_grad_(), head.to(device), labels.to(device)
 
 
-def adapted_head(dtype: torch.dtype) -> tuple[torch.Tensor, LoRALinear, torch.Tensor]:
-    hidden, head, labels = problem(dtype)
+def adapted_head(
+    dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> tuple[torch.Tensor, LoRALinear, torch.Tensor]:
+    hidden, head, labels = problem(dtype, device)
     adapted = LoRALinear(head, rank=3, scaling=1.5, dropout=0.0)
     nn.init.normal_(adapted.lora_B.weight, std=0.3)
-    return hidden, adapted, labels
+    return hidden, adapted.to(device), labels
 
 
 def reference(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -48,9 +52,9 @@ def found(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> tuple[
 
 @pytest.mark.parametrize("make", [problem, adapted_head], ids=["frozen-head", "lora-head"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
-def test_loss_and_gradients_equal_full_logits_in_float64(make, dtype, tolerance):
-    loss, gradients = found(*make(dtype))
-    exact_loss, exact_gradients = reference(*make(dtype))
+def test_loss_and_gradients_equal_full_logits_in_float64(make, dtype, tolerance, device):
+    loss, gradients = found(*make(dtype, device))
+    exact_loss, exact_gradients = reference(*make(dtype, device))
     assert loss.dtype is torch.float32
     assert abs(loss.item() - exact_loss.item()) < tolerance * exact_loss.item()
     for ours, exact in zip(gradients, exact_gradients, strict=True):

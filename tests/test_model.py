@@ -12,8 +12,8 @@ LENGTHS = [11, 1, 40, 6]
 
 
 @pytest.fixture
-def model(checkpoint):
-    return load_model(checkpoint, torch.float32, torch.device("cpu"))
+def model(checkpoint, device):
+    return load_model(checkpoint, torch.float32, device)
 
 
 def random_tokens(*lengths: int) -> list[torch.Tensor]:
@@ -23,7 +23,7 @@ def random_tokens(*lengths: int) -> list[torch.Tensor]:
 
 def logits(model: GPT, tokens: torch.Tensor, lengths: list[int], cache: KVCache | None = None) -> torch.Tensor:
     with torch.no_grad():
-        return model.lm_head(model(tokens, lengths, cache))
+        return model.lm_head(model(tokens.to(model.lm_head.weight.device), lengths, cache)).cpu()
 
 
 def test_logits_of_sequences_end_to_end_equal_those_of_transformers_one_by_one(checkpoint, model):
@@ -35,9 +35,9 @@ def test_logits_of_sequences_end_to_end_equal_those_of_transformers_one_by_one(c
             torch.testing.assert_close(ours, reference(tokens[None]).logits[0], atol=1e-5, rtol=2e-6)
 
 
-def test_logits_with_a_cache_equal_those_of_one_pass(model):
+def test_logits_with_a_cache_equal_those_of_one_pass(model, device):
     tokens = random_tokens(40)[0]
-    cache = KVCache(model.config, 40, torch.float32, torch.device("cpu"))
+    cache = KVCache(model.config, 40, torch.float32, device)
     parts = [logits(model, part, [len(part)], cache) for part in tokens.split([9, 1, 1, 13, 1, 15])]
     torch.testing.assert_close(torch.cat(parts), logits(model, tokens, [40]), atol=1e-5, rtol=2e-6)
 
@@ -58,10 +58,10 @@ def test_greedy_tokens_are_the_same_without_a_cache(model):
     assert ours == tokens[9:]
 
 
-def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(checkpoint):
+def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(checkpoint, device):
     tokens = random_tokens(40)[0]
-    exact = logits(load_model(checkpoint, torch.float32, torch.device("cpu")), tokens, [40])
-    ours = logits(load_model(checkpoint, torch.bfloat16, torch.device("cpu")), tokens, [40])
+    exact = logits(load_model(checkpoint, torch.float32, device), tokens, [40])
+    ours = logits(load_model(checkpoint, torch.bfloat16, device), tokens, [40])
     with torch.no_grad():
         theirs = hugging_face(checkpoint, torch.bfloat16)(tokens[None]).logits[0]
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()

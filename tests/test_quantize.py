@@ -6,7 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from families import Family
+from families import WHOLE_BLOCKS, Family
 from peft import PeftModel
 from reference import in_4_bits
 from transformers import LlamaConfig
@@ -23,8 +23,6 @@ from litlora.quantize import NAMES, NF4Weight, Quantization, import_bitsandbytes
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 43)
-# Its rows end with a block, so that bitsandbytes' own product is right on every CPU.
-WHOLE_BLOCKS = Family("whole-blocks", LlamaConfig, {"hidden_size": 64, "intermediate_size": 128})
 PRECISIONS = [torch.float32, torch.bfloat16]
 
 
@@ -38,15 +36,15 @@ def quantization(request) -> Quantization:
     return Quantization(request.param, torch.float32)
 
 
-def adapted(base: Path, quantization: Quantization, switches: tuple[str, ...], dropout: float = 0.0) -> GPT:
+def adapted(base: Path, quantization: Quantization, switches: tuple[str, ...], device: torch.device = CPU) -> GPT:
     """Return the quantized model with an adapter whose B is zero."""
-    model = load_model(base, quantization.dtype, CPU, quantization)
-    add_lora(model, lora_config(switches, dropout))
+    model = load_model(base, quantization.dtype, device, quantization)
+    add_lora(model, lora_config(switches))
     return model
 
 
-def lora_config(switches: tuple[str, ...], dropout: float = 0.0) -> LoRAConfig:
-    return LoRAConfig(4, 6, dropout, tuple(module for switch in switches for module in TARGET_MODULES[switch]))
+def lora_config(switches: tuple[str, ...]) -> LoRAConfig:
+    return LoRAConfig(4, 6, 0.0, tuple(module for switch in switches for module in TARGET_MODULES[switch]))
 
 
 def write_trained(folder: Path, model: GPT, switches: tuple[str, ...], base: Path) -> None:
@@ -59,12 +57,12 @@ def write_trained(folder: Path, model: GPT, switches: tuple[str, ...], base: Pat
 
 
 def logits(model: GPT) -> torch.Tensor:
-    return model.lm_head(model(TOKENS, [len(TOKENS)]))
+    return model.lm_head(model(TOKENS.to(model.lm_head.weight.device), [len(TOKENS)]))
 
 
 def levels_times_scales(weight: NF4Weight, scales: torch.Tensor) -> torch.Tensor:
     """Return a weight by its definition."""
-    levels = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
+    levels = bitsandbytes.functional.get_4bit_type("nf4", device=weight.device)
     nibbles = torch.stack([weight.packed >> 4, weight.packed & 15], dim=-1).flatten()
     numbers = levels[nibbles.int()] * scales.repeat_interleave(64)[: len(nibbles)]
     return numbers.view(weight.shape).to(weight.quantization.dtype)
@@ -73,13 +71,13 @@ def levels_times_scales(weight: NF4Weight, scales: torch.Tensor) -> torch.Tensor
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("whole_blocks", [True, False])
-def test_levels_and_scales_are_those_of_transformers(name, dtype, whole_blocks, base, tiny):
+def test_levels_and_scales_are_those_of_transformers(name, dtype, whole_blocks, base, tiny, device):
     quantization = Quantization(name, dtype)
     checkpoint = base if whole_blocks else tiny
-    ours = load_model(checkpoint, dtype, CPU, quantization)
+    ours = load_model(checkpoint, dtype, device, quantization)
     theirs = {
         name: module.weight
-        for name, module in in_4_bits(checkpoint, quantization).named_modules()
+        for name, module in in_4_bits(checkpoint, quantization, device).named_modules()
         if isinstance(module, bitsandbytes.nn.Linear4bit)
     }
     assert list(theirs) == block_linears(GPT(ours.config))
@@ -166,27 +164,29 @@ def test_a_cast_of_the_model_leaves_the_scales_alone(tiny, quantization):
     assert torch.equal(weight[:], before)
 
 
-def test_logits_are_those_of_transformers_with_bitsandbytes(base, pico, quantization):
+def test_logits_are_those_of_transformers_with_bitsandbytes(base, pico, quantization, device):
     rounded = Quantization(quantization.name, torch.bfloat16)
     for checkpoint in (base, pico):
         with torch.no_grad():
-            theirs, roughly = (in_4_bits(checkpoint, q)(TOKENS[None]).logits[0] for q in (quantization, rounded))
-            ours, ours_roughly = (logits(load_model(checkpoint, q.dtype, CPU, q)) for q in (quantization, rounded))
-            plain = logits(load_model(checkpoint, torch.float32, CPU))
+            theirs, roughly = (
+                in_4_bits(checkpoint, q, device)(TOKENS[None].to(device)).logits[0] for q in (quantization, rounded)
+            )
+            ours, ours_roughly = (logits(load_model(checkpoint, q.dtype, device, q)) for q in (quantization, rounded))
+            plain = logits(load_model(checkpoint, torch.float32, device))
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
         assert (plain - theirs).abs().max() > 0.1
         assert (ours_roughly - theirs).norm() < 1.1 * (roughly - theirs).norm()  # of which all is rounding
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-def test_the_network_that_trains_is_the_one_that_deploys_to_the_bit(base, tiny, quantization, dtype):
+def test_the_network_that_trains_is_the_one_that_deploys_to_the_bit(base, tiny, quantization, dtype, device):
     quantization = Quantization(quantization.name, dtype)
     for checkpoint in (base, tiny):
-        model = adapted(checkpoint, quantization, tuple(TARGET_MODULES))
+        model = adapted(checkpoint, quantization, tuple(TARGET_MODULES), device)
         trained = logits(model.train())
         with torch.no_grad(), evaluating(model):
             deployed = logits(model)
-            bare = logits(load_model(checkpoint, dtype, CPU, quantization).requires_grad_(False))
+            bare = logits(load_model(checkpoint, dtype, device, quantization).requires_grad_(False))
         assert trained.requires_grad
         assert torch.equal(trained, deployed)
         assert torch.equal(deployed, bare)
@@ -194,15 +194,15 @@ def test_the_network_that_trains_is_the_one_that_deploys_to_the_bit(base, tiny, 
 
 @pytest.mark.parametrize("switches", [*((switch,) for switch in TARGET_MODULES), tuple(TARGET_MODULES)], ids="+".join)
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_adapter_and_gradients_are_those_of_peft_over_the_same_base(base, switches, quantization, tmp_path):
-    model = adapted(base, quantization, switches)
+def test_adapter_and_gradients_are_those_of_peft_over_the_same_base(base, switches, quantization, tmp_path, device):
+    model, tokens = adapted(base, quantization, switches, device), TOKENS.to(device)
     write_trained(tmp_path, model, switches, base)
-    theirs = PeftModel.from_pretrained(in_4_bits(base, quantization), tmp_path, is_trainable=True)
-    expected = theirs(TOKENS[None]).logits[0]
+    theirs = PeftModel.from_pretrained(in_4_bits(base, quantization, device), tmp_path, is_trainable=True)
+    expected = theirs(tokens[None]).logits[0]
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
 
-    labels = TOKENS.roll(-1)
-    supervised_loss(model(TOKENS, [len(TOKENS)]), model.lm_head, labels).backward()
+    labels = tokens.roll(-1)
+    supervised_loss(model(tokens, [len(tokens)]), model.lm_head, labels).backward()
     F.cross_entropy(expected, labels, reduction="sum").backward()
     gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     ours = {f"base_model.model.{name}": p.grad for name, p in lora_parameters(model).items()}

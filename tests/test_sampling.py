@@ -44,11 +44,11 @@ def test_nothing_is_chosen_where_a_score_is_not_a_number(sampler, wrong):
     assert sampler.choose(torch.tensor([1.0, -torch.inf, 2.0])) in (0, 2)
 
 
-def test_compiled_all_blocks_and_lengths_are_one_compilation_with_the_same_tokens(checkpoints):
+def test_compiled_all_blocks_and_lengths_are_one_compilation_with_the_same_tokens(checkpoints, device):
     torch._dynamo.reset()
     counters.clear()
     for compilations, family in enumerate(["llama-gqa", "mistral"], start=1):
-        model = adapted(checkpoints(family), torch.float32)
+        model = adapted(checkpoints(family), torch.float32, device)
         eager = tokens_of(model)
         compile_step(model)
         assert tokens_of(model) == eager
@@ -57,8 +57,8 @@ def test_compiled_all_blocks_and_lengths_are_one_compilation_with_the_same_token
 
 @pytest.mark.parametrize("family", ["llama", "llama-gqa", "mistral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_once_the_weights_are_laid_out_the_scores_are_the_same(checkpoints, family, dtype):
-    model, tokens = adapted(checkpoints(family), dtype), torch.tensor([5, 6, 7, 8, 9])
+def test_once_the_weights_are_laid_out_the_scores_are_the_same(checkpoints, family, dtype, device):
+    model, tokens = adapted(checkpoints(family), dtype, device), torch.tensor([5, 6, 7, 8, 9], device=device)
     expected = scores(model, tokens)
     lay_out(model)
     tolerances = {torch.float32: {}, torch.bfloat16: {"atol": 0.02, "rtol": 0.02}}[dtype]
@@ -74,9 +74,9 @@ def scores(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack([next_logits(model, part, cache) for part in (tokens[:-1], tokens[-1:])]).float()
 
 
-def adapted(checkpoint: Path, dtype: torch.dtype) -> GPT:
+def adapted(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> GPT:
     """Return a model with an adapter that changes what it says."""
-    model = load_model(checkpoint, dtype, torch.device("cpu"))
+    model = load_model(checkpoint, dtype, device)
     targets = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head")
     add_lora(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=targets))
     for name, matrix in lora_parameters(model).items():

@@ -22,7 +22,8 @@ from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.footprint import Network, breakdown, table
-from litlora.heap import keep_few_kernels, keep_small, spares_memory
+from litlora.heap import keep_small, spares_memory
+from litlora.kernels import make_few_kernels
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
@@ -109,7 +110,7 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
 
 def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sharded: bool) -> GPT:
     """Load the base, whole or this device's part of it, with a new adapter."""
-    keep_few_kernels()
+    make_few_kernels()
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
     if sharded:

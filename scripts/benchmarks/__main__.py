@@ -28,6 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", nargs="+", choices=names, default=names, help="which cases (default: all)")
     parser.add_argument("--rows", type=int, default=64, help="how many rows to train on (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=5, help="how often each program runs (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument(
+        "--installed", action="store_true", help="run all programs with this Python, where nothing can be downloaded"
+    )
     parser.add_argument("--out", type=Path, default=HOME / "results.md", help="the table; a .json lands beside it")
     return parser
 
@@ -37,11 +41,11 @@ def main() -> int:
     chosen = [case for case in CASES if case.name in args.case]
     try:
         lay_ready(WORK, args.checkpoint_dir, args.data_dir, args.rows)
-        environments = install_all(chosen)
+        environments = find_all(chosen, args.installed)
         measurements = read(args.out.with_suffix(".json"))
         for case in chosen:
             sys.stderr.write(f"{case.name}\n")
-            job = Job(case.task, case.precision, str(WORK), args.rows, case.layers, case.quantized)
+            job = Job(case.task, case.precision, str(WORK), args.rows, case.layers, case.quantized, device=args.device)
             measurements[case.name] = measure(case, job, environments, args.repetitions)
             write(args.out, measurements)
     except (DisagreementError, ProgramError) as error:
@@ -51,13 +55,13 @@ def main() -> int:
     return 0
 
 
-def install_all(chosen: Sequence[Case]) -> Environments:
-    """Make the environments that the cases need, and go on without those that cannot be had."""
+def find_all(chosen: Sequence[Case], installed: bool) -> Environments:
+    """Make the environments that the cases need, unless all is installed, and go on without what cannot be had."""
     environments = Environments()
     needed = {"litlora", *(program.environment for case in chosen for program in case.programs)}
     for name in sorted(needed):
         try:
-            python = install(name)
+            python = Path(sys.executable) if installed else install(name)
             if name == LITGPT.environment:
                 do(Job("convert", "32-true", str(WORK)), python, name)
             environments.pythons[name] = python

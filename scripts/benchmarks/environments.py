@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from benchmarks.jobs import Job
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".benchmark"
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 TORCH = "torch==2.13.0"  # the same for all, so that programs are compared
 REQUIREMENTS = {
     "litlora": ("--editable", str(ROOT)),
@@ -54,15 +57,15 @@ def wanted_in(name: str) -> str:
 def do(job: Job, python: Path, module: str) -> Any:
     """Do a job in a process of its own, and return what its last line of JSON says."""
     command = [str(python), "-m", f"benchmarks.{module}", json.dumps(asdict(job))]
-    output = run(command, job.work / f"{module}-{job.task}.log")
+    output = run(command, job.work / f"{module}-{job.task}.log", {} if job.device == "cuda" else NO_GPU)
     return json.loads(output.splitlines()[-1])
 
 
-def run(command: list[str], log: Path) -> str:
+def run(command: list[str], log: Path, extra: Mapping[str, str] = NO_GPU) -> str:
     """Return what a command writes; a failure is said with its last line, and all of it stands in the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env = os.environ | quiet | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | QUIET | extra | {"PYTHONPATH": os.pathsep.join(paths)}
     with log.open("w", encoding="utf-8") as errors:
         done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
     if done.returncode:

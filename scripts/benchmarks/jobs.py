@@ -1,20 +1,17 @@
 """What passes between the wrapper and a program's process: a job in, one line of JSON with its result out."""
 
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Event, Thread
 from typing import Literal
 
 Task = Literal["train", "generate", "convert", "products"]
 Precision = Literal["32-true", "bf16-true"]
 Layers = Literal["query and value", "all linear layers"]
+Device = Literal["cpu", "cuda"]
 
 RANK, ALPHA, DROPOUT = 8, 16, 0.05
 LEARNING_RATE = 2e-4  # from the first step to the last, so that the losses of all programs can be compared
@@ -37,6 +34,7 @@ class Job:
     """Whether the blocks' weights are in NF4."""
     compiled: bool = False
     devices: int = 1
+    device: Device = "cpu"
 
     @property
     def work(self) -> Path:
@@ -104,42 +102,6 @@ def serve(tasks: Mapping[Task, Callable[[Job], Result | Products | None]]) -> No
     job = Job(**json.loads(sys.argv[1]))
     result = tasks[job.task](job)
     print(json.dumps(result and asdict(result)))
-
-
-def peak_memory_gb() -> float:
-    """Return the most memory, in 10^9 bytes, that was resident in this process."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-
-
-@contextmanager
-def peak_of_children(interval: float = 0.5) -> Iterator[list[float]]:
-    """Give a list whose number becomes the most memory, in 10^9 bytes, that processes started inside have had together.
-
-    What several of them share counts once. It is looked up now and then, since no system keeps the peak of a sum.
-    """
-    peak, done = [0.0], Event()
-
-    def watch() -> None:
-        while not done.wait(interval):
-            peak[0] = max(peak[0], sum(map(proportional_gb, multiprocessing.active_children())))
-
-    thread = Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
-def proportional_gb(process: BaseProcess) -> float:
-    """Return the memory of a process in 10^9 bytes, of which it has a share of what others have as well."""
-    try:
-        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="utf-8")
-    except OSError:  # it has just ended
-        return 0.0
-    return int(rollup.split("\nPss:")[1].split()[0]) * 1024 / 1e9 if rollup else 0.0
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -25,7 +25,8 @@ from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader
 
 from benchmarks import jobs
-from benchmarks.jobs import Job, Result, peak_memory_gb, serve, versions
+from benchmarks.jobs import Job, Result, serve, versions
+from benchmarks.memory import peak_memory_gb
 
 PACKAGES = ("litgpt", "lightning", "torch")
 SHAPE = {
@@ -172,7 +173,7 @@ def recorded_losses() -> Iterator[Record]:
 def generate(job: Job) -> Result:
     """Generate greedily twice, and time the second."""
     fabric = lightning.Fabric(devices=1, precision=job.precision)
-    prompt = Tokenizer(converted(job)).encode(job.text)[: jobs.PROMPT_TOKENS]
+    prompt = Tokenizer(converted(job)).encode(job.text, device=fabric.device)[: jobs.PROMPT_TOKENS]
     with fabric.init_module(empty_init=True):
         gpt = model.GPT(Config.from_file(converted(job) / "model_config.yaml"))
     with fabric.init_tensor():

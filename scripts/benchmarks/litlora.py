@@ -11,7 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks import jobs
-from benchmarks.jobs import Job, Result, peak_memory_gb, peak_of_children, serve, versions
+from benchmarks.jobs import Job, Result, serve, versions
+from benchmarks.memory import peak_memory_gb, peak_of_children
 from litlora.__main__ import run
 from litlora.batches import epoch_order
 from litlora.model import GPT

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.cases import LITLORA, PRODUCTS, Case, Program
 from benchmarks.environments import Environments, ProgramError, do
-from benchmarks.jobs import PROMPT_TOKENS, Job, Precision, Products, Result, Task
+from benchmarks.jobs import PROMPT_TOKENS, Device, Job, Precision, Products, Result, Task
 
 # Relative. What bfloat16 rounds, each program in places of its own, evens out over the tokens of a step.
 FIRST_LOSS = {"32-true": 1e-4, "bf16-true": 2e-2}
@@ -30,6 +30,7 @@ class Measurement:
     products: list[Products] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     """Why a program is not among the results."""
+    device: Device = "cpu"
 
 
 def measure(case: Case, job: Job, environments: Environments, repetitions: int) -> Measurement:
@@ -37,7 +38,7 @@ def measure(case: Case, job: Job, environments: Environments, repetitions: int) 
 
     A program that fails is left out from there on: what it did until then counts for nothing.
     """
-    measurement = Measurement(case.title, case.task, case.precision, job.rows)
+    measurement = Measurement(case.title, case.task, case.precision, job.rows, device=job.device)
     pythons, missing = environments.pythons, environments.missing
     measurement.missing = {p.name: missing[p.environment] for p in case.programs if p.environment in missing}
     for repetition in range(repetitions):

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from benchmarks import jobs
-from benchmarks.jobs import Job, Result, peak_memory_gb, serve, versions
+from benchmarks.jobs import Job, Result, serve, versions
+from benchmarks.memory import peak_memory_gb
 
 TEMPLATE = "### Instruction:\n{instruction}\n\n### Response:\n"
 TEMPLATE_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -75,6 +76,7 @@ def load(job: Job) -> PreTrainedModel:
         dtype=dtype,
         quantization_config=nf4 if job.quantized else None,
         attn_implementation="sdpa",
+        device_map={"": job.device},
     )
 
 
@@ -121,7 +123,7 @@ def generate(job: Job) -> Result:
     model = load(job).eval()
     model.generation_config.eos_token_id = None  # all are to generate the same number of tokens
     ids = AutoTokenizer.from_pretrained(job.checkpoint)(job.text)["input_ids"]
-    prompt = torch.tensor([ids[: jobs.PROMPT_TOKENS]])
+    prompt = torch.tensor([ids[: jobs.PROMPT_TOKENS]], device=job.device)
     settings = {"max_new_tokens": jobs.NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     for _ in range(2):
         start = time.perf_counter()

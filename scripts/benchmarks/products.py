@@ -1,12 +1,11 @@
 """The best rate of matrix products with a checkpoint's weights, which bounds every program from below."""
 
-import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from benchmarks.jobs import Job, Products, serve
 from litlora.checkpoint import load_config
@@ -23,7 +22,8 @@ def products(job: Job) -> Products:
     head = gpt.lm_head.weight.numel()
     linear = [module.weight.shape for module in gpt.modules() if isinstance(module, nn.Linear)]
     dtype = torch.bfloat16 if job.precision == "bf16-true" else torch.float32
-    rates = (rate(tokens, shape, dtype, way) for tokens in TOKENS for shape in set(linear) for way in ways(dtype))
+    operands = ((tokens, shape, dtype, job.device) for tokens in TOKENS for shape in set(linear))
+    rates = (rate(*drawn(*operand), way) for operand in operands for way in ways(dtype))
     return Products(max(rates), sum(shape.numel() for shape in linear) - head, head)
 
 
@@ -36,16 +36,17 @@ def upcast(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
+def drawn(tokens: int, shape: torch.Size, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Return random activations (tokens, in), and a random weight of a shape (out, in)."""
+    return torch.randn(tokens, shape[1], dtype=dtype, device=device), torch.randn(shape, dtype=dtype, device=device)
+
+
 @torch.no_grad()
-def rate(tokens: int, shape: torch.Size, dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Return the floating-point operations per second of the median of several products."""
-    x, weight = torch.randn(tokens, shape[1], dtype=dtype), torch.randn(shape, dtype=dtype)
-    seconds: list[float] = []
-    while sum(seconds) < SECONDS:
-        start = time.perf_counter()
-        multiply(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return 2 * tokens * shape.numel() / median(seconds)
+def rate(x: Tensor, weight: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Return the floating-point operations per second of the median of many products."""
+    operands = {"multiply": multiply, "x": x, "weight": weight}
+    timer = Timer("multiply(x, weight)", globals=operands, num_threads=torch.get_num_threads())
+    return 2 * len(x) * weight.numel() / timer.blocked_autorange(min_run_time=SECONDS).median
 
 
 if __name__ == "__main__":

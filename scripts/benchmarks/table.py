@@ -2,12 +2,13 @@
 
 import math
 import os
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 from benchmarks.cases import LITLORA, LITLORA_COMPILED
-from benchmarks.jobs import NEW_TOKENS, PROMPT_TOKENS, Result
+from benchmarks.jobs import NEW_TOKENS, PROMPT_TOKENS, Device, Result
 from benchmarks.measuring import Measurement, leading
 
 
@@ -17,13 +18,17 @@ def render(measurements: Mapping[str, Measurement]) -> str:
     for measurement in measurements.values():
         for results in measurement.results.values():
             versions |= results[0].versions
-    parts = [f"{machine()}; " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
+    devices = dict.fromkeys(machine(measurement.device) for measurement in measurements.values())
+    parts = [f"{' and '.join(devices)}; " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
     parts += [section(name, measurement) for name, measurement in measurements.items()]
     return "\n\n".join(parts) + "\n"
 
 
-def machine() -> str:
-    """Return the name of the processor, and how many threads every program has."""
+def machine(device: Device) -> str:
+    """Return the name of the GPU, or of the processor and how many threads every program has."""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else 'unknown processor'}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
