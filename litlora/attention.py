@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litlora.kernels import writes_kernels
 from litlora.linear import arithmetic, has_slow_products
 
 BLOCK = 128
 """Queries whose scores exist at one time on a CPU: they stay in its cache, and little is computed that is masked."""
 
-GRAIN = 16
-"""What the lengths of sequences are rounded up to, where each shape of a product has a kernel that oneDNN writes."""
+ROWS, KEYS = 32, 64
+"""Of what a block's queries and keys are a multiple in their gradients, where each shape of a product costs memory."""
+
+Span = tuple[int, int]
+"""How many keys of the sequence before it a sequence begins with, and how many positions it has of its own."""
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of every position's angles, each (T, 1, head_dim / 2)."""
@@ -53,18 +57,20 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
-    """Let every sequence attend to itself, causally, and to nothing of its neighbours.
+def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+    """Let every sequence attend to itself, causally, and to nothing of its neighbours but what it shares with them.
 
     q is (T, n_head, head_dim), k and v are (T, n_kv, head_dim); with a window, a query sees its own position and the
-    window - 1 before it. Returns (T, n_head, head_dim).
+    window - 1 before it. Returns (T, n_head, head_dim). Only a CPU's sequences can share anything.
     """
     if q.device.type == "cpu":
-        out: Tensor = _BlockedAttention.apply(q, k, v, lengths, window)  # type: ignore[no-untyped-call]
+        out: Tensor = _BlockedAttention.apply(q, k, v, spans, window)  # type: ignore[no-untyped-call]
         return out
+    lengths = [own for _, own in spans]
+    assert sum(map(sum, spans)) == sum(lengths)
     if _has_flash_attention(q.device, q.dtype, q.shape[2]):
         return _flash_attention(q, k, v, lengths, window)
-    parts = zip(*(torch.split(t.transpose(0, 1), list(lengths), dim=1) for t in (q, k, v)), strict=True)
+    parts = zip(*(torch.split(t.transpose(0, 1), lengths, dim=1) for t in (q, k, v)), strict=True)
     return torch.cat([attend(*part, window=window) for part in parts], dim=1).transpose(0, 1)
 
 
@@ -133,12 +139,12 @@ class _BlockedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.lengths, ctx.window = lengths, window
+        ctx.spans, ctx.window = spans, window
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        mask = _block_mask(q, k, lengths, window)
-        for rows, keys in _blocks(lengths, window):
+        mask, (k, v) = _block_mask(q, k, spans, window), (_seen(t, spans) for t in (k, v))
+        for rows, keys in _blocks(spans, window):
             probabilities = _probabilities(_grouped(q[rows], k), _by_head(k[keys]), mask)
             out[rows] = _ungrouped(probabilities @ _by_head(v[keys]).float(), q[rows])
         return out
@@ -146,55 +152,113 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, lengths = (*ctx.saved_tensors, gradient), ctx.lengths
-        if arithmetic(gradient.dtype, gradient.device) is torch.bfloat16:
-            lengths = tuple(length + -length % GRAIN for length in lengths)
-        filled = [_with_lengths(t, ctx.lengths, lengths) for t in tensors]
-        found = _gradients(*filled, lengths=lengths, window=ctx.window)
-        return *(_with_lengths(t, lengths, ctx.lengths) for t in found), None, None
+        (q, k, v), spans = ctx.saved_tensors, ctx.spans
+        rows, keys = (ROWS, KEYS) if writes_kernels(gradient.dtype, gradient.device) else (1, 1)
+        fill = [-own % rows for _, own in spans]  # no query sees the zeros behind it
+        own, seen = [own for _, own in spans], [sum(span) for span in spans]
+        q_gradient, k_gradient, v_gradient = _gradients(
+            *(_filled(t, own, fill) for t in (q, gradient)),
+            *(_filled(_seen(t, spans), seen, fill, before=keys - 1) for t in (k, v)),
+            spans=[(shared, length + more) for (shared, length), more in zip(spans, fill, strict=True)],
+            window=ctx.window,
+            multiple=keys,
+        )
+        summed = (_summed(_cut(t[keys - 1 :], seen, fill), spans).to(k.dtype) for t in (k_gradient, v_gradient))
+        return _cut(q_gradient, own, fill), *summed, None, None
 
 
-def _with_lengths(t: Tensor, lengths: Sequence[int], others: Sequence[int]) -> Tensor:
-    """Fill each sequence up with zeros to its other length, or cut it: no query before the zeros sees them."""
-    if lengths == others:
+def _filled(t: Tensor, lengths: Sequence[int], fill: Sequence[int], *, before: int = 0) -> Tensor:
+    """Put as many zeros behind each sequence as it is to be filled up with, and some before all of them."""
+    if not before and not any(fill):
         return t
-    parts = zip(torch.split(t, list(lengths)), others, strict=True)
-    return torch.cat([F.pad(part, (0, 0, 0, 0, 0, other - len(part))) for part, other in parts])
+    parts = zip(torch.split(t, list(lengths)), fill, strict=True)
+    filled = [F.pad(part, (0, 0, 0, 0, 0, more)) if more else part for part, more in parts]
+    return torch.cat([t.new_zeros(before, *t.shape[1:]), *filled])
+
+
+def _cut(t: Tensor, lengths: Sequence[int], fill: Sequence[int]) -> Tensor:
+    """Undo `_filled`, but for what is before all."""
+    if not any(fill):
+        return t
+    parts = torch.split(t, [n for pair in zip(lengths, fill, strict=True) for n in pair])
+    return torch.cat(parts[::2])
+
+
+def _seen(t: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Lay end to end what each sequence sees: behind what it shares with the one before it, its own."""
+    places = _places(tuple(spans))
+    return t if places is None else t[places]
+
+
+def _summed(gradient: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Undo `_seen` for its gradient: what sequences share has that of all of them."""
+    places = _places(tuple(spans))
+    if places is None:
+        return gradient
+    return gradient.new_zeros(sum(own for _, own in spans), *gradient.shape[1:]).index_add_(0, places, gradient)
+
+
+@lru_cache(maxsize=4)
+def _places(spans: tuple[Span, ...]) -> Tensor | None:
+    """Return where in the row each sequence finds the keys that it sees, or None where none shares any."""
+    if not any(shared for shared, _ in spans):
+        return None
+    start, seen = 0, [torch.zeros(0, dtype=torch.long)]
+    for shared, own in spans:
+        seen.append(torch.cat([seen[-1][:shared], torch.arange(start, start + own)]))
+        start += own
+    return torch.cat(seen)
 
 
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, *, lengths: Sequence[int], window: int | None
+    q: Tensor, gradient: Tensor, k: Tensor, v: Tensor, *, spans: Sequence[Span], window: int | None, multiple: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values, given that of the output (T, n_head, head_dim)."""
-    mask, dtype = _block_mask(q, k, lengths, window), arithmetic(q.dtype, q.device)
+    """Return the gradients of queries, and in float32 of the keys and values that they see, given the output's.
+
+    A block's keys are made a multiple of so many by those before them, of which the first have enough: all but one of
+    so many. Their weight is zero.
+    """
+    mask, dtype = _block_mask(q, k, spans, window), arithmetic(q.dtype, q.device)
     q_gradient = torch.empty_like(q)
     k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
-    for rows, keys in _blocks(lengths, window):
+    for rows, seen in _blocks(spans, window):
+        before = (seen.start - seen.stop) % multiple
+        keys = slice(seen.start + multiple - 1 - before, seen.stop + multiple - 1)
         queries, out_gradient = _grouped(q[rows], k), _grouped(gradient[rows], k).to(dtype)
-        probabilities = _probabilities(queries, _by_head(k[keys]), mask)
-        v_gradient[keys] += (probabilities.to(dtype).transpose(1, 2) @ out_gradient).transpose(0, 1)
-        upstream = (out_gradient @ _by_head(v[keys]).to(dtype).transpose(1, 2)).float()
+        probabilities = _probabilities(queries, _by_head(k[keys])[:, before:], mask)
+        v_gradient[keys] += (_behind(before, probabilities, dtype).transpose(1, 2) @ out_gradient).transpose(0, 1)
+        upstream = (out_gradient @ _by_head(v[keys]).to(dtype).transpose(1, 2))[..., before:].float()
         scores = torch._softmax_backward_data(upstream, probabilities, -1, torch.float32)
-        scores = scores.mul_(q.shape[-1] ** -0.5).to(dtype)
+        scores = _behind(before, scores.mul_(q.shape[-1] ** -0.5), dtype)
         q_gradient[rows] = _ungrouped(scores @ _by_head(k[keys]).to(dtype), q[rows])
         k_gradient[keys] += (scores.transpose(1, 2) @ queries.to(dtype)).transpose(0, 1)
-    return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype)
+    return q_gradient, k_gradient, v_gradient
 
 
-def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Yield the queries of each block, and the keys that at least one of them sees."""
-    start = 0
-    for length in lengths:
-        for first in range(0, length, BLOCK):
-            end = min(first + BLOCK, length)
-            seen = 0 if window is None else max(0, first - window + 1)
-            yield slice(start + first, start + end), slice(start + seen, start + end)
-        start += length
+def _behind(before: int, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast the weights of keys, behind zeros for some keys before them."""
+    if not before:
+        return t.to(dtype)
+    wide = t.new_empty(*t.shape[:-1], before + t.shape[-1], dtype=dtype)
+    wide[..., :before] = 0
+    wide[..., before:] = t
+    return wide
 
 
-def _block_mask(q: Tensor, k: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+def _blocks(spans: Sequence[Span], window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Yield the queries of each block, and of all that is seen the keys that at least one of them sees."""
+    row = key = 0
+    for shared, own in spans:
+        for first in range(0, own, BLOCK):
+            end = min(first + BLOCK, own)
+            unseen = 0 if window is None else max(0, shared + first - window + 1)
+            yield slice(row + first, row + end), slice(key + unseen, key + shared + end)
+        row, key = row + own, key + shared + own
+
+
+def _block_mask(q: Tensor, k: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
     """Return what is added to the scores of the largest block; those of smaller ones are its last rows and columns."""
-    longest, group = max(lengths), q.shape[1] // k.shape[1]
+    longest, group = max(map(sum, spans)), q.shape[1] // k.shape[1]
     seen = visible(min(BLOCK, longest), longest, window, q.device)
     mask = torch.zeros(seen.shape, device=q.device).masked_fill_(~seen, -torch.inf)
     return mask.repeat_interleave(group, dim=0)  # (block * group, keys)

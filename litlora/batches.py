@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import nlargest
+from itertools import pairwise
 from operator import itemgetter
 from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from litlora.args import TrainArgs
+from litlora.args import Precision, TrainArgs
+from litlora.kernels import grain
 from litlora.loss import IGNORE_INDEX
 from litlora.tokenized import Tokens
 
@@ -42,6 +45,8 @@ class MicroBatch:
     tokens: Tensor
     labels: Tensor
     lengths: tuple[int, ...]
+    shared: tuple[int, ...] = ()
+    """How many tokens stand before each sample's own that are those of the sample before it; () for none."""
 
     @property
     def supervised(self) -> int:
@@ -196,3 +201,39 @@ def join(samples: Sequence[Sample]) -> MicroBatch:
     tokens = torch.cat([sample.tokens for sample in samples])
     labels = torch.cat([sample.labels for sample in samples])
     return MicroBatch(tokens, labels, tuple(len(sample.tokens) for sample in samples))
+
+
+def suited(micro: MicroBatch, device: torch.device, precision: Precision) -> MicroBatch:
+    """Lay a micro-batch out in the way that costs a device the least; what it teaches stays the same."""
+    if device.type != "cpu":
+        return micro  # a GPU has more use for all sequences at once than for fewer tokens
+    micro, dtype = fold(micro), torch.float32 if precision == "32-true" else torch.bfloat16
+    return fill(micro, grain(len(micro.tokens), dtype, device))
+
+
+def fold(micro: MicroBatch) -> MicroBatch:
+    """Leave out of each sample what it begins with like another: alike tokens behind alike ones are computed once.
+
+    Samples are sorted, so that those which begin alike are neighbours. A token with a label is always a sample's own.
+    """
+    parts = zip(*(torch.split(t, list(micro.lengths)) for t in (micro.tokens, micro.labels)), strict=True)
+    samples = sorted((Sample(*part) for part in parts), key=lambda sample: sample.tokens.tolist())
+    shared = (0, *(_alike(*neighbours) for neighbours in pairwise(samples)))
+    own = [Sample(sample.tokens[count:], sample.labels[count:]) for sample, count in zip(samples, shared, strict=True)]
+    return replace(join(own), shared=shared)
+
+
+def fill(micro: MicroBatch, multiple: int) -> MicroBatch:
+    """Put tokens without labels, which no others see, behind the last sample, up to a multiple of so many."""
+    more = -len(micro.tokens) % multiple
+    *others, last = micro.lengths
+    tokens, labels = F.pad(micro.tokens, (0, more)), F.pad(micro.labels, (0, more), value=IGNORE_INDEX)
+    return replace(micro, tokens=tokens, labels=labels, lengths=(*others, last + more))
+
+
+def _alike(before: Sample, sample: Sample) -> int:
+    """Return how many tokens a sample begins with as the one before it does, and has no label of its own at."""
+    unlabelled = int((sample.labels != IGNORE_INDEX).int().argmax())
+    size = min(len(before.tokens), unlabelled)
+    differs = before.tokens[:size] != sample.tokens[:size]
+    return int(differs.int().argmax()) if differs.any() else size

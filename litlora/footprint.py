@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -75,6 +76,13 @@ class Load:
     supervised: int
     """How many of its tokens have a label."""
     activation_checkpointing: bool = False
+    shared: tuple[int, ...] = ()
+    """How many keys each sequence has of others', as a MicroBatch has it."""
+
+    @property
+    def longest(self) -> int:
+        """The most keys that a query sees."""
+        return max(map(sum, zip_longest(self.lengths, self.shared, fillvalue=0)))
 
     @property
     def tokens(self) -> int:
@@ -264,7 +272,7 @@ def _mlp_bytes(network: Network, load: Load) -> int:
 
 def _attention_bytes(network: Network, load: Load) -> int:
     """Return the bytes of the gradients, and on a CPU of the scores of a block of queries, three at a time each."""
-    config, longest = network.config, max(load.lengths)
+    config, longest = network.config, load.longest
     seen = longest if config.sliding_window is None else min(longest, config.sliding_window + BLOCK)
     scores = FLOAT32 * min(BLOCK, longest) * seen if network.on_cpu else 0
     gradients = network.product * load.tokens * config.head_dim

@@ -1,19 +1,26 @@
-"""What torch's libraries make for each new shape, and should not: without padding, hardly two passes have the same."""
-
-import os
+"""What torch's libraries make for each new shape: without padding hardly two passes have the same, unless rounded."""
 
 import torch
 
-KERNELS = 256
-"""Kernels that oneDNN may keep: more than a micro-batch has, or each of its blocks would have them written again."""
+from litlora.linear import HAS_BFLOAT16_PRODUCTS
+
+GRAIN = 16
+"""Rows of a product that are too few to be counted one by one, where each shape costs memory."""
 
 
-def make_few_kernels() -> None:
-    """Settle, before the first product, what oneDNN keeps on a CPU and what cuDNN is asked for on a GPU.
+def writes_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether each new shape of a product of this dtype on this device costs memory.
 
-    For products of bfloat16 oneDNN writes a kernel for each shape, of 0.6 MB, and would keep 1024; a user's own number
-    stands. For attention cuDNN builds a plan for each length, which takes a fifth of a second and saves nothing over
-    torch's other kernels.
+    For bfloat16 on a CPU oneDNN writes a kernel, of 0.6 MB, of which half is never given back.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    return dtype is torch.bfloat16 and device.type == "cpu" and HAS_BFLOAT16_PRODUCTS
+
+
+def grain(rows: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return of what so many rows of a product had better be a multiple, which makes them 3 % more at the most."""
+    return max(GRAIN, 2 ** (rows.bit_length() - 6)) if writes_kernels(dtype, device) else 1
+
+
+def leave_out_plans() -> None:
+    """Have attention on a GPU do without cuDNN, which takes a fifth of a second to plan for each length."""
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from litlora.kernels import grain
+
 IGNORE_INDEX = -100
 CHUNK = 128
 """Rows of logits that exist at one time: enough for an efficient product, few enough to stay in a CPU's cache."""
@@ -36,7 +38,14 @@ def _summed(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 
 
 def _chunk_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    return F.cross_entropy(_logits(hidden, head).float(), labels, reduction="sum")
+
+
+def _logits(hidden: Tensor, head: nn.Module) -> Tensor:
+    """Return the head's outputs for a chunk, which is filled up where each number of rows would cost memory."""
+    more = -len(hidden) % grain(len(hidden), hidden.dtype, hidden.device)
+    logits: Tensor = head(F.pad(hidden, (0, 0, 0, more)))[: len(hidden)] if more else head(hidden)
+    return logits
 
 
 @torch.no_grad()
@@ -55,7 +64,7 @@ def _chunk_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss of a chunk, and the gradients of its sources; its logits are gone before the next has any."""
     with torch.enable_grad():
-        logits = head(hidden)
+        logits = _logits(hidden, head)
     loss, logits_gradient = _loss_and_gradient(logits, labels)
     return loss, list(torch.autograd.grad(logits, sources, logits_gradient))
 

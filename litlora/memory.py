@@ -8,7 +8,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from litlora.args import FinetuneLoraArgs, TrainArgs
-from litlora.batches import Sample, Samples, join, longest_micro_batch
+from litlora.batches import Sample, Samples, join, longest_micro_batch, suited
 from litlora.errors import LitLoraError, is_shortage
 from litlora.footprint import Load, Network, breakdown
 from litlora.ranks import Ranks
@@ -38,17 +38,18 @@ def longest_ahead(samples: Samples, args: FinetuneLoraArgs, ranks: int, done: in
     return longest_micro_batch(samples, (order for _, order in ahead), args.train, ranks)
 
 
-def load_of(samples: Sequence[Sample], activation_checkpointing: bool) -> Load:
+def load_of(samples: Sequence[Sample], network: Network, activation_checkpointing: bool) -> Load:
     """Describe a micro-batch of these samples."""
-    lengths = tuple(len(sample.tokens) for sample in samples)
-    return Load(lengths, sum(sample.supervised for sample in samples), activation_checkpointing)
+    micro = suited(join(samples), network.device, network.precision)
+    return Load(micro.lengths, micro.supervised, activation_checkpointing, micro.shared)
 
 
 def must_shard(args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks) -> bool:
     """Tell whether each of several devices is to hold a part of the base only: as asked for, or for want of memory."""
     if ranks.count == 1 or args.strategy != "auto" or network.on_cpu:
         return ranks.count > 1 and args.strategy == "fsdp"
-    load = load_of(longest_ahead(samples, args, ranks.count, 0), args.train.activation_checkpointing)
+    longest = longest_ahead(samples, args, ranks.count, 0)
+    load = load_of(longest, network, args.train.activation_checkpointing)
     free, _ = torch.cuda.mem_get_info(network.device)
     return bool(ranks.highest(int(not has_room(free, network, load, args.optimizer))))
 
@@ -124,7 +125,7 @@ def need(run: Run, samples: Sequence[Sample], activation_checkpointing: bool) ->
     args = run.args
     shards = run.ranks.count if isinstance(run.gpt, FSDPModule) else 1
     network = Network(run.gpt.config, run.folder.lora, args.precision, args.quantize, run.fabric.device, shards)
-    load = load_of(samples, activation_checkpointing)
+    load = load_of(samples, network, activation_checkpointing)
     return f"about {sum(breakdown(network, load, args.optimizer).values()) / 1e9:.1f} GB"
 
 

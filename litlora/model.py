@@ -7,7 +7,7 @@ sequences lie end to end: there is no batch dimension, and nothing is padded.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import repeat
+from itertools import repeat, zip_longest
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from litlora.attention import Rope, attend, attend_within, rotate
+from litlora.attention import Rope, Span, attend, attend_within, rotate
 from litlora.config import GPTConfig, Llama3Scaling
 from litlora.linear import Joint, Linear
 
@@ -54,12 +54,12 @@ class Attention(nn.Module):
         """Make one product of the three that have one input."""
         self.joint = Joint(self.q_proj, self.k_proj, self.v_proj)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, past: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope, past: Tensor | None) -> Tensor:
         projected = self.joint(x) if self.joint else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (t.unflatten(1, (-1, self.head_dim)) for t in projected)
         q, k = rotate(q, rope), rotate(k, rope)  # (T, heads, head_dim)
         if past is None:
-            y = attend_within(q, k, v, lengths, self.window)
+            y = attend_within(q, k, v, spans, self.window)
         else:
             past[:, :, -len(k) :] = torch.stack((k, v)).transpose(1, 2)  # (2, n_kv, T, head_dim)
             y = attend(q.transpose(0, 1), *past, window=self.window).transpose(0, 1)
@@ -141,8 +141,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], rope: Rope, past: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), lengths, rope, past)
+    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope, past: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), spans, rope, past)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -165,17 +165,19 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
         self.inv_freq: Tensor
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int], cache: KVCache | None) -> Tensor:
+    def forward(self, tokens: Tensor, spans: Sequence[Span], cache: KVCache | None) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, hidden)
         start = cache.length if cache else 0
-        positions = torch.cat([torch.arange(start, start + n, device=tokens.device) for n in lengths])
+        positions = torch.cat(
+            [torch.arange(start + shared, start + shared + own, device=tokens.device) for shared, own in spans]
+        )
         angles = positions[:, None] * self.inv_freq  # (T, head_dim / 2)
         rope = angles.cos().to(x.dtype)[:, None], angles.sin().to(x.dtype)[:, None]
         for layer, past in zip(self.layers, cache.grow(len(tokens)) if cache else repeat(None), strict=False):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, lengths, rope, past, use_reentrant=False)
+                x = checkpoint(layer, x, spans, rope, past, use_reentrant=False)
             else:
-                x = layer(x, lengths, rope, past)
+                x = layer(x, spans, rope, past)
         out: Tensor = self.norm(x)
         return out
 
@@ -192,13 +194,17 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int], cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, lengths: Sequence[int], cache: KVCache | None = None, shared: Sequence[int] = ()
+    ) -> Tensor:
         """Return the hidden states (T, hidden) that `lm_head` turns into logits.
 
-        tokens (T,) holds sequences of the given lengths end to end; none sees another, and each starts at position 0.
-        With a cache there is one sequence, and it goes on where the cache ends.
+        tokens (T,) holds sequences of the given lengths end to end; none sees another, and each starts at position 0,
+        or behind as many of the first tokens that the one before it sees as `shared` says. With a cache there is one
+        sequence, and it goes on where the cache ends.
         """
-        out: Tensor = self.model(tokens, lengths, cache)
+        spans = tuple(zip_longest(shared, lengths, fillvalue=0))
+        out: Tensor = self.model(tokens, spans, cache)
         return out
 
 

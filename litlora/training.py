@@ -27,6 +27,7 @@ from litlora.batches import (
     epoch_order,
     in_file_order,
     micro_batches,
+    suited,
 )
 from litlora.errors import LitLoraError
 from litlora.lora import lora_parameters
@@ -194,9 +195,10 @@ def not_finite(fault: str, batch: Sequence[Sample]) -> LitLoraError:
 
 def summed_loss(run: Run, micro: MicroBatch) -> torch.Tensor:
     """Return the sum of the losses of a micro-batch's supervised tokens; training and validation share it."""
+    micro = suited(micro, run.fabric.device, run.args.precision)
     tokens, labels = run.fabric.to_device((micro.tokens, micro.labels))
     with run.fabric.autocast():
-        return supervised_loss(run.model(tokens, micro.lengths), run.gpt.lm_head, labels)
+        return supervised_loss(run.model(tokens, micro.lengths, shared=micro.shared), run.gpt.lm_head, labels)
 
 
 @torch.no_grad()

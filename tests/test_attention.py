@@ -3,9 +3,11 @@ import torch
 import torch.nn.functional as F
 
 from litlora import linear
-from litlora.attention import BLOCK, _BlockedAttention, attend_within, rotate, visible
+from litlora.attention import BLOCK, _BlockedAttention, attend_within, rotate
 
 LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
+APART = [(0, length) for length in LENGTHS]
+SHARED = [(0, BLOCK + 37), (BLOCK + 11, 1), (BLOCK + 12, 2 * BLOCK), (3, 20)]
 
 
 def problem(
@@ -17,24 +19,28 @@ def problem(
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Return the attention of all positions under one mask that keeps the sequences apart."""
-    owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    mask = visible(len(q), len(q), window, q.device) & (owner[:, None] == owner)
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: list[tuple[int, int]], window: int | None
+) -> torch.Tensor:
+    """Return the attention of all positions under one mask that keeps the sequences apart, but for what they share."""
+    mask, start, path = torch.zeros(len(q), len(q), dtype=torch.bool), 0, []
+    for shared, own in spans:
+        path = [*path[:shared], *range(start, start + own)]
+        for place, row in enumerate(path[shared:], start=shared):
+            mask[row, path[max(0, place + 1 - (window or len(path))) : place + 1]] = True
+        start += own
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
 
 
-def outcome(attention, tensors: list[torch.Tensor], window: int | None) -> list[torch.Tensor]:
+def outcome(
+    attention, tensors: list[torch.Tensor], window: int | None, spans: list[tuple[int, int]] = APART
+) -> list[torch.Tensor]:
     *inputs, gradient = tensors
     leaves = [t.clone().requires_grad_() for t in inputs]
-    y = attention(*leaves, window)
+    y = attention(*leaves, spans, window)
     y.backward(gradient)
     return [y.detach(), *(leaf.grad for leaf in leaves)]
-
-
-def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
-    return attend_within(q, k, v, LENGTHS, window)
 
 
 @pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
@@ -42,8 +48,17 @@ def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
 def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head, n_kv, window, device):
     tensors = problem(n_head, n_kv, device=device)
     exact = outcome(plain, [t.double().cpu() for t in tensors], window)
-    for ours, reference in zip(outcome(packed, tensors, window), exact, strict=True):
+    for ours, reference in zip(outcome(attend_within, tensors, window), exact, strict=True):
         torch.testing.assert_close(ours.double().cpu(), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
+@pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2)])
+def test_sequences_that_begin_alike_share_keys_whose_gradients_are_those_of_all(n_head, n_kv, window):
+    tensors = problem(n_head, n_kv)
+    exact = outcome(plain, [t.double() for t in tensors], window, SHARED)
+    for ours, reference in zip(outcome(attend_within, tensors, window, SHARED), exact, strict=True):
+        torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu
@@ -53,23 +68,24 @@ def test_bfloat16_on_a_gpu_deviates_by_its_rounding_and_no_more(window, width):
     tensors = [t[..., :1].expand(-1, -1, width) + t.repeat(1, 1, 2)[..., :width] for t in problem(6, 2)]
     tensors = [t.to("cuda", torch.bfloat16) for t in tensors]
     exact = outcome(plain, [t.double().cpu() for t in tensors], window)
-    for ours, reference in zip(outcome(packed, tensors, window), exact, strict=True):
+    for ours, reference in zip(outcome(attend_within, tensors, window), exact, strict=True):
         assert (ours.double().cpu() - reference).norm() <= 2**-6 * reference.norm() + 1e-3
 
 
 def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_products_of_it(monkeypatch):
     monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", False)
     tensors = problem(6, 2, torch.bfloat16)
-    exact = outcome(packed, [t.float() for t in tensors], None)
-    for ours, reference in zip(outcome(packed, tensors, None), exact, strict=True):
+    exact = outcome(attend_within, [t.float() for t in tensors], None)
+    for ours, reference in zip(outcome(attend_within, tensors, None), exact, strict=True):
         assert torch.equal(ours, reference.bfloat16())
 
 
+@pytest.mark.parametrize("spans", [APART, SHARED], ids=["apart", "shared"])
 @pytest.mark.parametrize("window", [None, 50])
-def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(window, monkeypatch):
+def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(window, spans, monkeypatch):
     monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", True)
     tensors = problem(6, 2, torch.bfloat16)
-    exact, found = outcome(packed, [t.float() for t in tensors], window), outcome(packed, tensors, window)
+    exact, found = (outcome(attend_within, some, window, spans) for some in ([t.float() for t in tensors], tensors))
     assert torch.equal(found[0], exact[0].bfloat16())  # only gradients are of such products
     for ours, reference in zip(found, exact, strict=True):
         deviation = (ours.float() - reference).norm() / reference.norm()
@@ -81,7 +97,7 @@ def test_a_sequence_of_any_length_takes_memory_by_the_block():
     kept = []
     leaves = [t.requires_grad_() for t in (q, k, v)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        _BlockedAttention.apply(*leaves, LENGTHS, None).backward(gradient)
+        _BlockedAttention.apply(*leaves, SHARED, None).backward(gradient)
     assert sum(t.numel() for t in kept) == sum(t.numel() for t in leaves)
 
 

@@ -3,6 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from litlora.args import TrainArgs
 from litlora.batches import (
@@ -10,6 +12,8 @@ from litlora.batches import (
     Samples,
     deal,
     epoch_order,
+    fill,
+    fold,
     in_file_order,
     join,
     longest_micro_batch,
@@ -97,6 +101,45 @@ def test_a_micro_batch_holds_its_samples_end_to_end_without_padding():
     micro = join(of_lengths(1, 2, 3))
     assert micro.tokens.tolist() == [0, 1, 1, 2, 2, 2]
     assert micro.lengths == (1, 2, 3)
+
+
+def masked(tokens: list[int], prompt: int) -> Sample:
+    """Return a sample of which what follows the prompt is learned."""
+    labels = torch.tensor([*tokens[1:], 7])
+    labels[: prompt - 1] = IGNORE_INDEX
+    return Sample(torch.tensor(tokens), labels)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(1, 9)), min_size=1))
+def test_of_samples_that_begin_alike_what_they_share_is_there_once(drawn):
+    samples = [masked(tokens, min(prompt, len(tokens))) for tokens, prompt in drawn]
+    folded = fold(join(samples))
+    seen: list[tuple[int, int]] = []
+    found, start = [], 0
+    for shared, own in zip(folded.shared, folded.lengths, strict=True):
+        rows = slice(start, start + own)
+        path = list(zip(folded.tokens[rows].tolist(), folded.labels[rows].tolist(), strict=True))
+        seen = [*((token, IGNORE_INDEX) for token, _ in seen[:shared]), *path]
+        assert len(seen) == shared + own
+        found.append(seen)
+        start += own
+    assert start == len(folded.tokens) <= sum(len(sample.tokens) for sample in samples)
+    expected = (list(zip(s.tokens.tolist(), s.labels.tolist(), strict=True)) for s in samples)
+    assert sorted(found) == sorted(expected)
+
+
+def test_tokens_with_a_label_are_not_shared_and_all_before_them_are():
+    alike = [masked([5, 6, 8, 9], 3), masked([5, 6, 8, 9], 4), masked([5, 6, 8, 9], 1)]
+    assert sorted(fold(join(alike)).shared) == [0, 0, 3]
+    assert sum(fold(join([masked([5, 6, 8, n], 3) for n in range(4)])).lengths) == 4 + 3 * 2
+
+
+def test_a_micro_batch_is_filled_up_with_tokens_without_labels():
+    filled = fill(join(of_lengths(3, 8)), 4)
+    assert filled.lengths == (3, 9)
+    assert filled.tokens.tolist() == [0, 0, 0, *[1] * 8, 0]
+    assert filled.supervised == 11
+    assert fill(filled, 4).lengths == filled.lengths
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 16])

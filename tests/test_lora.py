@@ -8,6 +8,7 @@ from reference import hugging_face, with_peft
 from torch.nn.utils.rnn import pad_sequence
 
 from litlora.adapter import write_adapter
+from litlora.batches import MicroBatch, Sample, fill, fold, join
 from litlora.checkpoint import fingerprint, load_model
 from litlora.config import GPTConfig
 from litlora.lora import TARGET_MODULES, Dropout, LoRAConfig, LoRALinear, add_lora, count, lora_parameters
@@ -152,21 +153,18 @@ def test_a_layer_keeps_its_input_once_for_all_of_its_branches():
 
 
 def check_equals_padded_peft(
-    checkpoint: Path,
-    switches: tuple[str, ...],
-    labels: list[torch.Tensor],
-    folder: Path,
-    device: torch.device = CPU,
+    checkpoint: Path, switches: tuple[str, ...], samples: list[Sample], micro: MicroBatch, folder: Path
 ):
+    """Compare what a micro-batch teaches with what its samples teach, one below the other, with padding."""
     config = lora_config(switches)
+    device = micro.tokens.device
     model = adapted(checkpoint, config, device=device)
     write_adapter(folder, model, config, checkpoint, fingerprint(checkpoint), "alpaca")
-    tokens, _ = batch()
-    supervised = sum((row != IGNORE_INDEX).sum() for row in labels)
-    packed, packed_labels = torch.cat(tokens).to(device), torch.cat(labels).to(device)
-    loss = supervised_loss(model(packed, LENGTHS), model.lm_head, packed_labels) / supervised
+    hidden = model(micro.tokens, micro.lengths, shared=micro.shared)
+    loss = supervised_loss(hidden, model.lm_head, micro.labels) / micro.supervised
     loss.backward()
 
+    tokens, labels = [sample.tokens for sample in samples], [sample.labels for sample in samples]
     theirs = with_peft(checkpoint, folder, trainable=True)
     mask = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
     logits = theirs(pad_sequence(tokens, batch_first=True), attention_mask=mask).logits
@@ -183,13 +181,30 @@ def check_equals_padded_peft(
 
 @pytest.mark.parametrize("switches", [("query", "value"), SWITCHES], ids=["two", "six"])
 def test_loss_and_gradients_of_a_batch_equal_those_of_peft(checkpoint, switches, tmp_path, device):
-    check_equals_padded_peft(checkpoint, switches, batch()[1], tmp_path, device)
+    samples = [Sample(*pair) for pair in zip(*batch(), strict=True)]
+    micro = join([Sample(sample.tokens.to(device), sample.labels.to(device)) for sample in samples])
+    check_equals_padded_peft(checkpoint, switches, samples, micro, tmp_path)
+
+
+@pytest.mark.parametrize("switches", [("query", "value"), SWITCHES], ids=["two", "six"])
+def test_loss_and_gradients_of_samples_that_begin_alike_equal_those_of_peft(checkpoint, switches, tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    start, ends = torch.randint(300, (15,), generator=generator), torch.randint(300, (4, 12), generator=generator)
+    tokens = [torch.cat([start[:count], end]) for count, end in zip((15, 9, 15, 0), ends, strict=True)]
+    labels = [F.pad(ids[1:], (0, 1), value=7) for ids in tokens]
+    for row in labels:
+        row[:-10] = IGNORE_INDEX
+    samples = [Sample(*pair) for pair in zip(tokens, labels, strict=True)]
+    micro = fill(fold(join(samples)), 16)
+    assert len(micro.tokens) == 64 < sum(map(len, tokens))
+    check_equals_padded_peft(checkpoint, switches, samples, micro, tmp_path)
 
 
 @pytest.mark.parametrize("number", range(len(LENGTHS)))
 def test_loss_and_gradients_of_each_example_among_others_equal_those_of_peft_with_padding(checkpoint, number, tmp_path):
     labels = [row if n == number else torch.full_like(row, IGNORE_INDEX) for n, row in enumerate(batch()[1])]
-    check_equals_padded_peft(checkpoint, SWITCHES, labels, tmp_path)
+    samples = [Sample(*pair) for pair in zip(batch()[0], labels, strict=True)]
+    check_equals_padded_peft(checkpoint, SWITCHES, samples, join(samples), tmp_path)
 
 
 @pytest.mark.parametrize("switches", COMBINATIONS, ids="+".join)

@@ -23,7 +23,7 @@ from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.footprint import Network, breakdown, table
 from litlora.heap import keep_small, spares_memory
-from litlora.kernels import make_few_kernels
+from litlora.kernels import leave_out_plans
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
@@ -110,7 +110,7 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
 
 def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sharded: bool) -> GPT:
     """Load the base, whole or this device's part of it, with a new adapter."""
-    make_few_kernels()
+    leave_out_plans()
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
     if sharded:
@@ -219,7 +219,8 @@ def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
     """Say what a run would compute, and what parts its peak memory would have."""
     total = total_steps(len(train), args.train)
     devices = args.devices * args.num_nodes
-    load = load_of(longest_ahead(train, args, devices, 0), args.train.activation_checkpointing)
+    longest = longest_ahead(train, args, devices, 0)
+    load = load_of(longest, network, args.train.activation_checkpointing)
     outline = network.outline()
     counts = {
         "trainable parameters": count(outline, trainable=True),
@@ -227,7 +228,7 @@ def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
         "examples": len(train),
         "steps": total,
         "tokens": sum(int(train.lengths[order].sum()) for _, order in orders(len(train), args, after=0, total=total)),
-        "tokens in the longest micro-batch": load.tokens,
+        "tokens in the longest micro-batch": sum(len(sample.tokens) for sample in longest),
     }
     if args.strategy == "fsdp":
         network = replace(network, shards=devices)

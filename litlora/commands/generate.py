@@ -8,7 +8,7 @@ from litlora.adapter import find_base, load_with_adapter, read_prompt_style, rea
 from litlora.args import GenerateArgs
 from litlora.checkpoint import load_config
 from litlora.errors import LitLoraError
-from litlora.kernels import make_few_kernels
+from litlora.kernels import leave_out_plans
 from litlora.quantize import Quantization
 from litlora.sampling import Sampler, compile_step, lay_out
 from litlora.sampling import generate as stream_tokens
@@ -29,7 +29,7 @@ def generate(args: GenerateArgs) -> None:
     dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))
     if args.compile and quantization:
         raise LitLoraError(f"--compile does not go with a base in 4 bits ({quantization.name}): leave one of them out")
-    make_few_kernels()
+    leave_out_plans()
     model = load_with_adapter(base_dir, adapter_dir, dtype, device, quantization)
     if args.compile:
         compile_step(model)
