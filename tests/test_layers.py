@@ -8,9 +8,9 @@ import litlora
 PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
-    args config files heap layout limits linear loss rows stopping
-    launching quantize
-    attention examples hub locking lora manifest optimizers state watching
+    args config files heap layout limits linear rows stopping
+    kernels launching quantize
+    attention examples hub locking loss lora manifest optimizers state watching
     model preparing prompts ranks
     checkpoint footprint sampling tokenizer
     adapter resuming sharding
