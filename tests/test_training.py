@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from families import WHOLE_BLOCKS
 from peft import PeftModel
-from reference import hugging_face, in_4_bits
+from reference import in_4_bits, with_peft
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -59,7 +59,7 @@ def metrics(out_dir: Path) -> list[dict[str, str]]:
 
 def loss_by_peft(checkpoint: Path, adapter_dir: Path, rows: Path, base: PreTrainedModel | None = None) -> float:
     """Return the mean loss per response token that transformers and peft compute, row by row."""
-    model = PeftModel.from_pretrained(base or hugging_face(checkpoint), adapter_dir)
+    model = PeftModel.from_pretrained(base, adapter_dir) if base else with_peft(checkpoint, adapter_dir)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     total = count = 0
     for line in rows.read_text(encoding="utf-8").splitlines():

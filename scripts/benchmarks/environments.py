@@ -13,6 +13,7 @@ from benchmarks.jobs import Job
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".benchmark"
+SCRIPTS = str(Path(__file__).parents[1])
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 TORCH = "torch==2.13.0"  # the same for all, so that programs are compared
@@ -57,15 +58,18 @@ def wanted_in(name: str) -> str:
 def do(job: Job, python: Path, module: str) -> Any:
     """Do a job in a process of its own, and return what its last line of JSON says."""
     command = [str(python), "-m", f"benchmarks.{module}", json.dumps(asdict(job))]
-    output = run(command, job.work / f"{module}-{job.task}.log", {} if job.device == "cuda" else NO_GPU)
+    extra = {} if job.device == "cuda" else NO_GPU
+    if python == Path(sys.executable):  # an environment of its own must not find what this one does
+        paths = [SCRIPTS, *filter(None, [os.environ.get("PYTHONPATH")])]
+        extra = extra | {"PYTHONPATH": os.pathsep.join(paths)}
+    output = run(command, job.work / f"{module}-{job.task}.log", extra)
     return json.loads(output.splitlines()[-1])
 
 
 def run(command: list[str], log: Path, extra: Mapping[str, str] = NO_GPU) -> str:
     """Return what a command writes; a failure is said with its last line, and all of it stands in the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | QUIET | extra | {"PYTHONPATH": os.pathsep.join(paths)}
+    env = os.environ | QUIET | {"PYTHONPATH": SCRIPTS} | extra
     with log.open("w", encoding="utf-8") as errors:
         done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
     if done.returncode:
