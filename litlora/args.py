@@ -41,6 +41,8 @@ class TrainArgs:
     """Most examples in one forward and backward pass; of no effect with micro_batch_tokens."""
     micro_batch_tokens: int | None = None
     """Most tokens in one forward and backward pass, of however many examples; null bounds it by micro_batch_size."""
+    parallel_micro_batches: int = 2
+    """Most micro-batches that a CPU computes at a time, each on its share of the cores; a GPU computes one."""
     epochs: int = 1
     """Passes over the training split."""
     max_steps: int | None = None
@@ -69,7 +71,10 @@ class TrainArgs:
     """Keep no more than each block's input, and compute the rest again for the gradient: slower, but far smaller."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "micro_batch_size", "epochs", "save_interval", "log_interval"):
+        for name in (
+            "global_batch_size", "micro_batch_size", "parallel_micro_batches",
+            "epochs", "save_interval", "log_interval",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"--train.{name}", getattr(self, name), "at least 1")
         for name in ("micro_batch_tokens", "max_steps", "max_seq_length", "save_total_limit"):
             value = getattr(self, name)

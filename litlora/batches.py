@@ -47,6 +47,8 @@ class MicroBatch:
     lengths: tuple[int, ...]
     shared: tuple[int, ...] = ()
     """How many tokens stand before each sample's own that are those of the sample before it; () for none."""
+    seed: int = 0
+    """Decides its dropout."""
 
     @property
     def supervised(self) -> int:
@@ -201,6 +203,12 @@ def join(samples: Sequence[Sample]) -> MicroBatch:
     tokens = torch.cat([sample.tokens for sample in samples])
     labels = torch.cat([sample.labels for sample in samples])
     return MicroBatch(tokens, labels, tuple(len(sample.tokens) for sample in samples))
+
+
+def seeded(micros: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Draw a seed for each micro-batch from torch's own generator."""
+    seeds = torch.randint(2**62, (len(micros),)).tolist()
+    return [replace(micro, seed=seed) for micro, seed in zip(micros, seeds, strict=True)]
 
 
 def suited(micro: MicroBatch, device: torch.device, precision: Precision) -> MicroBatch:

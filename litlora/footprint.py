@@ -78,6 +78,8 @@ class Load:
     activation_checkpointing: bool = False
     shared: tuple[int, ...] = ()
     """How many keys each sequence has of others', as a MicroBatch has it."""
+    at_once: int = 1
+    """How many such micro-batches there are at a time."""
 
     @property
     def longest(self) -> int:
@@ -97,11 +99,11 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
     return {
         **held_bytes(network, weight_bytes(gpt, network.quantize)),
         "adapter, float32": adapters,
-        "its gradients": adapters,
+        "its gradients": adapters * (load.at_once + 1),  # of each micro-batch, and their sum
         "optimizer state": optimizer_bytes(optimizer, adapter),
-        "activations": activation_bytes(network, load),
-        "temporaries": temporary_bytes(network, load),
-        **({"gaps in the heap": gap_bytes(network, load)} if network.on_cpu else {"cuBLAS": WORKSPACES}),
+        "activations": activation_bytes(network, load) * load.at_once,
+        "temporaries": temporary_bytes(network, load) * load.at_once,
+        **({"gaps in the heap": gap_bytes(network, load) * load.at_once} if network.on_cpu else {"cuBLAS": WORKSPACES}),
     }
 
 

@@ -1,7 +1,9 @@
 """Whether there is memory for what lies ahead, found out before the first step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from litlora.args import FinetuneLoraArgs, TrainArgs
 from litlora.batches import Sample, Samples, join, longest_micro_batch, suited
 from litlora.errors import LitLoraError, is_shortage
 from litlora.footprint import Load, Network, breakdown
+from litlora.lora import lora_parameters
 from litlora.ranks import Ranks
 from litlora.state import Progress
-from litlora.training import Run, orders, summed_loss, total_steps
+from litlora.training import Run, loss_and_gradients, orders, total_steps
 
 USABLE = 0.9  # share of a GPU's free memory; the rest is for its libraries, and for gaps
 
@@ -38,10 +41,15 @@ def longest_ahead(samples: Samples, args: FinetuneLoraArgs, ranks: int, done: in
     return longest_micro_batch(samples, (order for _, order in ahead), args.train, ranks)
 
 
-def load_of(samples: Sequence[Sample], network: Network, activation_checkpointing: bool) -> Load:
-    """Describe a micro-batch of these samples."""
+def load_of(samples: Sequence[Sample], network: Network, activation_checkpointing: bool, at_once: int = 1) -> Load:
+    """Describe so many micro-batches of these samples."""
     micro = suited(join(samples), network.device, network.precision)
-    return Load(micro.lengths, micro.supervised, activation_checkpointing, micro.shared)
+    return Load(micro.lengths, micro.supervised, activation_checkpointing, micro.shared, at_once)
+
+
+def at_once(samples: Sequence[Sample], train: TrainArgs, ranks: int, lanes: int) -> int:
+    """Return how many of so many lanes have a micro-batch like this one, of those of a step."""
+    return min(lanes, math.ceil(train.global_batch_size / (ranks * len(samples))))
 
 
 def must_shard(args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks) -> bool:
@@ -60,17 +68,21 @@ def has_room(free: int, network: Network, load: Load, optimizer: str | dict[str,
 
 
 def fits(run: Run, samples: Sequence[Sample]) -> bool:
-    """Tell whether there is memory for samples to go forward and back."""
-    with torch.random.fork_rng([run.fabric.device] if run.fabric.device.type == "cuda" else []):
-        try:
-            run.fabric.backward(summed_loss(run, join(samples)))
-        except (MemoryError, RuntimeError) as error:
-            if not is_shortage(error):
-                raise
-            return False
-        finally:
-            run.optimizer.zero_grad()
+    """Tell whether there is memory for samples to go forward and back, in as many lanes as they would in a step."""
+    there_and_back = partial(loss_and_gradients, run, list(lora_parameters(run.gpt).values()), 1)
+    try:
+        for _ in run.lanes.map(there_and_back, [join(samples)] * lanes_of(run, samples)):
+            pass
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        return False
     return True
+
+
+def lanes_of(run: Run, samples: Sequence[Sample]) -> int:
+    """Return how many lanes have a micro-batch like this one at a time."""
+    return at_once(samples, run.args.train, run.ranks.count, run.lanes.count)
 
 
 def fitting_part(run: Run, samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -93,14 +105,18 @@ def half(samples: Sequence[Sample]) -> Sequence[Sample]:
 
 def too_long(run: Run, samples: Sequence[Sample], fitting: Sequence[Sample]) -> LitLoraError:
     """Say what is too much, which settings to lower, and what they would need."""
+    kept, lanes = run.args.train.activation_checkpointing, lanes_of(run, samples)
     ways = [lower(samples, fitting, run.args.train)]
     if fitting:
-        ways[0] += f", which needs {need(run, fitting, run.args.train.activation_checkpointing)}"
-    if not run.args.train.activation_checkpointing:
-        needed = need(run, samples, activation_checkpointing=True)
-        ways.append(f"or pass --train.activation_checkpointing true, which needs {needed}")
+        ways[0] += f", which needs {need(run, fitting, kept, lanes_of(run, fitting))}"
+    if lanes > 1:
+        ways.append(f"or pass --train.parallel_micro_batches 1, which needs {need(run, samples, kept, 1)}")
+    if not kept:
+        ways.append(f"or pass --train.activation_checkpointing true, which needs {need(run, samples, True, lanes)}")
     longest = f"the longest micro-batch, examples: {len(samples)}, tokens: {total(samples):,}"
-    needed = need(run, samples, run.args.train.activation_checkpointing)
+    if lanes > 1:
+        longest = f"{lanes} times {longest}"
+    needed = need(run, samples, kept, lanes)
     return LitLoraError(f"there is too little memory for {longest}, which needs {needed}; {', '.join(ways)}")
 
 
@@ -120,12 +136,12 @@ def total(samples: Sequence[Sample]) -> int:
     return sum(len(sample.tokens) for sample in samples)
 
 
-def need(run: Run, samples: Sequence[Sample], activation_checkpointing: bool) -> str:
-    """Say how much memory a run takes whose longest micro-batch is of these samples."""
+def need(run: Run, samples: Sequence[Sample], activation_checkpointing: bool, lanes: int) -> str:
+    """Say how much memory a run takes whose longest micro-batches, in so many lanes, are of these samples."""
     args = run.args
     shards = run.ranks.count if isinstance(run.gpt, FSDPModule) else 1
     network = Network(run.gpt.config, run.folder.lora, args.precision, args.quantize, run.fabric.device, shards)
-    load = load_of(samples, network, activation_checkpointing)
+    load = load_of(samples, network, activation_checkpointing, lanes)
     return f"about {sum(breakdown(network, load, args.optimizer).values()) / 1e9:.1f} GB"
 
 

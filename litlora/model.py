@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.attention import Rope, Span, attend, attend_within, rotate
 from litlora.config import GPTConfig, Llama3Scaling
+from litlora.dropout import drawn_again
 from litlora.linear import Joint, Linear
 
 
@@ -175,7 +176,10 @@ class Decoder(nn.Module):
         rope = angles.cos().to(x.dtype)[:, None], angles.sin().to(x.dtype)[:, None]
         for layer, past in zip(self.layers, cache.grow(len(tokens)) if cache else repeat(None), strict=False):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, spans, rope, past, use_reentrant=False)
+                x = checkpoint(
+                    layer, x, spans, rope, past,
+                    use_reentrant=False, preserve_rng_state=False, context_fn=drawn_again,
+                )  # fmt: skip
             else:
                 x = layer(x, spans, rope, past)
         out: Tensor = self.norm(x)

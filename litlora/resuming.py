@@ -19,7 +19,8 @@ BASE = "the base's weights"
 WITHOUT_EFFECT = {
     "checkpoint_dir", "data_dir", "out_dir", "devices", "num_nodes", "strategy", "logger_name", "resume", "overwrite",
     "dry_run",
-    "train.micro_batch_size", "train.micro_batch_tokens", "train.activation_checkpointing", "train.max_time",
+    "train.micro_batch_size", "train.micro_batch_tokens", "train.parallel_micro_batches",
+    "train.activation_checkpointing", "train.max_time",
     "train.save_interval", "train.save_total_limit", "train.log_interval",
     "eval.max_new_tokens", "eval.evaluate_example", "eval.initial_validation",
 }  # fmt: skip

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import chain, islice, zip_longest
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -27,9 +28,12 @@ from litlora.batches import (
     epoch_order,
     in_file_order,
     micro_batches,
+    seeded,
     suited,
 )
+from litlora.dropout import drawing_from
 from litlora.errors import LitLoraError
+from litlora.lanes import Lanes
 from litlora.lora import lora_parameters
 from litlora.loss import supervised_loss
 from litlora.model import GPT, evaluating
@@ -45,8 +49,6 @@ class Run:
 
     fabric: Fabric
     gpt: GPT
-    model: nn.Module
-    """The GPT as Fabric wraps it: the forward pass goes through here."""
     optimizer: Optimizer
     train: Samples
     val: Samples
@@ -56,6 +58,7 @@ class Run:
     """Gives the model's present answer to the example that is shown at each validation; "" for none."""
     stopping: Stopping
     ranks: Ranks
+    lanes: Lanes
 
 
 def fit(run: Run, progress: Progress) -> None:
@@ -145,17 +148,18 @@ def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
 def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> StepResult:
     """Take one optimizer step on a global batch, with the mean over all its supervised tokens as the loss."""
     start = time.perf_counter()
-    micros = passes(run, batch)
     supervised = sum(sample.supervised for sample in batch)
     draw_apart(run, step)
+    matrices = list(lora_parameters(run.gpt).values())
     loss = torch.zeros((), device=run.fabric.device)
-    for micro in micros:
-        part = summed_loss(run, micro) / supervised
-        run.fabric.backward(part)
-        loss += part.detach()
-    loss = run.ranks.add_up_gradients(lora_parameters(run.gpt).values(), loss)
+    there_and_back = partial(loss_and_gradients, run, matrices, supervised)
+    for part, gradients in run.lanes.map(there_and_back, seeded(passes(run, batch))):
+        loss += part
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            matrix.grad = gradient.contiguous() if matrix.grad is None else matrix.grad.add_(gradient)
+    loss = run.ranks.add_up_gradients(matrices, loss)
     max_norm = run.args.train.max_norm or math.inf  # an infinite limit measures the norm and clips nothing
-    norm = run.fabric.clip_gradients(run.model, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
+    norm = run.fabric.clip_gradients(run.gpt, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
     mean, grad_norm = loss.item(), float(norm)  # type: ignore[arg-type]
     if not math.isfinite(mean) or not math.isfinite(grad_norm):
         raise not_finite(f"step {step} has the loss {mean} and a gradient norm of {grad_norm}", batch)
@@ -193,15 +197,31 @@ def not_finite(fault: str, batch: Sequence[Sample]) -> LitLoraError:
     return LitLoraError(f"{fault} on train.jsonl rows {rows} (the first row is 1): {hint}")
 
 
-def summed_loss(run: Run, micro: MicroBatch) -> torch.Tensor:
+def summed_loss(run: Run, micro: MicroBatch) -> Tensor:
     """Return the sum of the losses of a micro-batch's supervised tokens; training and validation share it."""
     micro = suited(micro, run.fabric.device, run.args.precision)
     tokens, labels = run.fabric.to_device((micro.tokens, micro.labels))
-    with run.fabric.autocast():
-        return supervised_loss(run.model(tokens, micro.lengths, shared=micro.shared), run.gpt.lm_head, labels)
+    with run.fabric.autocast(), drawing_from(torch.Generator().manual_seed(micro.seed)):
+        return supervised_loss(run.gpt(tokens, micro.lengths, shared=micro.shared), run.gpt.lm_head, labels)
 
 
-@torch.no_grad()
+def loss_and_gradients(
+    run: Run, matrices: Sequence[Tensor], supervised: int, micro: MicroBatch
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return a micro-batch's part of a mean over so many supervised tokens, and of the gradient for the matrices.
+
+    The gradients are not added up here: their sum must be the same to the bit, whichever lane is done first.
+    """
+    loss = summed_loss(run, micro) / supervised
+    return loss.detach(), torch.autograd.grad(loss, matrices)
+
+
+@torch.no_grad()  # which holds for one lane alone
+def loss_alone(run: Run, micro: MicroBatch) -> tuple[float, int]:
+    """Return the sum of a micro-batch's losses, and over how many tokens it is."""
+    return summed_loss(run, micro).item(), micro.supervised
+
+
 def validate(run: Run) -> float:
     """Return the mean loss over the supervised tokens of the validation split, or of its first micro-batches."""
     train, total, supervised = run.args.train, 0.0, 0
@@ -209,12 +229,12 @@ def validate(run: Run) -> float:
     batches = chain.from_iterable(
         micro_batches(group, train.micro_batch_size, train.micro_batch_tokens) for group in groups
     )
-    with evaluating(run.model):
+    with evaluating(run.gpt):
         in_turn = [islice(batches, run.args.eval.max_iters)] * run.ranks.count
-        for dealt in zip_longest(*in_turn, fillvalue=IDLE):
-            micro = dealt[run.ranks.index]
-            total += summed_loss(run, micro).item()
-            supervised += micro.supervised
+        own = (dealt[run.ranks.index] for dealt in zip_longest(*in_turn, fillvalue=IDLE))
+        for loss, tokens in run.lanes.map(partial(loss_alone, run), own):
+            total += loss
+            supervised += tokens
     sums = run.ranks.add_up(torch.tensor([total, supervised], dtype=torch.float64, device=run.fabric.device))
     return float(sums[0] / sums[1])
 

@@ -183,6 +183,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 @pytest.fixture
+def four_threads() -> Iterator[None]:
+    """Let torch have four threads for the time of a test, however many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def litlora() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs a command as a user does."""
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from litlora.args import TrainArgs
 from litlora.batches import (
+    IDLE,
     Sample,
     Samples,
     deal,
@@ -18,6 +19,7 @@ from litlora.batches import (
     join,
     longest_micro_batch,
     micro_batches,
+    seeded,
 )
 from litlora.examples import Example, Turn
 from litlora.loss import IGNORE_INDEX
@@ -219,3 +221,12 @@ def test_the_longest_micro_batch_of_all_epochs_is_found_without_reading_them(siz
     ]
     train = TrainArgs(micro_batch_size=size, micro_batch_tokens=max_tokens)
     assert len(join(longest_micro_batch(samples, orders, train, ranks)).tokens) == max(sizes)
+
+
+def test_each_micro_batch_has_a_seed_of_its_own_that_follows_from_torchs():
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append([micro.seed for micro in seeded([IDLE] * 5)])
+    assert drawn[0] == drawn[1]
+    assert len({*drawn[0], *drawn[2]}) == 10

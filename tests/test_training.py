@@ -126,6 +126,21 @@ def test_the_adapter_does_not_depend_on_how_a_global_batch_is_split(tiny, data_d
             torch.testing.assert_close(other[name], matrix, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_the_adapter_does_not_depend_on_how_many_micro_batches_are_computed_at_a_time(
+    tiny, data_dir, tmp_path, checkpointing, four_threads
+):
+    flags = ["--lora_dropout", 0.2, "--lora_mlp", "true", "--lora_head", "true", "--train.micro_batch_size", 2]
+    flags += ["--train.max_steps", 3, "--train.activation_checkpointing", checkpointing]
+    runs = [
+        adapter(finetune(tiny, data_dir, tmp_path / str(lanes), *flags, "--train.parallel_micro_batches", lanes))
+        for lanes in (1, 2, 3)
+    ]
+    for other in runs[1:]:
+        for name, matrix in runs[0].items():
+            torch.testing.assert_close(other[name], matrix, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_activation_checkpointing_changes_nothing_but_what_is_kept(tiny, data_dir, tmp_path, base):
     flags = [*base, "--train.max_steps", 3, "--lora_dropout", 0.2, "--lora_mlp", "true"]

@@ -24,10 +24,11 @@ from litlora.examples import Example, read_example
 from litlora.footprint import Network, breakdown, table
 from litlora.heap import keep_small, spares_memory
 from litlora.kernels import leave_out_plans
+from litlora.lanes import Lanes, lanes_on
 from litlora.launching import find_place
 from litlora.locking import locked
 from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, count, lora_parameters
-from litlora.memory import check_memory, load_of, longest_ahead, must_shard, shortage_said
+from litlora.memory import at_once, check_memory, load_of, longest_ahead, must_shard, shortage_said
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
@@ -91,13 +92,14 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
         return
     gpt = build_model(args, folder.lora, fabric, sharded=must_shard(args, network, train, ranks))
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
-    model, optimizer = fabric.setup(gpt, optimizer)
+    _, optimizer = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
     progress = go_on(folder, start, gpt, optimizer)
 
     answer = partial(
         sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens, OneChoice(ranks=ranks)
     )
-    run = Run(fabric, gpt, model, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping, ranks)
+    lanes = Lanes(1 if isinstance(gpt, FSDPModule) else lanes_on(fabric.device, args.train.parallel_micro_batches))
+    run = Run(fabric, gpt, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping, ranks, lanes)
     say_plan(run)
     check_memory(run, progress.step)
     folder.open(start, progress.step)
@@ -220,7 +222,9 @@ def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
     total = total_steps(len(train), args.train)
     devices = args.devices * args.num_nodes
     longest = longest_ahead(train, args, devices, 0)
-    load = load_of(longest, network, args.train.activation_checkpointing)
+    lanes = 1 if args.strategy == "fsdp" else lanes_on(network.device, args.train.parallel_micro_batches, args.devices)
+    together = at_once(longest, args.train, devices, lanes)
+    load = load_of(longest, network, args.train.activation_checkpointing, together)
     outline = network.outline()
     counts = {
         "trainable parameters": count(outline, trainable=True),

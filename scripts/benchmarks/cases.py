@@ -13,12 +13,9 @@ class Program:
     environment: str
     """The virtual environment that it runs in, and the module beside this one that runs it there."""
     compiled: bool = False
-    devices: int = 1
-    """Processes that train together, each with its share of the cores."""
 
 
 LITLORA = Program("litlora", "litlora")
-LITLORA_BY_TWO = Program("litlora --devices 2", "litlora", devices=2)
 LITLORA_COMPILED = Program("litlora --compile", "litlora", compiled=True)
 PEFT = Program("PEFT + transformers", "peft")
 TRANSFORMERS = Program("transformers", "peft")
@@ -45,8 +42,8 @@ class Case:
         return f"Training, {number}, LoRA on {self.layers}{' over NF4' if self.quantized else ''}"
 
 
-TRAINING = (LITLORA, LITLORA_BY_TWO, PEFT, LITGPT)
-AGAINST_PEFT = (LITLORA, LITLORA_BY_TWO, PEFT)
+TRAINING = (LITLORA, PEFT, LITGPT)
+AGAINST_PEFT = (LITLORA, PEFT)
 GENERATION = (LITLORA, LITLORA_COMPILED, TRANSFORMERS, LITGPT)
 CASES = (
     Case("train-32", "train", "32-true", TRAINING),

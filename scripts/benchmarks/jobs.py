@@ -33,7 +33,6 @@ class Job:
     quantized: bool = False
     """Whether the blocks' weights are in NF4."""
     compiled: bool = False
-    devices: int = 1
     device: Device = "cpu"
 
     @property

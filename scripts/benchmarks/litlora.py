@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from benchmarks import jobs
 from benchmarks.jobs import Job, Result, serve, versions
-from benchmarks.memory import peak_memory_gb, peak_of_children
+from benchmarks.memory import peak_memory_gb
 from litlora.__main__ import run
 from litlora.batches import epoch_order
 from litlora.model import GPT
@@ -23,7 +23,7 @@ SEED = 1337
 
 def train(job: Job) -> Result:
     """Fine-tune on the rows, once."""
-    with tempfile.TemporaryDirectory() as scratch, peak_of_children() as peak:
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         write_in_order(job, Path(scratch))
         run(train_flags(job, Path(scratch)))
@@ -37,7 +37,7 @@ def train(job: Job) -> Result:
         tokens=report["tokens"],
         supervised=report["supervised_tokens"],
         losses=losses,
-        memory_gb=peak_memory_gb() if job.devices == 1 else peak[0],
+        memory_gb=peak_memory_gb(),
         versions=versions(*PACKAGES),
     )
 
@@ -50,7 +50,6 @@ def train_flags(job: Job, scratch: Path) -> list[str]:
         "data_dir": scratch,
         "out_dir": scratch / "run",
         "precision": job.precision,
-        "devices": job.devices,
         "lora_r": jobs.RANK,
         "lora_alpha": jobs.ALPHA,
         "lora_dropout": jobs.DROPOUT,

@@ -47,7 +47,7 @@ def measure(case: Case, job: Job, environments: Environments, repetitions: int) 
             measurement.products.append(Products(**found))
         for program in case.programs[:: -1 if repetition % 2 else 1]:
             if program.name not in measurement.missing:
-                variant = replace(job, compiled=program.compiled, devices=program.devices)
+                variant = replace(job, compiled=program.compiled)
                 take(measurement, program, variant, pythons[program.environment])
     return measurement
 

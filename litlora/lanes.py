@@ -1,0 +1,52 @@
+"""Threads that work side by side, each with its share of a CPU's cores."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import chain, islice
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def lanes_on(device: torch.device, asked: int, processes: int = 1) -> int:
+    """Return how many lanes, of those asked for, each of so many processes on a machine can have."""
+    return min(asked, max(1, torch.get_num_threads() // processes)) if device.type == "cpu" else 1
+
+
+class Lanes:
+    """So many threads, each of which takes one thing at a time: a core that works alone never waits for the others.
+
+    A single lane is the calling thread itself; others know nothing of its torch.no_grad, autocast or contexts.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        share = torch.get_num_threads() // count
+        self._pool = ThreadPoolExecutor(count, "lane", torch.set_num_threads, (share,))  # which start when they must
+
+    def map(self, work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+        """Yield what becomes of each item, in their order; few items are taken before they are needed.
+
+        A single item has all cores. What fails is raised when it is its turn, and once no lane works any longer.
+        """
+        items = iter(items)
+        first = list(islice(items, 2))
+        if self.count == 1 or len(first) == 1:
+            yield from map(work, chain(first, items))
+            return
+        ahead: deque[Future[U]] = deque()
+        try:
+            for item in chain(first, items):
+                ahead.append(self._pool.submit(work, item))
+                if len(ahead) > self.count:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+            wait(ahead)
