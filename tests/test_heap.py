@@ -1,5 +1,7 @@
 import ctypes
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,24 @@ def blocks() -> nn.ModuleList:
     blocks = nn.ModuleList([*(nn.Identity() for _ in range(EVERY - 1)), Holed()])
     keep_small(blocks)
     return blocks
+
+
+def test_a_thread_has_its_memory_of_the_one_heap():
+    code = """
+import ctypes, re, threading
+from litlora.heap import share_one
+share_one()
+malloc = ctypes.CDLL(None).malloc
+malloc.restype = ctypes.c_void_p
+places = []
+thread = threading.Thread(target=lambda: places.append(malloc(1000)))
+thread.start()
+thread.join()
+heap = re.search(r"^(\\w+)-(\\w+) .*\\[heap\\]$", open("/proc/self/maps").read(), re.MULTILINE)
+start, end = (int(bound, 16) for bound in heap.groups())
+assert start <= places[0] < end, (heap[0], hex(places[0]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_gaps_go_back_to_the_system_after_some_blocks_that_train(blocks):

@@ -22,7 +22,7 @@ from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.footprint import Network, breakdown, table
-from litlora.heap import keep_small, spares_memory
+from litlora.heap import keep_small, share_one, spares_memory
 from litlora.kernels import leave_out_plans
 from litlora.lanes import Lanes, lanes_on
 from litlora.launching import find_place
@@ -121,8 +121,10 @@ def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sha
         gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
         add_lora(gpt, lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
-    if fabric.device.type == "cpu" and spares_memory(args.quantize, args.train.activation_checkpointing):
-        keep_small(gpt.model.layers)
+    if fabric.device.type == "cpu":
+        share_one()
+        if spares_memory(args.quantize, args.train.activation_checkpointing):
+            keep_small(gpt.model.layers)
     return gpt
 
 
