@@ -2,7 +2,8 @@
 
 A line of stdin is a request: the arguments, the file for stderr, the bytes of address space beyond the present ones
 that a child may have, or null, and for each of the children, which run the same command, variables of its environment:
-GATE is the file that they wait for before the fourth step, LIMIT the signs of life after which they give one up.
+GATE is the file that they wait for before the fourth step, LIMIT the signs of life after which they give one up,
+CORES how many threads torch is to have.
 A line with their process ids follows, and one with their exit codes. They show each other more often that they live,
 but do not give up sooner.
 """
@@ -12,6 +13,8 @@ import os
 import resource
 import sys
 from pathlib import Path
+
+import torch
 
 import litlora.commands.finetune_lora  # noqa: F401
 from litlora import watching
@@ -31,6 +34,8 @@ def run(arguments: list[str], stderr: str, headroom: int | None, variables: dict
     os.dup2(descriptor, 2)
     os.environ.update(variables)
     watching.BEAT, watching.LIMIT = BEAT, int(variables.get("LIMIT", watching.LIMIT / BEAT))
+    if "CORES" in variables:
+        torch.set_num_threads(int(variables["CORES"]))
     if "GATE" in variables:
         wait_at(Path(variables["GATE"]))
     if headroom is not None:

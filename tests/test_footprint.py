@@ -202,6 +202,22 @@ def test_the_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, 
     assert re.search(r"^tokens in the longest micro-batch +200$", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.parametrize(("flags", "at_once"), [([], 2), (["--devices", 4], 1), (["--train.global_batch_size", 2], 1)])
+def test_micro_batches_that_are_computed_at_a_time_count_as_often(
+    tiny, data_dir, tmp_path, capsys, four_threads, flags, at_once
+):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    command = ["finetune_lora", *map(str, folders), "--dry_run", "true", "--train.micro_batch_size", "2"]
+    command += [*map(str, flags), "--lora_r", "512", "--train.parallel_micro_batches"]
+    said = []
+    for count in ("1", "2"):
+        assert main([*command, count]) == 0
+        said.append(dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE)))
+    for part in ("activations", "temporaries", "gaps in the heap"):
+        alone, together = (float(parts[part]) for parts in said)
+        assert together == pytest.approx(at_once * alone, abs=0.0015)
+
+
 def llama(name: str, shards: int = 1) -> Network:
     device = torch.device("cuda")
     return replace(network("bf16-true"), config=memory_table.config(name), device=device, shards=shards)

@@ -144,6 +144,24 @@ def test_too_little_memory_is_found_before_the_first_step(runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_too_little_memory_for_two_micro_batches_at_a_time_is_found_as_well(runs, tmp_path):
+    sizes = ["--train.micro_batch_size", "256", "--train.global_batch_size", "512", "--mask_prompt", "false"]
+    for split in ("train", "val"):
+        shutil.copy(ROOT / f"data/pico/{split}.jsonl", tmp_path)
+    runs.start_all([*command(tmp_path, tmp_path / "out"), *sizes], [{"CORES": "2"}], headroom=1_000_000_000)
+    assert runs.wait() == 1
+    *_, sentence = runs.stderr.read_text().splitlines()
+    needs = r", which needs about (\d\.\d) GB"
+    fault = rf"too little memory for 2 times the longest micro-batch, examples: 256, tokens: [\d,]+{needs}"
+    ways = rf"; lower --train.micro_batch_size \(256\) to \d+{needs}, or pass --train.parallel_micro_batches 1{needs}, "
+    said = re.search(fault + ways, sentence)
+    assert said, sentence
+    both, lowered, alone = map(float, said.groups())
+    assert both > 1.0 > lowered
+    assert both > alone
+    assert not (tmp_path / "out").exists()
+
+
 def test_memory_that_runs_out_on_the_way_is_said_in_one_sentence(runs, few, tmp_path):
     sizes = "--lora_r 16384 --train.micro_batch_size 1 --train.global_batch_size 2 --eval.initial_validation false"
     runs.start([*command(few, tmp_path / "out"), *sizes.split()], headroom=800_000_000)  # all but for AdamW's state
