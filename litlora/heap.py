@@ -16,9 +16,14 @@ def share_one() -> None:
 
     Two lanes would need a quarter more memory with a heap each. Only glibc gives a thread its own.
     """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # which tells glibc from others
+    if library := _glibc():
         library.mallopt(ARENA_MAX, 1)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library, if it is the one whose heap has arenas and can be trimmed."""
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") else None
 
 
 def spares_memory(quantize: str | None, activation_checkpointing: bool) -> bool:
@@ -33,8 +38,8 @@ def keep_small(blocks: nn.ModuleList) -> None:
     its own: after thirty blocks the gaps would be half as large as what is kept, or as large. Only glibc can return
     them, and what is returned takes time to fill again.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
+    if library := _glibc():
+        trim = library.malloc_trim
         for block in blocks[EVERY - 1 :: EVERY]:
             block.register_forward_hook(lambda _block, _inputs, out: _trim_around(out, trim))
 

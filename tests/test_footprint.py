@@ -202,7 +202,16 @@ def test_the_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, 
     assert re.search(r"^tokens in the longest micro-batch +200$", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("flags", "at_once"), [([], 2), (["--devices", 4], 1), (["--train.global_batch_size", 2], 1)])
+@pytest.mark.parametrize(
+    ("flags", "at_once"),
+    [
+        ([], 2),
+        (["--devices", 4], 1),
+        (["--train.global_batch_size", 2], 1),
+        (["--strategy", "fsdp"], 2),
+        (["--strategy", "fsdp", "--devices", 2], 1),
+    ],
+)
 def test_micro_batches_that_are_computed_at_a_time_count_as_often(
     tiny, data_dir, tmp_path, capsys, four_threads, flags, at_once
 ):

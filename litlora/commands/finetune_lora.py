@@ -224,8 +224,10 @@ def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
     total = total_steps(len(train), args.train)
     devices = args.devices * args.num_nodes
     longest = longest_ahead(train, args, devices, 0)
-    lanes = 1 if args.strategy == "fsdp" else lanes_on(network.device, args.train.parallel_micro_batches, args.devices)
-    together = at_once(longest, args.train, devices, lanes)
+    if args.strategy == "fsdp":
+        network = replace(network, shards=devices)
+    asked = 1 if network.shards > 1 else args.train.parallel_micro_batches
+    together = at_once(longest, args.train, devices, lanes_on(network.device, asked, args.devices))
     load = load_of(longest, network, args.train.activation_checkpointing, together)
     outline = network.outline()
     counts = {
@@ -236,8 +238,6 @@ def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
         "tokens": sum(int(train.lengths[order].sum()) for _, order in orders(len(train), args, after=0, total=total)),
         "tokens in the longest micro-batch": sum(len(sample.tokens) for sample in longest),
     }
-    if args.strategy == "fsdp":
-        network = replace(network, shards=devices)
     parts = breakdown(network, load, args.optimizer)
     if network.on_cpu:
         parts["Python and torch"] = round(peak_memory_gb() * 1e9)  # of this process, which has loaded no weight
