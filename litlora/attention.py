@@ -23,7 +23,13 @@ Span = tuple[int, int]
 """How many keys of the sequence before it a sequence begins with, and how many positions it has of its own."""
 
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines of every position's angles, each (T, 1, head_dim / 2)."""
+"""Cosines and sines of every position's angles, each (T, 1, head_dim); the sines of the first half are negative."""
+
+
+def turns(angles: Tensor, dtype: torch.dtype) -> Rope:
+    """Return the rotation by some angles (T, head_dim / 2)."""
+    cos, sin = (t.to(dtype)[:, None] for t in (angles.cos(), angles.sin()))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -50,11 +56,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    (a, b), out = x.chunk(2, dim=-1), (x * torch.cat((cos, cos), dim=-1)).to(x.dtype)
-    turned_a, turned_b = out.chunk(2, dim=-1)
-    turned_a.addcmul_(b, sin, value=-1)
-    turned_b.addcmul_(a, sin)
-    return out
+    return (x * cos).to(x.dtype).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
@@ -86,12 +88,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
         first = S - (T + window - 1)  # no query sees what lies before
         k, v, S = k[:, first:], v[:, first:], T + window - 1
     if T == 1:  # the heads of a group are to their keys what several queries would be
-        y = F.scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[2]), k[None], v[None])
+        grouped = q.view(len(k), -1, q.shape[2])
+        if torch.compiler.is_compiling() and q.device.type == "cpu":
+            return _attended(grouped, k, v).to(q.dtype).view(q.shape)
+        y = F.scaled_dot_product_attention(grouped[None], k[None], v[None])
         return y.reshape(q.shape)  # not all kernels of a GPU return the layout of their input
     masked = S > T or (window is not None and T > window)
     mask = visible(T, S, window, q.device) if masked else None
     k, v = (_repeated(t, len(q) // len(t)) for t in (k, v))  # few kernels read the keys of a group as they are
     return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None)[0]
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Let some queries (n_kv, group, head_dim) see all keys (n_kv, S, head_dim), by loops that a compiler can fuse."""
+    scores: Tensor = (q[:, :, None].float() * k[:, None].float()).sum(-1) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1)[..., None] * v[:, None].float()).sum(-2)
 
 
 def _repeated(t: Tensor, times: int) -> Tensor:

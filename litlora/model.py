@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from litlora.attention import Rope, Span, attend, attend_within, rotate
+from litlora.attention import Rope, Span, attend, attend_within, rotate, turns
 from litlora.config import GPTConfig, Llama3Scaling
 from litlora.dropout import drawn_again
 from litlora.linear import Joint, Linear
@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope, past: Tensor | None) -> Tensor:
         projected = self.joint(x) if self.joint else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (t.unflatten(1, (-1, self.head_dim)) for t in projected)
+        q, k, v = (t.view(len(t), -1, self.head_dim) for t in projected)
         q, k = rotate(q, rope), rotate(k, rope)  # (T, heads, head_dim)
         if past is None:
             y = attend_within(q, k, v, spans, self.window)
@@ -82,13 +82,20 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.joint(x) if self.joint else (self.gate_proj(x), self.up_proj(x))
-        hidden: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
-        out: Tensor = self.down_proj(hidden)
+        out: Tensor = self.down_proj(swiglu(gate, up))
         return out
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up (Shazeer 2020)."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate).mul_(up)
+    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (Shazeer 2020), of which the backward pass keeps nothing but gate and up."""
+    """silu(gate) * up, of which the backward pass keeps nothing but gate and up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -172,8 +179,7 @@ class Decoder(nn.Module):
         positions = torch.cat(
             [torch.arange(start + shared, start + shared + own, device=tokens.device) for shared, own in spans]
         )
-        angles = positions[:, None] * self.inv_freq  # (T, head_dim / 2)
-        rope = angles.cos().to(x.dtype)[:, None], angles.sin().to(x.dtype)[:, None]
+        rope = turns(positions[:, None] * self.inv_freq, x.dtype)
         for layer, past in zip(self.layers, cache.grow(len(tokens)) if cache else repeat(None), strict=False):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(

@@ -68,28 +68,41 @@ def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
 
 
 def lay_out(model: GPT) -> None:
-    """Lay out the weights for one token at a time, after which the model trains no more: those with one input as one.
+    """Lay out the weights for one token at a time, after which the model trains no more.
 
     The embedding's stay as they are, and those in 4 bits.
     """
-    if quantization_of(model) is None:
-        for module in model.modules():
-            if isinstance(module, Attention | MLP):
-                module.join()
+    join(model)
     for module in model.modules():
         if isinstance(module, Linear | LoRALinear | Joint) and isinstance(module.weight, Tensor):
             module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
 
 
+def join(model: GPT) -> None:
+    """Make one weight of those that have one input, unless they are in 4 bits."""
+    if quantization_of(model) is None:
+        for module in model.modules():
+            if isinstance(module, Attention | MLP):
+                module.join()
+
+
 @torch.inference_mode()
 def compile_step(model: GPT) -> None:
-    """Compile the way from one token to the next: all blocks are one compilation, at any length."""
+    """Compile the way from one token to the next, after which the model trains no more.
+
+    All blocks are one compilation, at any length.
+    """
+    join(model)
+    # A norm and a rotation are computed once, not again by each loop that reads them.
+    once = {"realize_reads_threshold": 2, "realize_acc_reads_threshold": 3}
     for layer in (*model.model.layers, model.lm_head):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, options=once)
     model.is_compiled = True
     weight = model.lm_head.weight
-    cache = KVCache(model.config, 5, weight.dtype, weight.device)
-    cache.length = 2  # lengths of 0, 1 and all that there is room for would be compiled apart
+    # Sizes that are alike are taken for one, and lengths of 0, 1 and all that there is room for are compiled apart.
+    length = 1 + max(model.config.head_dim, model.config.num_attention_heads)
+    cache = KVCache(model.config, length + 1, weight.dtype, weight.device)
+    cache.length = length - 1
     try:
         with evaluating(model):
             next_logits(model, torch.zeros(1, dtype=torch.long, device=weight.device), cache)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from litlora import linear
-from litlora.attention import BLOCK, _BlockedAttention, attend_within, rotate
+from litlora.attention import BLOCK, _BlockedAttention, attend_within, rotate, turns
 
 LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
 APART = [(0, length) for length in LENGTHS]
@@ -103,7 +103,6 @@ def test_a_sequence_of_any_length_takes_memory_by_the_block():
 
 def test_a_rotation_keeps_lengths_and_its_gradient_turns_back():
     x = torch.randn(9, 3, 8, dtype=torch.float64, requires_grad=True)
-    angles = torch.randn(9, 1, 4, dtype=torch.float64)
-    rope = angles.cos(), angles.sin()
+    rope = turns(torch.randn(9, 4, dtype=torch.float64), torch.float64)
     torch.testing.assert_close(rotate(x, rope).norm(dim=-1), x.norm(dim=-1))
     assert torch.autograd.gradcheck(lambda t: rotate(t, rope), x)

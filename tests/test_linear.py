@@ -72,21 +72,23 @@ def test_one_row_is_multiplied_as_exactly_as_many(dtype, out_features):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 40])
-def test_a_packed_weight_multiplies_as_exactly_as_it_did(dtype, rows):
+@pytest.mark.parametrize("out_features", [96, 331, 333], ids=["one stripe", "a prime number", "three stripes"])
+def test_a_packed_weight_multiplies_as_exactly_as_it_did(dtype, rows, out_features):
     torch.manual_seed(0)
-    weight, x = torch.randn(333, 600).to(dtype), torch.randn(rows, 600).to(dtype)
+    weight, x = torch.randn(out_features, 600).to(dtype), torch.randn(rows, 600).to(dtype)
     found, exact = frozen_linear(x, packed(weight)), F.linear(x.double(), weight.double())
     assert found.dtype is dtype
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5 if dtype is torch.float32 else 2**-8)
 
 
 def test_a_weight_is_packed_where_a_cpu_multiplies_bfloat16(monkeypatch):
-    weight = torch.randn(64, 64, dtype=torch.bfloat16)
-    monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", False)
-    assert packed(weight) is weight
-    monkeypatch.undo()
-    assert packed(weight).is_mkldnn == linear.HAS_BFLOAT16_PRODUCTS
+    weight = torch.randn(384, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(linear, "HAS_STRIPES", True)
+    assert packed(weight).shape == (2, 64, 192)
     assert packed(weight.float()).dtype is torch.float32
+    assert packed(weight[:331]).shape == (331, 64)  # there are no stripes of a prime number
+    monkeypatch.setattr(linear, "HAS_STRIPES", False)
+    assert packed(weight) is weight
 
 
 @torch.no_grad()
