@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,16 @@ from litlora.linear import Joint, Linear, packed
 from litlora.lora import LoRALinear
 from litlora.model import GPT, MLP, Attention, KVCache, evaluating
 from litlora.quantize import quantization_of
+
+STEP: dict[str, Any] = {
+    # A norm and a rotation are computed once, not again by each loop that reads them.
+    "realize_reads_threshold": 2,
+    "realize_acc_reads_threshold": 3,
+    # Whether a block is what was compiled is asked before each call, which takes longer than some of its products.
+    "size_asserts": False,
+    "guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe,
+}
+"""How the step from one token to the next is compiled."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +104,8 @@ def compile_step(model: GPT) -> None:
     All blocks are one compilation, at any length.
     """
     join(model)
-    # A norm and a rotation are computed once, not again by each loop that reads them.
-    once = {"realize_reads_threshold": 2, "realize_acc_reads_threshold": 3}
     for layer in (*model.model.layers, model.lm_head):
-        layer.compile(dynamic=True, options=once)
+        layer.compile(dynamic=True, options=STEP)
     model.is_compiled = True
     weight = model.lm_head.weight
     # Sizes that are alike are taken for one, and lengths of 0, 1 and all that there is room for are compiled apart.

@@ -55,6 +55,15 @@ def test_compiled_all_blocks_and_lengths_are_one_compilation_with_the_same_token
         assert counters["stats"]["unique_graphs"] == 2 * compilations  # a block, and the head
 
 
+def test_compiled_blocks_with_and_without_an_adapter_say_what_they_said(checkpoints, device):
+    torch._dynamo.reset()
+    targets = r".*layers\.1\.(self_attn\.q|mlp\.up)_proj"
+    model = adapted(checkpoints("llama-gqa"), torch.float32, device, targets)
+    eager = tokens_of(model)
+    compile_step(model)
+    assert tokens_of(model) == eager
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-gqa", "mistral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_once_the_weights_are_laid_out_the_scores_are_the_same(checkpoints, family, dtype, device):
@@ -74,10 +83,14 @@ def scores(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack([next_logits(model, part, cache) for part in (tokens[:-1], tokens[-1:])]).float()
 
 
-def adapted(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> GPT:
+def adapted(
+    checkpoint: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    targets: tuple[str, ...] | str = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head"),
+) -> GPT:
     """Return a model with an adapter that changes what it says."""
     model = load_model(checkpoint, dtype, device)
-    targets = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head")
     add_lora(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=targets))
     for name, matrix in lora_parameters(model).items():
         if ".lora_B." in name:
