@@ -12,6 +12,7 @@ from litlora.errors import LitLoraError
 from litlora.linear import Joint, Linear, packed
 from litlora.lora import LoRALinear
 from litlora.model import GPT, MLP, Attention, KVCache, evaluating
+from litlora.pages import settle
 from litlora.quantize import quantization_of
 
 STEP: dict[str, Any] = {
@@ -81,12 +82,13 @@ def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
 def lay_out(model: GPT) -> None:
     """Lay out the weights for one token at a time, after which the model trains no more.
 
-    The embedding's stay as they are, and those in 4 bits.
+    The embedding's keep their order, and those in 4 bits.
     """
     join(model)
     for module in model.modules():
         if isinstance(module, Linear | LoRALinear | Joint) and isinstance(module.weight, Tensor):
             module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
+    settle(model)
 
 
 def join(model: GPT) -> None:
@@ -97,28 +99,36 @@ def join(model: GPT) -> None:
                 module.join()
 
 
-@torch.inference_mode()
 def compile_step(model: GPT) -> None:
     """Compile the way from one token to the next, after which the model trains no more.
 
     All blocks are one compilation, at any length.
     """
     join(model)
+    settle(model)
     for layer in (*model.model.layers, model.lm_head):
         layer.compile(dynamic=True, options=STEP)
     model.is_compiled = True
-    weight = model.lm_head.weight
-    # Sizes that are alike are taken for one, and lengths of 0, 1 and all that there is room for are compiled apart.
-    length = 1 + max(model.config.head_dim, model.config.num_attention_heads)
-    cache = KVCache(model.config, length + 1, weight.dtype, weight.device)
-    cache.length = length - 1
     try:
-        with evaluating(model):
-            next_logits(model, torch.zeros(1, dtype=torch.long, device=weight.device), cache)
+        take_a_step(model)
     except torch._dynamo.exc.TorchDynamoException as error:
         why = str(error).strip().partition("\n")[0]
         advice = "install g++, or leave --compile out"
         raise LitLoraError(f"--compile needs a C++ compiler: {advice} (torch says: {why})") from error
+
+
+@torch.inference_mode()
+def take_a_step(model: GPT) -> None:
+    """Go one step behind some tokens, which compiles it for all lengths.
+
+    Sizes that are alike would be taken for one, and lengths of 0, 1 and all that there is room for are compiled apart.
+    """
+    weight = model.lm_head.weight
+    length = 1 + max(model.config.head_dim, model.config.num_attention_heads)
+    cache = KVCache(model.config, length + 1, weight.dtype, weight.device)
+    cache.length = length - 1
+    with evaluating(model):
+        next_logits(model, torch.zeros(1, dtype=torch.long, device=weight.device), cache)
 
 
 def checked(token: int) -> int:

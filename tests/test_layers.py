@@ -8,7 +8,7 @@ import litlora
 PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
-    args config dropout files heap lanes layout limits linear rows stopping
+    args config dropout files heap lanes layout limits linear pages rows stopping
     kernels launching quantize
     attention examples hub locking loss lora manifest optimizers state watching
     model preparing prompts ranks
