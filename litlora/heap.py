@@ -20,6 +20,12 @@ def share_one() -> None:
         library.mallopt(ARENA_MAX, 1)
 
 
+def give_back() -> None:
+    """Return what is free in the heap to the system, which only glibc can."""
+    if library := _glibc():
+        library.malloc_trim(0)
+
+
 def _glibc() -> ctypes.CDLL | None:
     """Return the C library, if it is the one whose heap has arenas and can be trimmed."""
     library = ctypes.CDLL(None)

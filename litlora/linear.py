@@ -46,7 +46,7 @@ def frozen_linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     if not isinstance(weight, Tensor):
         if one_row and x.is_cuda and not torch.is_grad_enabled():
             return weight.times_row(x)
-    elif weight.dim() == 3:
+    elif is_packed(weight):
         return _striped_row_product(x, weight) if one_row else _striped_product(x, weight)
     elif one_row and x.device.type == "cpu":
         return _row_product(x, weight)
@@ -79,6 +79,11 @@ def packed(weight: Tensor) -> Tensor:
     if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16 or not HAS_STRIPES or width < NARROWEST:
         return weight
     return weight.detach().view(-1, width, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Tell whether a weight is in stripes."""
+    return weight.dim() == 3
 
 
 def _striped_product(x: Tensor, weight: Tensor) -> Tensor:

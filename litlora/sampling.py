@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import LitLoraError
-from litlora.linear import Joint, Linear, packed
+from litlora.linear import Joint, Linear, is_packed, packed
 from litlora.lora import LoRALinear
 from litlora.model import GPT, MLP, Attention, KVCache, evaluating
 from litlora.pages import settle
@@ -82,13 +82,13 @@ def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
 def lay_out(model: GPT) -> None:
     """Lay out the weights for one token at a time, after which the model trains no more.
 
-    The embedding's keep their order, and those in 4 bits.
+    The embedding's stay as they are, and those in 4 bits.
     """
     join(model)
-    for module in model.modules():
-        if isinstance(module, Linear | LoRALinear | Joint) and isinstance(module.weight, Tensor):
-            module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
-    settle(model)
+    for layer in model.modules():
+        if isinstance(layer, Linear | LoRALinear | Joint) and isinstance(layer.weight, Tensor):
+            layer.weight = nn.Parameter(packed(layer.weight), requires_grad=False)
+    settle(weight for weight in model.parameters() if is_packed(weight))
 
 
 def join(model: GPT) -> None:
@@ -105,7 +105,7 @@ def compile_step(model: GPT) -> None:
     All blocks are one compilation, at any length.
     """
     join(model)
-    settle(model)
+    settle(model.parameters())
     for layer in (*model.model.layers, model.lm_head):
         layer.compile(dynamic=True, options=STEP)
     model.is_compiled = True

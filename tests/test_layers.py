@@ -8,8 +8,8 @@ import litlora
 PACKAGE = Path(litlora.__file__).parent
 LAYERS = """
     errors
-    args config dropout files heap lanes layout limits linear pages rows stopping
-    kernels launching quantize
+    args config dropout files heap lanes layout limits linear rows stopping
+    kernels launching pages quantize
     attention examples hub locking loss lora manifest optimizers state watching
     model preparing prompts ranks
     checkpoint footprint sampling tokenizer
