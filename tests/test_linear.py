@@ -81,13 +81,16 @@ def test_a_packed_weight_multiplies_as_exactly_as_it_did(dtype, rows, out_featur
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5 if dtype is torch.float32 else 2**-8)
 
 
-def test_a_weight_is_packed_where_a_cpu_multiplies_bfloat16(monkeypatch):
-    weight = torch.randn(384, 64, dtype=torch.bfloat16)
-    monkeypatch.setattr(linear, "HAS_STRIPES", True)
-    assert packed(weight).shape == (2, 64, 192)
-    assert packed(weight.float()).dtype is torch.float32
+def test_a_weight_is_packed_where_a_cpu_can_multiply_it(monkeypatch):
+    weight = torch.randn(384, 64)
+    monkeypatch.setattr(linear, "HAS_FBGEMM", True)
+    monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", False)
+    assert packed(weight).shape == (4, 64, 96)
     assert packed(weight[:331]).shape == (331, 64)  # there are no stripes of a prime number
-    monkeypatch.setattr(linear, "HAS_STRIPES", False)
+    assert packed(weight.bfloat16()).shape == weight.shape
+    monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", True)
+    assert packed(weight.bfloat16()).shape == (2, 64, 192)
+    monkeypatch.setattr(linear, "HAS_FBGEMM", False)
     assert packed(weight) is weight
 
 
