@@ -56,7 +56,10 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return (x * cos).to(x.dtype).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
+    out = (x * cos).to(x.dtype)
+    for half, other, sine in zip(out.chunk(2, dim=-1), reversed(x.chunk(2, dim=-1)), sin.chunk(2, dim=-1), strict=True):
+        half.addcmul_(other, sine)
+    return out
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:

@@ -1,3 +1,5 @@
+import mmap
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,17 @@ def test_weights_that_lie_end_to_end_are_what_they_were(tiny, dtype):
     expected = model(tokens, [3])
     settle(model.parameters())
     assert torch.equal(model(tokens, [3]), expected)
+
+
+@pytest.mark.parametrize("huge", [True, False])
+def test_a_weight_seen_from_its_side_becomes_contiguous(huge, monkeypatch):
+    if not huge:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    numbers = torch.randn(4, 3)
+    weight = nn.Parameter(numbers.t())
+    settle([weight])
+    assert weight.is_contiguous()
+    assert torch.equal(weight, numbers.t())
 
 
 def test_weights_lie_next_to_each_other_and_one_of_two_layers_is_there_once():
