@@ -246,7 +246,7 @@ def _norm_width(network: Network) -> int:
 
 
 def _angles_width(network: Network) -> int:
-    return network.config.head_dim * network.stream  # a cosine and a sine for each pair, once for all blocks
+    return 2 * network.config.head_dim * network.stream  # a cosine and a sine for each place, once for all blocks
 
 
 def temporary_bytes(network: Network, load: Load) -> int:
