@@ -56,6 +56,9 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # what is written in place would be computed again wherever it is read
+        (a, b), (c, _), (_, s) = (t.chunk(2, dim=-1) for t in (x, cos, sin))
+        return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
     out = (x * cos).to(x.dtype)
     for half, other, sine in zip(out.chunk(2, dim=-1), reversed(x.chunk(2, dim=-1)), sin.chunk(2, dim=-1), strict=True):
         half.addcmul_(other, sine)
@@ -90,22 +93,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
     if window is not None and S > T + window - 1:
         first = S - (T + window - 1)  # no query sees what lies before
         k, v, S = k[:, first:], v[:, first:], T + window - 1
-    if T == 1:  # the heads of a group are to their keys what several queries would be
-        grouped = q.view(len(k), -1, q.shape[2])
-        if torch.compiler.is_compiling() and q.device.type == "cpu":
-            return _attended(grouped, k, v).to(q.dtype).view(q.shape)
-        y = F.scaled_dot_product_attention(grouped[None], k[None], v[None])
+    fused = T == 1 and q.device.type == "cpu" and torch.compiler.is_compiling()
+    if T == 1 and not fused:  # the heads of a group are to their keys what several queries would be
+        y = F.scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[2]), k[None], v[None])
         return y.reshape(q.shape)  # not all kernels of a GPU return the layout of their input
+    k, v = (_repeated(t, len(q) // len(t)) for t in (k, v))  # few kernels read the keys of a group as they are
+    if fused:
+        return _attended(q, k, v)
     masked = S > T or (window is not None and T > window)
     mask = visible(T, S, window, q.device) if masked else None
-    k, v = (_repeated(t, len(q) // len(t)) for t in (k, v))  # few kernels read the keys of a group as they are
     return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None)[0]
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Let some queries (n_kv, group, head_dim) see all keys (n_kv, S, head_dim), by loops that a compiler can fuse."""
-    scores: Tensor = (q[:, :, None].float() * k[:, None].float()).sum(-1) * q.shape[-1] ** -0.5
-    return (scores.softmax(-1)[..., None] * v[:, None].float()).sum(-2)
+    """Let one query (n_head, 1, head_dim) see all keys (n_head, S, head_dim), by loops that a compiler can fuse."""
+    scores = (q.float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
+    y: Tensor = (scores.softmax(-1)[..., None] * v.float()).sum(-2, keepdim=True)
+    return y.to(q.dtype)
 
 
 def _repeated(t: Tensor, times: int) -> Tensor:
