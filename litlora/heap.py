@@ -1,7 +1,6 @@
 """The heap of a CPU's C library, which each pass of a run would leave full of gaps."""
 
 import ctypes
-from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -44,18 +43,12 @@ def keep_small(blocks: nn.ModuleList) -> None:
     its own: after thirty blocks the gaps would be half as large as what is kept, or as large. Only glibc can return
     them, and what is returned takes time to fill again.
     """
-    if library := _glibc():
-        trim = library.malloc_trim
-        for block in blocks[EVERY - 1 :: EVERY]:
-            block.register_forward_hook(lambda _block, _inputs, out: _trim_around(out, trim))
+    for block in blocks[EVERY - 1 :: EVERY]:
+        block.register_forward_hook(_give_back_around)
 
 
-def _trim_around(out: Tensor, trim: Callable[[int], int]) -> None:
-    """Trim the heap now, and again once there is a gradient of what a block returned."""
-
-    def trim_again(_gradient: Tensor) -> None:
-        trim(0)
-
+def _give_back_around(_block: nn.Module, _inputs: object, out: Tensor) -> None:
+    """Return what is free now, and again once there is a gradient of what a block returned."""
     if out.requires_grad:
-        trim(0)
-        out.register_hook(trim_again)  # type: ignore[no-untyped-call]
+        give_back()
+        out.register_hook(lambda _gradient: give_back())  # type: ignore[no-untyped-call]

@@ -63,16 +63,12 @@ class Ranks:
         return int(highest)
 
     def add_up_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
-        """Sum the gradients over all ranks, those without one counting as zero, and return the sum of the losses.
+        """Sum the gradients over all ranks, and return the sum of the losses.
 
         All of it is one message, since the time of many small ones is that of waiting.
         """
         if self.count == 1:
             return loss
-        parameters = list(parameters)
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         sums = [*(parameter.grad for parameter in parameters if parameter.grad is not None), loss.view(1)]
         nn.utils.vector_to_parameters(self.add_up(nn.utils.parameters_to_vector(sums)), sums)
         return sums[-1]
