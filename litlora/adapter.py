@@ -27,7 +27,7 @@ PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
 # PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
-BASE, QUANTIZATION = "auto_mapping", "quantization_config"
+BASE, QUANTIZATION, START, MAKES_UP = "auto_mapping", "quantization_config", "lora_init", "qera"
 # Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
 IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
 WITHOUT_EFFECT = {
@@ -55,9 +55,9 @@ def write_adapter(
 
     `base_sha256` is the fingerprint of the base.
     """
-    quantization = quantization_of(model)
+    quantization, start = quantization_of(model), {START: MAKES_UP} if lora.makes_up else {}
     config = {
-        BASE: None if quantization is None else {QUANTIZATION: quantization.hub},
+        BASE: None if quantization is None else {QUANTIZATION: quantization.hub, **start},
         "base_model_name_or_path": str(base_dir.resolve()),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -102,6 +102,7 @@ def read_lora_config(adapter_dir: Path) -> LoRAConfig:
         lora_dropout=0.0,  # acts in training only
         target_modules=_target_modules(path, config.get("target_modules")),
         use_rslora=config.get("use_rslora") is True,
+        makes_up=_of_base(config, START) == MAKES_UP,
     )
     _check_rank(path, lora.r)
     return lora
@@ -117,14 +118,19 @@ def _check_rank(path: Path, rank: int) -> None:
 
 def read_quantization(adapter_dir: Path) -> Quantization | None:
     """Return how the base was quantized when the adapter was trained, or None where it was not, or is not said."""
-    base = read_json(adapter_dir / CONFIG).get(BASE)
-    hub = base.get(QUANTIZATION) if isinstance(base, dict) else None
+    hub = _of_base(read_json(adapter_dir / CONFIG), QUANTIZATION)
     if hub is None:
         return None
     try:
         return Quantization.from_hub(hub)
     except LitLoraError as error:
         raise LitLoraError(f"{adapter_dir} was trained on {error}") from error
+
+
+def _of_base(config: dict[str, Any], key: str) -> Any:
+    """Return what an adapter says of its base under a key, or None where it says nothing."""
+    base = config.get(BASE)
+    return base.get(key) if isinstance(base, dict) else None
 
 
 def _refuse_what_is_not_implemented(path: Path, config: dict[str, Any]) -> None:
@@ -193,10 +199,17 @@ def load_with_adapter(
     quantization: Quantization | None = None,
 ) -> GPT:
     """Load the model of a base, with an adapter if there is one."""
+    if adapter_dir is not None and quantization is None and read_lora_config(adapter_dir).makes_up:
+        raise LitLoraError(f"{over_4_bits_alone(adapter_dir)}: pass --quantize bnb.nf4, or leave the flag out")
     model = load_model(base_dir, dtype, device, quantization)
     if adapter_dir is not None:
         load_adapter(model, adapter_dir, base_dir)
     return model
+
+
+def over_4_bits_alone(adapter_dir: Path) -> str:
+    """Say of an adapter that makes up for what 4 bits lose that nothing is lost elsewhere."""
+    return f"{adapter_dir} makes up for what 4 bits lose of its base (--lora_init qera), and fits no other"
 
 
 def load_adapter(model: GPT, adapter_dir: Path, base_dir: Path) -> None:

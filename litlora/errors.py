@@ -2,6 +2,8 @@
 
 SHORTAGES = ("can't allocate memory", "out of memory")  # of a CPU, whose error has no class of its own, and of a GPU
 
+DAMAGED = "its weights are damaged, or too large for this --precision (try 32-true)"  # where a model gives no numbers
+
 
 class LitLoraError(Exception):
     """What the user did wrong and the way out, in one sentence that names the flag, file or row."""

@@ -29,7 +29,7 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Shape and reach of an adapter; the names are those of PEFT's adapter_config.json."""
+    """Shape, reach and kind of an adapter; the names of what PEFT has as well are those of adapter_config.json."""
 
     r: int
     lora_alpha: float
@@ -37,6 +37,8 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str
     """Last parts of layer names, or a regular expression for whole names."""
     use_rslora: bool = False
+    makes_up: bool = False
+    """Whether the adapter began with what 4 bits lose of its base: it then fits no base but in 4 bits."""
 
     @property
     def scaling(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litlora.errors import LitLoraError
+from litlora.errors import DAMAGED, LitLoraError
 from litlora.linear import Joint, Linear, is_packed, packed
 from litlora.lora import LoRALinear
 from litlora.model import GPT, MLP, Attention, KVCache, evaluating
@@ -135,6 +135,5 @@ def take_a_step(model: GPT) -> None:
 def checked(token: int) -> int:
     """Return a chosen token, which is negative where there was nothing to choose from."""
     if token < 0:
-        fault = "the model's scores for the next token are NaN or infinite"
-        raise LitLoraError(f"{fault}: its weights are damaged, or too large for this --precision (try 32-true)")
+        raise LitLoraError(f"the model's scores for the next token are NaN or infinite: {DAMAGED}")
     return token

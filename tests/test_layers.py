@@ -17,7 +17,7 @@ LAYERS = """
     records tokenized
     batches
     training
-    memory
+    memory qera
     commands
     flags
     __main__

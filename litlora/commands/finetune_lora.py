@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from litlora.adapter import load_matrices
 from litlora.args import FinetuneLoraArgs
 from litlora.batches import Samples
 from litlora.checkpoint import check_checkpoint, fingerprint, load_model
+from litlora.config import GPTConfig
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.footprint import Network, breakdown, table
@@ -32,6 +33,7 @@ from litlora.memory import at_once, check_memory, load_of, longest_ahead, must_s
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
+from litlora.qera import make_up_for_4_bits
 from litlora.quantize import Quantization, import_bitsandbytes
 from litlora.ranks import Ranks, keep_contact, one_voice, open_fabric
 from litlora.records import ReadOnlyRunFolder, RunFolder
@@ -80,9 +82,7 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     with ranks.first_ahead():
         opened = open_splits(splits, recipe)
     named = {split.path.name: tokens for split, tokens in zip(splits, opened, strict=True)}
-    if tokenizer.vocab_size > config.vocab_size:
-        for name, tokens in named.items():
-            config.check_ids(name, tokens.highest())
+    require_embedded(named, tokenizer, config)
     train, val = (samples_of(name, tokens, limit, args.train.micro_batch_tokens) for name, tokens in named.items())
 
     torch.manual_seed(args.seed)
@@ -104,10 +104,19 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     check_memory(run, progress.step)
     folder.open(start, progress.step)
     with shortage_said(progress, args.train):
+        if folder.lora.makes_up and start is None:
+            make_up_for_4_bits(run)
         with stopping.heeding_signals():
             fit(run, progress)
         final = folder.save_final(gpt, report(gpt, progress, take_best(gpt, progress)))
     say(f"adapter in {final}")
+
+
+def require_embedded(tokens: Mapping[str, Tokens], tokenizer: Tokenizer, config: GPTConfig) -> None:
+    """Refuse splits with tokens that the embedding does not have, which only a larger vocabulary can give."""
+    if tokenizer.vocab_size > config.vocab_size:
+        for name, split in tokens.items():
+            config.check_ids(name, split.highest())
 
 
 def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sharded: bool) -> GPT:
@@ -136,7 +145,8 @@ def contents(args: FinetuneLoraArgs, splits: Sequence[Split]) -> dict[str, str]:
 
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
     targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
-    return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets)
+    makes_up = args.lora_init == "qera"
+    return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets, makes_up=makes_up)
 
 
 def sequence_limit(asked: int | None, positions: int) -> int:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litlora.adapter import find_base, read_lora_config, read_matrices, read_quantization
+from litlora.adapter import find_base, over_4_bits_alone, read_lora_config, read_matrices, read_quantization
 from litlora.args import MergeLoraArgs
 from litlora.checkpoint import (
     Weights,
@@ -35,6 +35,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def merge_lora(args: MergeLoraArgs) -> None:
     """Merge an adapter into its base and write the result as a checkpoint."""
     lora = read_lora_config(args.checkpoint_dir)
+    if lora.makes_up and not args.dequantized_base:
+        raise LitLoraError(f"{over_4_bits_alone(args.checkpoint_dir)}: pass --dequantized_base true")
     base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
     check_writable(args.out_dir, "--out_dir")
     if args.out_dir.exists():

@@ -1,0 +1,133 @@
+from pathlib import Path
+
+import pytest
+import torch
+from families import WHOLE_BLOCKS
+from peft import PeftModel
+from reference import in_4_bits
+from safetensors.torch import load_file
+from torch import nn
+
+from litlora.__main__ import main
+from litlora.adapter import load_with_adapter, read_lora_config
+from litlora.checkpoint import Weights, load_model
+from litlora.lora import LoRALinear
+from litlora.qera import begin_with, summing_squares
+from litlora.quantize import Quantization, dequantized
+
+CPU = torch.device("cpu")
+NF4 = Quantization("bnb.nf4", torch.float32)
+TOKENS = torch.arange(3, 43)
+EVERY_LAYER = ["--lora_key", "true", "--lora_projection", "true", "--lora_mlp", "true"]
+
+
+def layer_of(rank: int, scaling: float) -> LoRALinear:
+    torch.manual_seed(0)
+    return LoRALinear(nn.Linear(24, 40, bias=False), rank=rank, scaling=scaling, dropout=0.0).requires_grad_(False)
+
+
+def branch(layer: LoRALinear) -> torch.Tensor:
+    return layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+
+
+@pytest.mark.parametrize("scaling", [0.5, 2.0])
+def test_no_product_of_the_rank_leaves_less_of_the_error_on_inputs_of_that_size(scaling):
+    layer, rank = layer_of(6, scaling), 6
+    lost, squares = torch.randn(40, 24), torch.randn(24).mul(2).exp()
+    begin_with(layer, lost, squares)
+    weighted = squares.sqrt()
+    left = ((lost - branch(layer)) * weighted).square().sum()
+    least = torch.linalg.svdvals(lost * weighted)[rank:].square().sum()  # Eckart and Young 1936
+    assert least * 0.999 < left < least * 1.01
+
+
+def test_a_rank_beyond_that_of_the_weight_makes_up_for_all_and_leaves_the_rest_to_learn():
+    layer, lost = layer_of(30, 0.7), torch.randn(40, 24)
+    begin_with(layer, lost, torch.rand(24))
+    torch.testing.assert_close(branch(layer), lost, atol=1e-4, rtol=1e-4)
+    assert layer.lora_A.weight[24:].any()
+    assert not layer.lora_B.weight[:, 24:].any()
+
+
+def test_channels_that_no_example_uses_do_not_count():
+    layer = layer_of(4, 1.0)
+    begin_with(layer, torch.randn(40, 24), torch.tensor([0.0] * 12 + [1.0] * 12))
+    assert branch(layer).isfinite().all()
+    begin_with(layer, torch.randn(40, 24), torch.zeros(24))
+    assert branch(layer).isfinite().all()
+
+
+def test_squares_are_those_of_all_inputs_inside_the_block_and_of_none_behind_it():
+    layer, first, second = layer_of(4, 1.0), torch.randn(5, 24), torch.randn(3, 24)
+    with summing_squares({"layer": layer}) as sums:
+        layer(first)
+        layer(second)
+    layer(first)
+    torch.testing.assert_close(sums["layer"], torch.cat([first, second]).square().sum(dim=0))
+
+
+@pytest.fixture(scope="module")
+def base(make_checkpoint) -> Path:
+    return make_checkpoint(WHOLE_BLOCKS, dtype=torch.bfloat16)
+
+
+def finetune(base: Path, data_dir: Path, out_dir: Path, *flags: object) -> Path:
+    folders = ["--checkpoint_dir", base, "--data_dir", data_dir, "--out_dir", out_dir, *EVERY_LAYER]
+    settings = ["--precision", "32-true", "--lora_dropout", "0", "--quantize", "bnb.nf4", "--eval.max_new_tokens", "0"]
+    assert main(["finetune_lora", *map(str, [*folders, *settings, *flags])]) == 0
+    return out_dir / "final"
+
+
+def distance(model: nn.Module, other: nn.Module) -> float:
+    with torch.no_grad():
+        one, two = (m.lm_head(m(TOKENS, [len(TOKENS)])) for m in (model, other))
+    return float((one - two).norm())
+
+
+def test_an_adapter_begins_between_the_base_in_4_bits_and_the_whole_one(base, data_dir, tmp_path):
+    still = ["--train.max_steps", 1, "--train.learning_rate", 1e-12, "--lora_init", "qera"]
+    whole = load_model(base, torch.float32, CPU)
+    lost = distance(load_model(base, torch.float32, CPU, NF4), whole)
+    left = [lost]
+    for rank in (4, 16, 256):
+        adapter = finetune(base, data_dir, tmp_path / str(rank), *still, "--lora_r", rank)
+        left.append(distance(load_with_adapter(base, adapter, torch.float32, CPU, NF4), whole))
+    assert left == sorted(left, reverse=True)
+    assert left[-1] < lost / 100
+
+
+def test_the_adapter_remembers_it_and_goes_on_a_model_of_peft(base, data_dir, tmp_path):
+    flags = ["--train.max_steps", 2, "--train.global_batch_size", 4, "--lora_init", "qera"]
+    adapter = finetune(base, data_dir, tmp_path / "run", *flags)
+    assert read_lora_config(adapter).makes_up
+    ours = load_with_adapter(base, adapter, torch.float32, CPU, NF4)
+    theirs = PeftModel.from_pretrained(in_4_bits(base, NF4, CPU), adapter, is_trainable=True)
+    with torch.no_grad():
+        expected = theirs(TOKENS[None]).logits[0]
+        torch.testing.assert_close(ours.lm_head(ours(TOKENS, [len(TOKENS)])), expected, atol=1e-4, rtol=0)
+
+
+def test_the_same_command_begins_with_the_same_adapter_and_a_resumed_run_goes_on_with_its_own(base, data_dir, tmp_path):
+    flags = ["--train.global_batch_size", 4, "--train.epochs", 1, "--lora_init", "qera", "--train.save_interval", 2]
+    once, again = (finetune(base, data_dir, tmp_path / name, *flags) for name in ("once", "again"))
+    step = next(path for path in once.parent.glob("step-*"))
+    resumed = finetune(base, data_dir, tmp_path / "resumed", *flags, "--resume", step)
+    contents = [(folder / "adapter_model.safetensors").read_bytes() for folder in (once, again, resumed)]
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_what_the_whole_base_has_not_lost_is_not_added_to_it(base, data_dir, tmp_path, capsys):
+    adapter = finetune(base, data_dir, tmp_path / "run", "--train.max_steps", 1, "--lora_init", "qera")
+    said = f"litlora: {adapter} makes up for what 4 bits lose of its base (--lora_init qera), and fits no other"
+    capsys.readouterr()
+    merge = ["merge_lora", "--checkpoint_dir", str(adapter), "--out_dir", str(tmp_path / "merged")]
+    assert main(merge) == 1
+    assert capsys.readouterr().err == f"{said}: pass --dequantized_base true\n"
+    assert main(["generate", "--checkpoint_dir", str(adapter), "--prompt", "a", "--quantize", "none"]) == 1
+    assert capsys.readouterr().err == f"{said}: pass --quantize bnb.nf4, or leave the flag out\n"
+    assert main([*merge, "--dequantized_base", "true"]) == 0
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (load_file(adapter / "adapter_model.safetensors")[f"base_model.model.{name}.lora_{m}.weight"] for m in "AB")
+    whole = Weights(base)[f"{name}.weight"]
+    expected = (dequantized(whole, NF4).float() + 2 * b @ a).to(whole.dtype)
+    assert torch.equal(Weights(tmp_path / "merged")[f"{name}.weight"], expected)
