@@ -199,8 +199,6 @@ def load_with_adapter(
     quantization: Quantization | None = None,
 ) -> GPT:
     """Load the model of a base, with an adapter if there is one."""
-    if adapter_dir is not None and quantization is None and read_lora_config(adapter_dir).makes_up:
-        raise LitLoraError(f"{over_4_bits_alone(adapter_dir)}: pass --quantize bnb.nf4, or leave the flag out")
     model = load_model(base_dir, dtype, device, quantization)
     if adapter_dir is not None:
         load_adapter(model, adapter_dir, base_dir)
@@ -214,7 +212,10 @@ def over_4_bits_alone(adapter_dir: Path) -> str:
 
 def load_adapter(model: GPT, adapter_dir: Path, base_dir: Path) -> None:
     """Add an adapter to the model of its base, strictly."""
-    add_lora(model, read_lora_config(adapter_dir))
+    lora = read_lora_config(adapter_dir)
+    if lora.makes_up and quantization_of(model) is None:
+        raise LitLoraError(f"{over_4_bits_alone(adapter_dir)}: pass --quantize bnb.nf4, or leave the flag out")
+    add_lora(model, lora)
     load_matrices(model, adapter_dir, base_dir)
 
 

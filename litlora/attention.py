@@ -93,12 +93,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
     if window is not None and S > T + window - 1:
         first = S - (T + window - 1)  # no query sees what lies before
         k, v, S = k[:, first:], v[:, first:], T + window - 1
-    fused = T == 1 and q.device.type == "cpu" and torch.compiler.is_compiling()
+    fused = torch.compiler.is_compiling() and q.device.type == "cpu"
     if T == 1 and not fused:  # the heads of a group are to their keys what several queries would be
         y = F.scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[2]), k[None], v[None])
         return y.reshape(q.shape)  # not all kernels of a GPU return the layout of their input
     k, v = (_repeated(t, len(q) // len(t)) for t in (k, v))  # few kernels read the keys of a group as they are
-    if fused:
+    if T == 1:
         return _attended(q, k, v)
     masked = S > T or (window is not None and T > window)
     mask = visible(T, S, window, q.device) if masked else None

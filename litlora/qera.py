@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from litlora.checkpoint import Weights
 from litlora.errors import DAMAGED, LitLoraError
 from litlora.lora import LoRALinear
 from litlora.model import evaluating
-from litlora.quantize import NF4Weight
+from litlora.quantize import NF4Weight, dequantized
 from litlora.training import Run, loss_alone
 
 EXAMPLES = 64
@@ -35,9 +36,8 @@ def make_up_for_4_bits(run: Run) -> None:
     for name, layer in layers.items():
         if not sums[name].isfinite().all():
             raise LitLoraError(f"--lora_init qera: what goes into {name} is NaN or infinite in the base: {DAMAGED}")
-        whole = weights.once(f"{name}.weight").to(run.fabric.device)
-        lost = whole.float() - NF4Weight(whole, layer.weight.quantization)[:].float()
-        begin_with(layer, lost, sums[name])
+        whole = weights.once(f"{name}.weight").to(run.fabric.device).float()
+        begin_with(layer, whole - dequantized(whole, layer.weight.quantization), sums[name])
         for matrix in (layer.lora_A.weight, layer.lora_B.weight):
             run.ranks.as_first(matrix)
 
@@ -51,13 +51,10 @@ def summing_squares(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
     """Sum up the squares of what goes into each layer (T, in) inside the block, channel by channel (in,)."""
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def add(_layer: nn.Module, inputs: tuple[Tensor]) -> None:
-            sums[name] = sums.get(name, 0) + inputs[0].float().square().sum(dim=0)
+    def add(name: str, _layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        sums[name] = sums.get(name, 0) + inputs[0].float().square().sum(dim=0)
 
-        return layer.register_forward_pre_hook(add)
-
-    handles = [watch(name, layer) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
     try:
         yield sums
     finally:
