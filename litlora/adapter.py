@@ -27,7 +27,7 @@ PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
 # PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
-BASE, QUANTIZATION, START, MAKES_UP = "auto_mapping", "quantization_config", "lora_init", "qera"
+BASE, QUANTIZATION, START, MAKES_UP = "auto_mapping", "quantization_config", "lora_init", "fisher"
 # Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
 IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
 WITHOUT_EFFECT = {
@@ -207,7 +207,7 @@ def load_with_adapter(
 
 def over_4_bits_alone(adapter_dir: Path) -> str:
     """Say of an adapter that makes up for what 4 bits lose that nothing is lost elsewhere."""
-    return f"{adapter_dir} makes up for what 4 bits lose of its base (--lora_init qera), and fits no other"
+    return f"{adapter_dir} makes up for what 4 bits lose of its base (--lora_init fisher), and fits no other"
 
 
 def load_adapter(model: GPT, adapter_dir: Path, base_dir: Path) -> None:

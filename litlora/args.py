@@ -11,7 +11,7 @@ from litlora.errors import LitLoraError
 Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq"]
 Strategy = Literal["auto", "ddp", "fsdp"]
-Start = Literal["zero", "qera"]
+Start = Literal["zero", "fisher"]
 
 
 def require(condition: bool, flag: str, value: object, need: str) -> None:
@@ -217,7 +217,7 @@ class FinetuneLoraArgs:
     lora_dropout: float = 0.05
     """Share of the adapter's inputs that is zeroed in training."""
     lora_init: Start = "zero"
-    """What the adapter begins with: zero is the base as it is, qera makes up for what --quantize loses of it."""
+    """What the adapter begins with: zero is the base as it is, fisher makes up for what --quantize loses of it."""
     lora_query: bool = True
     """Adapt the attention's query projection."""
     lora_key: bool = False
@@ -253,9 +253,9 @@ class FinetuneLoraArgs:
         if self.quantize and self.precision == "bf16-mixed":
             hint = "choose bf16-true or 32-true, in which the adapter is float32 as well"
             raise LitLoraError(f"--quantize {self.quantize} does not go with --precision bf16-mixed: {hint}")
-        if self.lora_init == "qera" and not self.quantize:
+        if self.lora_init == "fisher" and not self.quantize:
             hint = "give --quantize as well, or leave it out"
-            raise LitLoraError(f"--lora_init qera makes up for what --quantize loses, which is not given: {hint}")
+            raise LitLoraError(f"--lora_init fisher makes up for what --quantize loses, which is not given: {hint}")
         for name in ("devices", "num_nodes"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
         require_seed(self.seed)

@@ -17,7 +17,7 @@ LAYERS = """
     records tokenized
     batches
     training
-    memory qera
+    fisher memory
     commands
     flags
     __main__

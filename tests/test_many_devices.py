@@ -26,7 +26,7 @@ from litlora.quantize import Quantization
 ROOT = Path(__file__).parent.parent
 HUNG = 600  # seconds after which a run will not end any more
 HEAD = ["--lora_head", "true"]
-NF4 = ["--quantize", "bnb.nf4", "--lora_init", "qera"]
+NF4 = ["--quantize", "bnb.nf4", "--lora_init", "fisher"]
 
 
 @pytest.fixture(scope="module")

@@ -242,7 +242,7 @@ def test_data_that_is_none_is_refused(spoil, sentence, capsys):
         ("--lora_r 0", "--lora_r (0) must be at least 1"),
         ("--lora_alpha 0", "--lora_alpha (0) must be at least 1"),
         ("--lora_dropout 1", "--lora_dropout (1.0) must be at least 0 and below 1"),
-        ("--lora_init qera", "--lora_init qera makes up for what --quantize loses, which is not given: "
+        ("--lora_init fisher", "--lora_init fisher makes up for what --quantize loses, which is not given: "
          "give --quantize as well, or leave it out"),
         ("--devices 0", "--devices (0) must be at least 1"),
         ("--quantize bnb.nf4 --precision bf16-mixed",

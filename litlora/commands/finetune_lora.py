@@ -22,6 +22,7 @@ from litlora.checkpoint import check_checkpoint, fingerprint, load_model
 from litlora.config import GPTConfig
 from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
+from litlora.fisher import make_up_for_4_bits
 from litlora.footprint import Network, breakdown, table
 from litlora.heap import keep_small, share_one, spares_memory
 from litlora.kernels import leave_out_plans
@@ -33,7 +34,6 @@ from litlora.memory import at_once, check_memory, load_of, longest_ahead, must_s
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer, check_optimizer
 from litlora.prompts import PromptStyle
-from litlora.qera import make_up_for_4_bits
 from litlora.quantize import Quantization, import_bitsandbytes
 from litlora.ranks import Ranks, keep_contact, one_voice, open_fabric
 from litlora.records import ReadOnlyRunFolder, RunFolder
@@ -145,7 +145,7 @@ def contents(args: FinetuneLoraArgs, splits: Sequence[Split]) -> dict[str, str]:
 
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
     targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
-    makes_up = args.lora_init == "qera"
+    makes_up = args.lora_init == "fisher"
     return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets, makes_up=makes_up)
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from litlora.__main__ import main
 from litlora.adapter import load_with_adapter, read_lora_config
 from litlora.checkpoint import Weights, load_model
+from litlora.fisher import Moments, Side, add_moment, begin_with, observing
 from litlora.lora import LoRALinear
-from litlora.qera import begin_with, summing_squares
 from litlora.quantize import Quantization, dequantized
 
 CPU = torch.device("cpu")
@@ -30,40 +30,81 @@ def branch(layer: LoRALinear) -> torch.Tensor:
     return layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
 
 
+@pytest.fixture
+def wide(monkeypatch):
+    """Take sides of more than 30 channels for wide."""
+    monkeypatch.setattr("litlora.fisher.WIDEST", 30)
+
+
+def seen(vectors: torch.Tensor) -> Side:
+    moments: Moments = {}
+    add_moment(moments, "layer", vectors)
+    return Side.of(moments["layer"])
+
+
+def vectors(count: int, channels: int) -> torch.Tensor:
+    """Make vectors up whose channels are unlike in size and correlated."""
+    return torch.randn(count, channels) @ torch.randn(channels, channels) * torch.randn(channels).exp()
+
+
+def damped(moment: torch.Tensor) -> torch.Tensor:
+    usual = moment.diagonal().mean()
+    return moment / usual + 0.01 * torch.eye(len(moment))
+
+
+def felt(error: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """The second-order change of a loss by an error of a weight, whose Fisher information is a Kronecker product."""
+    return (error.T @ gradients @ error @ inputs).trace()
+
+
 @pytest.mark.parametrize("scaling", [0.5, 2.0])
-def test_no_product_of_the_rank_leaves_less_of_the_error_on_inputs_of_that_size(scaling):
+def test_no_product_of_the_rank_leaves_less_for_the_loss_to_feel(scaling):
     layer, rank = layer_of(6, scaling), 6
-    lost, squares = torch.randn(40, 24), torch.randn(24).mul(2).exp()
-    begin_with(layer, lost, squares)
-    weighted = squares.sqrt()
-    left = ((lost - branch(layer)) * weighted).square().sum()
-    least = torch.linalg.svdvals(lost * weighted)[rank:].square().sum()  # Eckart and Young 1936
+    lost, x, g = torch.randn(40, 24), vectors(200, 24), vectors(200, 40)
+    begin_with(layer, lost, seen(x), seen(g))
+    inputs, gradients = damped(x.T @ x).double(), damped(g.T @ g).double()
+    roots = [torch.linalg.cholesky(moment) for moment in (gradients, inputs)]
+    least = torch.linalg.svdvals(roots[0].T @ lost.double() @ roots[1])[rank:].square().sum()  # Eckart and Young 1936
+    left = felt((lost - branch(layer)).double(), inputs, gradients)
+    assert least * 0.999 < left < least * 1.01
+
+
+def test_along_a_wide_side_channels_count_by_their_size_alone(wide):
+    layer, rank = layer_of(6, 1.0), 6
+    lost, x, g = torch.randn(40, 24), vectors(200, 24), vectors(200, 40)
+    begin_with(layer, lost, seen(x), seen(g))
+    inputs, gradients = damped(x.T @ x).double(), damped((g.T @ g).diagonal().diag()).double()
+    weighed = gradients.sqrt() @ lost.double() @ torch.linalg.cholesky(inputs)
+    least = torch.linalg.svdvals(weighed)[rank:].square().sum()
+    left = felt((lost - branch(layer)).double(), inputs, gradients)
     assert least * 0.999 < left < least * 1.01
 
 
 def test_a_rank_beyond_that_of_the_weight_makes_up_for_all_and_leaves_the_rest_to_learn():
     layer, lost = layer_of(30, 0.7), torch.randn(40, 24)
-    begin_with(layer, lost, torch.rand(24))
+    begin_with(layer, lost, seen(torch.randn(50, 24)), seen(torch.randn(50, 40)))
     torch.testing.assert_close(branch(layer), lost, atol=1e-4, rtol=1e-4)
     assert layer.lora_A.weight[24:].any()
     assert not layer.lora_B.weight[:, 24:].any()
 
 
 def test_channels_that_no_example_uses_do_not_count():
-    layer = layer_of(4, 1.0)
-    begin_with(layer, torch.randn(40, 24), torch.tensor([0.0] * 12 + [1.0] * 12))
-    assert branch(layer).isfinite().all()
-    begin_with(layer, torch.randn(40, 24), torch.zeros(24))
-    assert branch(layer).isfinite().all()
+    layer, used = layer_of(4, 1.0), torch.tensor([0.0] * 12 + [1.0] * 12)
+    for factor in (used, 0 * used):
+        begin_with(layer, torch.randn(40, 24), seen(torch.randn(50, 24) * factor), seen(torch.zeros(50, 40)))
+        assert branch(layer).isfinite().all()
 
 
-def test_squares_are_those_of_all_inputs_inside_the_block_and_of_none_behind_it():
-    layer, first, second = layer_of(4, 1.0), torch.randn(5, 24), torch.randn(3, 24)
-    with summing_squares({"layer": layer}) as sums:
-        layer(first)
-        layer(second)
-    layer(first)
-    torch.testing.assert_close(sums["layer"], torch.cat([first, second]).square().sum(dim=0))
+def test_moments_are_those_of_all_inputs_and_gradients_inside_the_block_and_of_none_behind_it(wide):
+    layer, parts = layer_of(4, 1.0), [(torch.randn(n, 24), torch.randn(n, 40)) for n in (5, 3, 2)]
+    layer.lora_A.requires_grad_(True)
+    with observing({"layer": layer}) as (inputs, gradients):
+        for x, gradient in parts[:2]:
+            layer(x).backward(gradient)
+    layer(parts[2][0]).backward(parts[2][1])
+    x, gradient = (torch.cat(some) for some in zip(*parts[:2], strict=True))
+    torch.testing.assert_close(inputs, {"layer": x.T @ x})
+    torch.testing.assert_close(gradients, {"layer": gradient.square().sum(dim=0)})
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +126,7 @@ def distance(model: nn.Module, other: nn.Module) -> float:
 
 
 def test_an_adapter_begins_between_the_base_in_4_bits_and_the_whole_one(base, data_dir, tmp_path):
-    still = ["--train.max_steps", 1, "--train.learning_rate", 1e-12, "--lora_init", "qera"]
+    still = ["--train.max_steps", 1, "--train.learning_rate", 1e-12, "--lora_init", "fisher"]
     whole = load_model(base, torch.float32, CPU)
     lost = distance(load_model(base, torch.float32, CPU, NF4), whole)
     left = [lost]
@@ -97,7 +138,7 @@ def test_an_adapter_begins_between_the_base_in_4_bits_and_the_whole_one(base, da
 
 
 def test_the_adapter_remembers_it_and_goes_on_a_model_of_peft(base, data_dir, tmp_path):
-    flags = ["--train.max_steps", 2, "--train.global_batch_size", 4, "--lora_init", "qera"]
+    flags = ["--train.max_steps", 2, "--train.global_batch_size", 4, "--lora_init", "fisher"]
     adapter = finetune(base, data_dir, tmp_path / "run", *flags)
     assert read_lora_config(adapter).makes_up
     ours = load_with_adapter(base, adapter, torch.float32, CPU, NF4)
@@ -108,7 +149,7 @@ def test_the_adapter_remembers_it_and_goes_on_a_model_of_peft(base, data_dir, tm
 
 
 def test_the_same_command_begins_with_the_same_adapter_and_a_resumed_run_goes_on_with_its_own(base, data_dir, tmp_path):
-    flags = ["--train.global_batch_size", 4, "--train.epochs", 1, "--lora_init", "qera", "--train.save_interval", 2]
+    flags = ["--train.global_batch_size", 4, "--train.epochs", 1, "--lora_init", "fisher", "--train.save_interval", 2]
     once, again = (finetune(base, data_dir, tmp_path / name, *flags) for name in ("once", "again"))
     step = next(path for path in once.parent.glob("step-*"))
     resumed = finetune(base, data_dir, tmp_path / "resumed", *flags, "--resume", step)
@@ -117,8 +158,8 @@ def test_the_same_command_begins_with_the_same_adapter_and_a_resumed_run_goes_on
 
 
 def test_what_the_whole_base_has_not_lost_is_not_added_to_it(base, data_dir, tmp_path, capsys):
-    adapter = finetune(base, data_dir, tmp_path / "run", "--train.max_steps", 1, "--lora_init", "qera")
-    said = f"litlora: {adapter} makes up for what 4 bits lose of its base (--lora_init qera), and fits no other"
+    adapter = finetune(base, data_dir, tmp_path / "run", "--train.max_steps", 1, "--lora_init", "fisher")
+    said = f"litlora: {adapter} makes up for what 4 bits lose of its base (--lora_init fisher), and fits no other"
     capsys.readouterr()
     merge = ["merge_lora", "--checkpoint_dir", str(adapter), "--out_dir", str(tmp_path / "merged")]
     assert main(merge) == 1
