@@ -131,8 +131,8 @@ def begin_with(layer: LoRALinear, lost: Tensor, inputs: Side, gradients: Side) -
     weighed = gradients.weighed(inputs.weighed(lost).t()).t()
     rank = min(layer.lora_A.out_features, *lost.shape)
     u, s, v = (t[..., :rank] for t in torch.svd_lowrank(weighed, min(2 * rank, *lost.shape), ITERATIONS))
-    largest = v.gather(0, v.abs().argmax(dim=0, keepdim=True))
+    signs = v.gather(0, v.abs().argmax(dim=0, keepdim=True)).sign()
+    u, v = u * signs, v * signs  # or rounding would decide which way a direction points
     root = (s / layer.scaling).sqrt()  # which both matrices get alike
-    u, v = u * largest.sign(), v * largest.sign()  # or rounding would decide the signs
     layer.lora_B.weight[:, :rank] = gradients.unweighed((u * root).t()).t()
     layer.lora_A.weight[:rank] = inputs.unweighed((v * root).t())
