@@ -88,6 +88,13 @@ def test_a_rank_beyond_that_of_the_weight_makes_up_for_all_and_leaves_the_rest_t
     assert not layer.lora_B.weight[:, 24:].any()
 
 
+def test_the_signs_of_directions_are_not_left_to_chance():
+    layer = layer_of(12, 1.0)
+    begin_with(layer, torch.randn(40, 24), Side(torch.ones(24)), Side(torch.ones(40)))
+    directions = layer.lora_A.weight
+    assert directions.abs().amax(dim=1).equal(directions.amax(dim=1))
+
+
 def test_channels_that_no_example_uses_do_not_count():
     layer, used = layer_of(4, 1.0), torch.tensor([0.0] * 12 + [1.0] * 12)
     for factor in (used, 0 * used):

@@ -133,9 +133,10 @@ def test_activations_take_the_bytes_that_a_graph_really_keeps(
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids="-".join)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_on_a_gpu_too_activations_take_the_bytes_that_a_graph_really_keeps(precision, targets, checkpointing):
-    described, load = replace(network(precision, targets), device=GPU), Load(LENGTHS, SUPERVISED, checkpointing)
+    lengths = (128, 64, 32)  # of which none has sums that are filled up
+    described, load = replace(network(precision, targets), device=GPU), Load(lengths, SUPERVISED, checkpointing)
     beside = kept_bytes(described, load) - activation_bytes(described, load)
-    assert 0 <= beside < 1000  # of attention: where sequences begin, a random state, and sums that are filled up
+    assert 0 <= beside < 1000  # of attention: where sequences begin, and a random state
 
 
 @pytest.mark.gpu

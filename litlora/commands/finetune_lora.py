@@ -100,15 +100,20 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     )
     lanes = Lanes(1 if isinstance(gpt, FSDPModule) else lanes_on(fabric.device, args.train.parallel_micro_batches))
     run = Run(fabric, gpt, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping, ranks, lanes)
+    carry_out(run, progress, start)
+
+
+def carry_out(run: Run, progress: Progress, start: Path | None) -> None:
+    """Train from where a run stands to its end, and leave what comes of it in its folder."""
     say_plan(run)
     check_memory(run, progress.step)
-    folder.open(start, progress.step)
-    with shortage_said(progress, args.train):
-        if folder.lora.makes_up and start is None:
+    run.folder.open(start, progress.step)
+    with shortage_said(progress, run.args.train):
+        if run.folder.lora.makes_up and start is None:
             make_up_for_4_bits(run)
-        with stopping.heeding_signals():
+        with run.stopping.heeding_signals():
             fit(run, progress)
-        final = folder.save_final(gpt, report(gpt, progress, take_best(gpt, progress)))
+        final = run.folder.save_final(run.gpt, report(run.gpt, progress, take_best(run.gpt, progress)))
     say(f"adapter in {final}")
 
 
