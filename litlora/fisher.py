@@ -122,7 +122,6 @@ class Side:
         return out
 
 
-@torch.no_grad()
 def begin_with(layer: LoRALinear, lost: Tensor, inputs: Side, gradients: Side) -> None:
     """Give a layer's branch the product that comes nearest to a matrix (out, in), measured along both of its sides.
 
