@@ -265,6 +265,7 @@ def test_a_template_with_a_syntax_error_is_refused_in_one_sentence():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an alarm that a callback took
 @pytest.mark.parametrize(
     "template",
     [

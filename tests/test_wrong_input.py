@@ -521,6 +521,7 @@ def test_generate_refuses_what_it_cannot_do(flags, sentence, capsys):
 
 
 @pytest.mark.parametrize("command", [ANSWER, MERGE], ids=["generate", "merge_lora"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an alarm that a callback took
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
