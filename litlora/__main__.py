@@ -14,6 +14,7 @@ from jsonargparse.typing import SecretStr
 from litlora import __version__, args
 from litlora.errors import EndedElsewhereError, LitLoraError, is_shortage
 from litlora.flags import in_order
+from litlora.heap import restart_without_crumbs
 from litlora.launching import heed_srun, must_start, start
 
 COMMANDS: dict[str, type] = {
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The parser itself exits with 2.
     """
+    if arguments is None and "finetune_lora" in sys.argv:
+        restart_without_crumbs()
     code, sentence = attempt(sys.argv[1:] if arguments is None else arguments)
     if sentence is not None:
         say(sentence)

@@ -12,7 +12,6 @@ from torch import nn
 from litlora.args import Precision
 from litlora.attention import BLOCK
 from litlora.config import GPTConfig
-from litlora.heap import EVERY, spares_memory
 from litlora.linear import SLAB, Linear, has_slow_products
 from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
 from litlora.loss import CHUNK
@@ -22,7 +21,8 @@ from litlora.quantize import BLOCK as NF4_BLOCK
 from litlora.quantize import DOUBLE, OUTER_BLOCK
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
-GAPS, WIDE_GAPS = 0.55, 1.05  # of the activations; the second where bfloat16 is computed in float32
+GAPS = 0.27  # of the activations
+LEAST_GAPS = 10  # inner values of each token, in float32: with activation checkpointing little else is kept
 WORKSPACES = 2 * 2**25  # bytes of cuBLAS on a Hopper, for either direction; it takes a quarter of that on others
 
 
@@ -289,13 +289,9 @@ def _branch_bytes(network: Network, load: Load) -> int:
 
 
 def gap_bytes(network: Network, load: Load) -> int:
-    """Estimate what the heap of a CPU's C library has free while most of it is in use: see `keep_small`.
-
-    How much that makes, for a block or for what is kept, was measured, with glibc.
-    """
-    if not spares_memory(network.quantize, load.activation_checkpointing):
-        return int((WIDE_GAPS if network.upcasts else GAPS) * activation_bytes(network, load))
-    return min(EVERY, network.config.num_hidden_layers) * load.tokens * FLOAT32 * network.config.intermediate_size
+    """Estimate what the heap of a CPU's C library has free while most of it is in use; it was measured, with glibc."""
+    least = LEAST_GAPS * load.tokens * FLOAT32 * network.config.intermediate_size
+    return max(int(GAPS * activation_bytes(network, load)), least)
 
 
 def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:

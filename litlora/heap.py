@@ -1,13 +1,28 @@
-"""The heap of a CPU's C library, which each pass of a run would leave full of gaps."""
+"""The heap of a CPU's C library: what it does with the gaps between what is kept."""
 
 import ctypes
+import os
+import sys
 
-from torch import Tensor, nn
-
-EVERY = 10
-"""Blocks from one return to the next: fewer take time to fill the same memory again, more leave larger gaps."""
+TUNABLES = "GLIBC_TUNABLES"
+NO_CRUMBS = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 
 ARENA_MAX = -8  # as glibc's malloc.h numbers it
+
+
+def restart_without_crumbs() -> None:
+    """Begin the program anew, as the same process, with a heap whose gaps are filled again: glibc's alone is not so.
+
+    To align a tensor, glibc takes some bytes more, and cuts crumbs off on both sides. They go to caches for small
+    things, so that once the tensor has gone, its place is a crumb too small for the next one of its size: passes leave
+    gaps half as large as what they keep. Without these caches crumbs become part of a free place again. As glibc reads
+    such a setting only when a program begins, this is to be called before anything is done.
+    """
+    before = os.environ.get(TUNABLES, "")
+    if _glibc() is None or NO_CRUMBS in before:
+        return
+    os.environ[TUNABLES] = f"{NO_CRUMBS}:{before}".removesuffix(":")  # the last word is the user's
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def share_one() -> None:
@@ -29,26 +44,3 @@ def _glibc() -> ctypes.CDLL | None:
     """Return the C library, if it is the one whose heap has arenas and can be trimmed."""
     library = ctypes.CDLL(None)
     return library if hasattr(library, "malloc_trim") else None
-
-
-def spares_memory(quantize: str | None, activation_checkpointing: bool) -> bool:
-    """Tell whether a run is to be small before it is fast, so that its blocks are worth keeping small."""
-    return quantize is not None or activation_checkpointing
-
-
-def keep_small(blocks: nn.ModuleList) -> None:
-    """Have blocks that train return the gaps of the heap to the system, every few of them, forth and back.
-
-    What a block keeps for its gradient settles in the room of temporaries, so that the next block needs new room for
-    its own: after thirty blocks the gaps would be half as large as what is kept, or as large. Only glibc can return
-    them, and what is returned takes time to fill again.
-    """
-    for block in blocks[EVERY - 1 :: EVERY]:
-        block.register_forward_hook(_give_back_around)
-
-
-def _give_back_around(_block: nn.Module, _inputs: object, out: Tensor) -> None:
-    """Return what is free now, and again once there is a gradient of what a block returned."""
-    if out.requires_grad:
-        give_back()
-        out.register_hook(lambda _gradient: give_back())  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.fisher import make_up_for_4_bits
 from litlora.footprint import Network, breakdown, table
-from litlora.heap import keep_small, share_one, spares_memory
+from litlora.heap import share_one
 from litlora.kernels import leave_out_plans
 from litlora.lanes import Lanes, lanes_on
 from litlora.launching import find_place
@@ -137,8 +137,6 @@ def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sha
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
     if fabric.device.type == "cpu":
         share_one()
-        if spares_memory(args.quantize, args.train.activation_checkpointing):
-            keep_small(gpt.model.layers)
     return gpt
 
 

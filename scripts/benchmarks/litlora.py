@@ -15,6 +15,7 @@ from benchmarks.jobs import Job, Result, serve, versions
 from benchmarks.memory import peak_memory_gb
 from litlora.__main__ import run
 from litlora.batches import epoch_order
+from litlora.heap import restart_without_crumbs
 from litlora.model import GPT
 
 PACKAGES = ("litlora", "torch", "bitsandbytes")
@@ -23,6 +24,7 @@ SEED = 1337
 
 def train(job: Job) -> Result:
     """Fine-tune on the rows, once."""
+    restart_without_crumbs()  # as the command does
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         write_in_order(job, Path(scratch))
