@@ -22,7 +22,7 @@ from litlora.quantize import DOUBLE, OUTER_BLOCK
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 GAPS = 0.27  # of the activations
-LEAST_GAPS = 10  # inner values of each token, in float32: with activation checkpointing little else is kept
+LEAST_GAPS = 20  # inner values of each token: where little is kept, as with activation checkpointing
 WORKSPACES = 2 * 2**25  # bytes of cuBLAS on a Hopper, for either direction; it takes a quarter of that on others
 
 
@@ -290,7 +290,7 @@ def _branch_bytes(network: Network, load: Load) -> int:
 
 def gap_bytes(network: Network, load: Load) -> int:
     """Estimate what the heap of a CPU's C library has free while most of it is in use; it was measured, with glibc."""
-    least = LEAST_GAPS * load.tokens * FLOAT32 * network.config.intermediate_size
+    least = LEAST_GAPS * load.tokens * network.product * network.config.intermediate_size
     return max(int(GAPS * activation_bytes(network, load)), least)
 
 
