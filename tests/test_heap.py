@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from litlora.heap import NO_CRUMBS, TUNABLES
+from litlora.heap import GPUS, NO_CRUMBS, TUNABLES
 
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
 PICO = Path(__file__).parent.parent / "checkpoints/pico"
@@ -41,8 +41,9 @@ assert start <= places[0] < end, (heap[0], hex(places[0]))
 def test_what_passes_leave_of_the_heap_is_filled_again():
     code = """
 import ctypes
-from litlora.heap import restart_without_crumbs
-restart_without_crumbs()
+from litlora import heap
+heap.GPUS = ()
+heap.restart_without_crumbs()
 import torch
 from litlora.config import GPTConfig
 from litlora.lora import LoRAConfig, add_lora
@@ -70,18 +71,26 @@ print(info.uordblks, info.fordblks)
     assert free < kept / 5  # more than a quarter with glibc as it is
 
 
-def test_a_program_that_starts_again_is_the_same_but_for_its_heap():
-    code = """
+STARTS_AGAIN = """
 import os, sys
-from litlora.heap import TUNABLES, restart_without_crumbs
+from litlora import heap
+heap.GPUS = sys.argv[1:2]
 print(os.getpid(), flush=True)
-restart_without_crumbs()
-print(sys.argv[1:], sys.warnoptions, os.environ[TUNABLES])
+heap.restart_without_crumbs()
+print(sys.argv[1:], os.environ[heap.TUNABLES])
 """
-    users = "glibc.malloc.mxfast=64"
-    first, second, line = say(code, "one", "-m two", **{TUNABLES: users})
+USERS = "glibc.malloc.mxfast=64"
+
+
+def test_a_program_that_starts_again_is_the_same_but_for_its_heap():
+    first, second, line = say(STARTS_AGAIN, "/nowhere", "-m two", **{TUNABLES: USERS})
     assert first == second
-    assert line == f"['one', '-m two'] {sys.warnoptions} {NO_CRUMBS}:{users}"
+    assert line == f"['/nowhere', '-m two'] {':'.join(NO_CRUMBS)}:{USERS}"
+
+
+def test_where_there_is_a_gpu_the_heap_stays_as_it_is():
+    _, line = say(STARTS_AGAIN, "/dev/null", **{TUNABLES: USERS})
+    assert line == f"['/dev/null'] {USERS}"
 
 
 def begins_again(arguments: Sequence[str]) -> bool:
@@ -90,11 +99,12 @@ def begins_again(arguments: Sequence[str]) -> bool:
         found = False
         with suppress(ProcessLookupError):  # it has ended
             while not found:
-                found = NO_CRUMBS.encode() in Path(f"/proc/{program.pid}/environ").read_bytes()
+                found = NO_CRUMBS[0].encode() in Path(f"/proc/{program.pid}/environ").read_bytes()
         program.kill()
     return found
 
 
+@pytest.mark.skipif(any(map(os.path.exists, GPUS)), reason="a GPU is there")
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["finetune_lora", "--checkpoint_dir", str(PICO), "--data_dir", "nowhere"], True),
     (["generate", "--checkpoint_dir", "nowhere", "--prompt", "Hello"], False),
