@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -147,6 +148,7 @@ class Runs:
         self.server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root, env=env
         )
+        self.running: list[int] = []
 
     def start(self, arguments: list[str], headroom: int | None = None) -> int:
         """Start a command, and return its process id."""
@@ -156,9 +158,11 @@ class Runs:
         self, arguments: list[str], places: Sequence[dict[str, str]], headroom: int | None = None
     ) -> list[int]:
         """Start a command in a process for each of these environments, and return their ids."""
+        self.end()
         self.server.stdin.write(json.dumps([arguments, str(self.stderr), headroom, places]) + "\n")
         self.server.stdin.flush()
-        return self._read()
+        self.running = self._read()
+        return self.running
 
     def wait(self) -> int:
         """Return the exit code of the one process."""
@@ -166,7 +170,16 @@ class Runs:
 
     def wait_all(self) -> list[int]:
         """Return the exit codes of all processes."""
-        return self._read()
+        codes, self.running = self._read(), []
+        return codes
+
+    def end(self) -> None:
+        """Kill what a test that has failed has left running, or the next would wait for it."""
+        for process in self.running:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        if self.running:
+            self.wait_all()
 
     def _read(self) -> list[int]:
         return [int(word) for word in self.server.stdout.readline().split()]
@@ -177,6 +190,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Return what runs a command as a process of its own, and soon."""
     runs = Runs(tmp_path_factory.mktemp("runs"))
     yield runs
+    runs.end()
     runs.server.stdin.close()
     runs.server.wait()
     runs.server.stdout.close()

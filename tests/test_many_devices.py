@@ -252,7 +252,7 @@ def is_running(process: int) -> bool:
     """Tell whether a process has not ended, though nobody may have asked for its exit code yet."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before its file was opened, or before it was read
         return False
 
 
