@@ -95,13 +95,15 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
     """Return the bytes of every part of the memory that training takes at its peak, beside Python's and torch's own."""
     gpt = network.outline()
     adapter = list(lora_parameters(gpt).values())
-    adapters = sum(matrix.nbytes for matrix in adapter)
+    adapters, activations = sum(matrix.nbytes for matrix in adapter), activation_bytes(network, load)
+    # Those of a micro-batch come as its activations go, and are added to the sum once all are there.
+    beyond = max(0, adapters - activations) * load.at_once
     return {
         **held_bytes(network, weight_bytes(gpt, network.quantize)),
         "adapter, float32": adapters,
-        "its gradients": adapters * (load.at_once + 1),  # of each micro-batch, and their sum
+        "its gradients": adapters + beyond,
         "optimizer state": optimizer_bytes(optimizer, adapter),
-        "activations": activation_bytes(network, load) * load.at_once,
+        "activations": activations * load.at_once,
         "temporaries": temporary_bytes(network, load) * load.at_once,
         **({"gaps in the heap": gap_bytes(network, load) * load.at_once} if network.on_cpu else {"cuBLAS": WORKSPACES}),
     }

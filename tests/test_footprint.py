@@ -53,7 +53,15 @@ def test_weights_and_adapter_take_the_bytes_of_the_real_ones(precision, tied):
     frozen, matrices = ([p for p in gpt.parameters() if p.requires_grad is kind] for kind in (False, True))
     assert sum(weight_bytes(gpt, None).values()) == sum(weight.nbytes for weight in frozen)
     assert weight_bytes(gpt, None).items() <= parts.items()
-    assert 2 * parts["adapter, float32"] == parts["its gradients"] == 2 * sum(matrix.nbytes for matrix in matrices)
+    assert parts["adapter, float32"] == sum(matrix.nbytes for matrix in matrices)
+
+
+@pytest.mark.parametrize(("length", "beyond"), [(1000, False), (1, True)])
+def test_gradients_of_a_micro_batch_take_the_place_of_its_activations_and_no_more_than_they_need(length, beyond):
+    parts = breakdown(network(), Load((length,), length, at_once=2), "SGD")
+    adapter, gradients, activations = (parts[n] for n in ("adapter, float32", "its gradients", "activations"))
+    assert (2 * adapter > activations) is beyond
+    assert gradients + activations == adapter + max(2 * adapter, activations)
 
 
 def test_nf4_takes_four_bits_and_a_scale_for_64_values_that_is_a_byte_where_it_is_quantized_itself():
