@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import chain, islice
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -31,22 +31,28 @@ class Lanes:
     def map(self, work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
         """Yield what becomes of each item, in their order; few items are taken before they are needed.
 
-        A single item has all cores. What fails is raised when it is its turn, and once no lane works any longer.
+        A last one that would be alone has all cores, in the calling thread. What fails is raised when it is its turn,
+        and once no lane works any longer.
         """
         items = iter(items)
-        first = list(islice(items, 2))
-        if self.count == 1 or len(first) == 1:
-            yield from map(work, chain(first, items))
-            return
         ahead: deque[Future[U]] = deque()
         try:
-            for item in chain(first, items):
-                ahead.append(self._pool.submit(work, item))
-                if len(ahead) > self.count:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+            while group := list(islice(items, self.count)):
+                if len(group) == 1:
+                    yield from _results(ahead, 0)
+                    yield work(group[0])
+                    continue
+                for item in group:
+                    ahead.append(self._pool.submit(work, item))
+                    yield from _results(ahead, self.count)
+            yield from _results(ahead, 0)
         finally:
             for future in ahead:
                 future.cancel()
             wait(ahead)
+
+
+def _results(ahead: deque[Future[U]], kept: int) -> Iterator[U]:
+    """Yield what has become of the first, until no more than so many are ahead."""
+    while len(ahead) > kept:
+        yield ahead.popleft().result()

@@ -33,10 +33,20 @@ def test_as_many_work_at_a_time_as_there_are_lanes_each_on_its_share_of_the_core
     assert torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize(("lanes", "items"), [(1, range(3)), (2, range(1))])
-def test_what_is_alone_has_all_cores_of_the_calling_thread(lanes, items):
-    found = list(Lanes(lanes).map(lambda _: (current_thread(), torch.get_num_threads()), items))
-    assert found == [(main_thread(), 4)] * len(items)
+@pytest.mark.parametrize(("lanes", "items", "in_lanes"), [(1, 3, 0), (2, 1, 0), (2, 5, 4), (2, 4, 4), (4, 9, 8)])
+def test_what_is_alone_has_all_cores_of_the_calling_thread(lanes, items, in_lanes):
+    at_work = []
+
+    def work(item: int) -> tuple[bool, int, list[int]]:
+        at_work.append(item)
+        time.sleep(0.02)
+        others = at_work.copy()
+        at_work.remove(item)
+        return current_thread() is main_thread(), torch.get_num_threads(), others
+
+    found = list(Lanes(lanes).map(work, range(items)))
+    assert [share for *share, _ in found[:in_lanes]] == [[False, 4 // lanes]] * in_lanes
+    assert found[in_lanes:] == [(True, 4, [item]) for item in range(in_lanes, items)]
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
