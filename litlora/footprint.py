@@ -14,7 +14,7 @@ from litlora.attention import BLOCK
 from litlora.config import GPTConfig
 from litlora.linear import SLAB, Linear, has_slow_products
 from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
-from litlora.loss import CHUNK
+from litlora.loss import CHUNK, scored_at_once
 from litlora.model import GPT
 from litlora.optimizers import build_optimizer
 from litlora.quantize import BLOCK as NF4_BLOCK
@@ -259,11 +259,12 @@ def temporary_bytes(network: Network, load: Load) -> int:
 
 
 def _loss_bytes(network: Network, load: Load) -> int:
-    """Return the bytes of a chunk of logits with its gradient, and of the states that have a label."""
+    """Return the bytes of a chunk of logits, and of some in float32, and of the states that have a label."""
     config, rows = network.config, min(CHUNK, load.supervised)
-    size = FLOAT32 if network.product == FLOAT32 else FLOAT32 + 2 * BFLOAT16
+    wide = 0 if network.product == FLOAT32 else scored_at_once(rows, config.vocab_size, network.device)
+    logits = config.vocab_size * (rows * network.product + wide * FLOAT32)
     cast = BFLOAT16 * config.vocab_size * config.hidden_size if network.precision == "bf16-mixed" else 0
-    return rows * config.vocab_size * size + cast + load.supervised * config.hidden_size * network.stream
+    return logits + cast + load.supervised * config.hidden_size * network.stream
 
 
 def _mlp_bytes(network: Network, load: Load) -> int:

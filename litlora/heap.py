@@ -9,7 +9,10 @@ NO_CRUMBS = ("glibc.malloc.tcache_count=0", "glibc.malloc.mxfast=0")
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
 """What a machine with one has, as can be told before torch is there."""
 
-ARENA_MAX = -8  # as glibc's malloc.h numbers it
+ARENA_MAX, MMAP_THRESHOLD, TOP_PAD, TRIM_THRESHOLD = -8, -3, -2, -1  # as glibc's malloc.h numbers them
+PASSES = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**25, TOP_PAD: 2**26, TRIM_THRESHOLD: -1}
+"""How many heaps there are; from what size on a tensor has pages of its own, the largest that any glibc takes; by how
+much a heap grows; and how much of its end may be free, without a limit."""
 
 
 def restart_without_crumbs() -> None:
@@ -29,13 +32,16 @@ def restart_without_crumbs() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def share_one() -> None:
-    """Have threads that are yet to start share a single heap: gaps in one's own are of no use to another.
+def suit_passes() -> None:
+    """Suit the heap to passes, each of which takes what the one before it has let go: only glibc's can be told.
 
-    Two lanes would need a quarter more memory with a heap each. Only glibc gives a thread its own.
+    It keeps what is free, has large tensors as well, and grows by much at a time: pages that go back to the system
+    come again one by one, each of them zeroed. Threads that are yet to start share it, since gaps in a heap of one's
+    own are of no use to another: two lanes would need a quarter more memory.
     """
     if library := _glibc():
-        library.mallopt(ARENA_MAX, 1)
+        for setting, value in PASSES.items():
+            library.mallopt(setting, value)
 
 
 def give_back() -> None:

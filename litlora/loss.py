@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 from litlora.kernels import grain
 
 IGNORE_INDEX = -100
-CHUNK = 128
-"""Rows of logits that exist at one time: enough for an efficient product, few enough to stay in a CPU's cache."""
+CHUNK = 256
+"""Rows of logits that exist at one time: enough for an efficient product."""
+CACHED = 2**20
+"""Logits that are worked on at one time on a CPU: they stay in its cache."""
 
 
 def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
@@ -51,12 +53,26 @@ def _logits(hidden: Tensor, head: nn.Module) -> Tensor:
 @torch.no_grad()
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of the cross-entropies and its gradient, which takes the place of the logits in memory."""
-    scores = logits.detach().float()
-    picked = torch.arange(len(labels), device=labels.device), labels
-    torch.log_softmax(scores, dim=-1, out=scores)
-    loss = -scores[picked].sum()
-    scores.exp_()[picked] -= 1
-    return loss, scores.to(logits.dtype)
+    logits = logits.detach()
+    rows = scored_at_once(len(logits), logits.shape[1], logits.device)
+    parts = zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
+    return torch.stack([_loss_of(*part) for part in parts]).sum(), logits
+
+
+def scored_at_once(rows: int, width: int, device: torch.device) -> int:
+    """Return of how many of these rows of logits there are probabilities, in float32, at one time."""
+    return min(rows, max(1, CACHED // width)) if device.type == "cpu" else rows
+
+
+def _loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of logits, and leave its gradient in their place."""
+    scores, picked = logits.float(), (torch.arange(len(labels), device=labels.device), labels)
+    short_of_highest = scores.amax(dim=-1) - scores[picked]
+    torch.softmax(scores, dim=-1, out=scores)
+    loss = (short_of_highest - scores.amax(dim=-1).log()).sum()  # the highest probability is 1 / sum(exp(x - highest))
+    scores[picked] -= 1
+    logits.copy_(scores)  # to itself, in float32
+    return loss
 
 
 def _chunk_gradients(

@@ -23,8 +23,8 @@ def say(code: str, *arguments: str, **environment: str) -> list[str]:
 def test_a_thread_has_its_memory_of_the_one_heap():
     code = """
 import ctypes, re, threading
-from litlora.heap import share_one
-share_one()
+from litlora.heap import suit_passes
+suit_passes()
 malloc = ctypes.CDLL(None).malloc
 malloc.restype = ctypes.c_void_p
 places = []

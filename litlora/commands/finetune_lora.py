@@ -24,7 +24,7 @@ from litlora.errors import LitLoraError
 from litlora.examples import Example, read_example
 from litlora.fisher import make_up_for_4_bits
 from litlora.footprint import Network, breakdown, table
-from litlora.heap import share_one
+from litlora.heap import suit_passes
 from litlora.kernels import leave_out_plans
 from litlora.lanes import Lanes, lanes_on
 from litlora.launching import find_place
@@ -136,7 +136,7 @@ def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sha
         add_lora(gpt, lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
     if fabric.device.type == "cpu":
-        share_one()
+        suit_passes()
     return gpt
 
 
