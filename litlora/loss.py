@@ -13,8 +13,8 @@ from litlora.kernels import grain
 IGNORE_INDEX = -100
 CHUNK = 256
 """Rows of logits that exist at one time: enough for an efficient product."""
-CACHED = 2**20
-"""Logits that are worked on at one time on a CPU: they stay in its cache."""
+CACHED, LAUNCHED = 2**20, 2**24
+"""Logits that become probabilities at one time: a CPU has them in its cache, and a GPU has few kernels to start."""
 
 
 def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def scored_at_once(rows: int, width: int, device: torch.device) -> int:
     """Return of how many of these rows of logits there are probabilities, in float32, at one time."""
-    return min(rows, max(1, CACHED // width)) if device.type == "cpu" else rows
+    most = CACHED if device.type == "cpu" else LAUNCHED
+    return min(rows, max(1, most // width))
 
 
 def _loss_of(logits: Tensor, labels: Tensor) -> Tensor:
