@@ -33,14 +33,8 @@ def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _summed(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    losses = [
-        _chunk_loss(*chunk, head) for chunk in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
-    ]
-    return torch.stack(losses).sum()
-
-
-def _chunk_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    return F.cross_entropy(_logits(hidden, head).float(), labels, reduction="sum")
+    chunks = zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
+    return torch.stack([_loss_and_gradient(_logits(rows, head), those)[0] for rows, those in chunks]).sum()
 
 
 def _logits(hidden: Tensor, head: nn.Module) -> Tensor:
