@@ -38,6 +38,28 @@ assert start <= places[0] < end, (heap[0], hex(places[0]))
     say(code)
 
 
+def test_large_tensors_are_of_the_heap_and_their_places_stay_there():
+    code = """
+import ctypes, re
+from litlora.heap import suit_passes
+
+def heap():
+    found = re.search(r"^(\\w+)-(\\w+) .*\\[heap\\]$", open("/proc/self/maps").read(), re.MULTILINE)
+    return range(*(int(bound, 16) for bound in found.groups()))
+
+suit_passes()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.free.argtypes = [ctypes.c_void_p]
+places = [library.malloc(20_000_000) for _ in range(8)]
+print(all(place in heap() for place in places))
+for place in places:
+    library.free(place)
+print(places[-1] in heap())
+"""
+    assert say(code) == ["True", "True"]
+
+
 def test_what_passes_leave_of_the_heap_is_filled_again():
     code = """
 import ctypes
