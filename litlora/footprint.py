@@ -98,6 +98,7 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
     adapters, activations = sum(matrix.nbytes for matrix in adapter), activation_bytes(network, load)
     # Those of a micro-batch come as its activations go, and are added to the sum once all are there.
     beyond = max(0, adapters - activations) * load.at_once
+    gaps = gap_bytes(network, load, activations)
     return {
         **held_bytes(network, weight_bytes(gpt, network.quantize)),
         "adapter, float32": adapters,
@@ -105,7 +106,7 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
         "optimizer state": optimizer_bytes(optimizer, adapter),
         "activations": activations * load.at_once,
         "temporaries": temporary_bytes(network, load) * load.at_once,
-        **({"gaps in the heap": gap_bytes(network, load) * load.at_once} if network.on_cpu else {"cuBLAS": WORKSPACES}),
+        **({"gaps in the heap": gaps * load.at_once} if network.on_cpu else {"cuBLAS": WORKSPACES}),
     }
 
 
@@ -291,10 +292,10 @@ def _branch_bytes(network: Network, load: Load) -> int:
     return load.tokens * max(widths, default=0) * 3 * FLOAT32
 
 
-def gap_bytes(network: Network, load: Load) -> int:
+def gap_bytes(network: Network, load: Load, activations: int) -> int:
     """Estimate what the heap of a CPU's C library has free while most of it is in use; it was measured, with glibc."""
     least = LEAST_GAPS * load.tokens * network.product * network.config.intermediate_size
-    return max(int(GAPS * activation_bytes(network, load)), least)
+    return max(int(GAPS * activations), least)
 
 
 def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:

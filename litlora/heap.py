@@ -11,7 +11,7 @@ GPUS = ("/dev/nvidiactl", "/dev/kfd")
 
 ARENA_MAX, MMAP_THRESHOLD, TOP_PAD, TRIM_THRESHOLD = -8, -3, -2, -1  # as glibc's malloc.h numbers them
 PASSES = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**25, TOP_PAD: 2**26, TRIM_THRESHOLD: -1}
-"""How many heaps there are; from what size on a tensor has pages of its own, the largest that any glibc takes; by how
+"""How many heaps there are; from what size on a tensor has pages of its own, the largest that every glibc takes; by how
 much a heap grows; and how much of its end may be free, without a limit."""
 
 
