@@ -16,6 +16,9 @@ STORED_SLAB = 512
 STORED_VALUES = 2**20
 """Values that more rows than these may have where each is there in one dtype: fewer products take less time."""
 
+SUMS = 4
+"""Outputs of a compiled product that are summed side by side: a processor begins one sum before another is done."""
+
 STRIPE, NARROWEST = 384, 32
 """Bytes of a packed weight, at most, and outputs, at least, that lie next to each other."""
 
@@ -48,9 +51,9 @@ def frozen_linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
             return weight.times_row(x)
     elif is_packed(weight):
         return _striped_row_product(x, weight) if one_row else _striped_product(x, weight)
-    elif one_row and x.device.type == "cpu":
+    elif one_row and x.device.type == "cpu" and (torch.compiler.is_compiling() or not _is_narrow(weight, x)):
         return _row_product(x, weight)
-    elif not has_slow_products(x.dtype, x.device):
+    elif not (has_slow_products(x.dtype, x.device) or _is_narrow(weight, x)):
         return F.linear(x, weight)
     out: Tensor = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
@@ -60,14 +63,29 @@ def _row_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T (1, out) for one row x (1, in) on a CPU, which takes the time to read the weight."""
     if torch.compiler.is_compiling():
         row = x.float()
-        # Each half is one loop that stores no product, and two that run side by side take less time than one.
-        halves = [(half.float() * row).sum(-1) for half in weight.chunk(2)]
-        return torch.cat(halves).to(x.dtype)[None]
-    size, parts = weight.shape, torch.get_num_threads()
-    if x.dtype is torch.bfloat16 or size[0] % parts:
+        # One loop that stores no product, and that does not wait for one sum while it adds to another.
+        parts = [(part.float() * row).sum(-1) for part in weight.chunk(SUMS)]
+        return torch.cat(parts).to(x.dtype)[None]
+    size, threads = weight.shape, torch.get_num_threads()
+    if x.dtype is torch.bfloat16 or size[0] % threads:
         return F.linear(x, weight)
     # F.linear leaves one row to one thread.
-    return torch.bmm(x.expand(parts, 1, -1), weight.view(parts, -1, size[1]).mT).view(1, -1)
+    return torch.bmm(x.expand(threads, 1, -1), weight.view(threads, -1, size[1]).mT).view(1, -1)
+
+
+def narrowed(weight: Tensor) -> Tensor:
+    """Return a CPU's float32 weight in bfloat16 if that holds its numbers as they are, for `frozen_linear` alone.
+
+    So it is with most checkpoints. One row is then multiplied in half the time, which is that to read the weight, and
+    in float32 all the same.
+    """
+    narrow = weight.bfloat16()
+    return narrow if weight.device.type == "cpu" and torch.equal(narrow.float(), weight) else weight
+
+
+def _is_narrow(weight: Tensor, x: Tensor) -> bool:
+    """Tell whether a weight is in fewer bits than what is computed with it."""
+    return weight.itemsize < x.itemsize
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Next-token choice, and the token stream of a model with a KV cache."""
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import DAMAGED, LitLoraError
-from litlora.linear import Joint, Linear, is_packed, packed
+from litlora.linear import Joint, Linear, is_packed, narrowed, packed
 from litlora.lora import LoRALinear
 from litlora.model import GPT, MLP, Attention, KVCache, evaluating
 from litlora.pages import settle
@@ -70,7 +70,7 @@ def generate(
     model: GPT, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int, stop_ids: Collection[int]
 ) -> Iterator[int]:
     """Yield the tokens that follow the prompt, until a stop id (not yielded), the limit, or the last position."""
-    weight = model.lm_head.weight
+    weight = model.model.embed_tokens.weight
     length = min(len(prompt) + max_new_tokens, model.config.max_position_embeddings)
     cache = KVCache(model.config, length, weight.dtype, weight.device)
     tokens = torch.tensor(prompt, device=weight.device)
@@ -98,9 +98,7 @@ def lay_out(model: GPT) -> None:
     The embedding's stay as they are, and those in 4 bits.
     """
     join(model)
-    for layer in model.modules():
-        if isinstance(layer, Linear | LoRALinear | Joint) and isinstance(layer.weight, Tensor):
-            layer.weight = nn.Parameter(packed(layer.weight), requires_grad=False)
+    store(model, packed)
     settle(weight for weight in model.parameters() if is_packed(weight))
 
 
@@ -112,12 +110,20 @@ def join(model: GPT) -> None:
                 module.join()
 
 
+def store(model: GPT, form: Callable[[Tensor], Tensor]) -> None:
+    """Store the weights of all products in another form, but those in 4 bits."""
+    for layer in model.modules():
+        if isinstance(layer, Linear | LoRALinear | Joint) and isinstance(layer.weight, Tensor):
+            layer.weight = nn.Parameter(form(layer.weight), requires_grad=False)
+
+
 def compile_step(model: GPT) -> None:
     """Compile the way from one token to the next, after which the model trains no more.
 
     All blocks are one compilation, at any length.
     """
     join(model)
+    store(model, narrowed)
     settle(model.parameters())
     for layer in (*model.model.layers, model.lm_head):
         layer.compile(options=STEP)
@@ -139,7 +145,7 @@ def take_a_step(model: GPT) -> None:
     Sizes that are alike would be taken for one, and lengths of 0, 1 and all that there is room for are compiled apart.
     That any length is meant is said here alone: `compile(dynamic=True)` would say it again before each call.
     """
-    weight = model.lm_head.weight
+    weight = model.model.embed_tokens.weight
     length = 1 + max(model.config.head_dim, model.config.num_attention_heads)
     cache = KVCache(model.config, length + 1, weight.dtype, weight.device)
     cache.length = length - 1

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litlora import linear
-from litlora.linear import SLAB, Joint, Linear, _SlabLinear, frozen_linear, packed
+from litlora.linear import SLAB, Joint, Linear, _SlabLinear, frozen_linear, narrowed, packed
 from litlora.lora import LoRALinear
 
 
@@ -92,6 +92,24 @@ def test_a_weight_is_packed_where_a_cpu_can_multiply_it(monkeypatch):
     assert packed(weight.bfloat16()).shape == (2, 64, 192)
     monkeypatch.setattr(linear, "HAS_FBGEMM", False)
     assert packed(weight) is weight
+
+
+def test_a_weight_is_narrowed_where_no_number_of_it_is_rounded(device):
+    weight = torch.randn(64, 32).bfloat16().float().to(device)
+    narrow = narrowed(weight)
+    assert narrow.dtype is (torch.bfloat16 if device.type == "cpu" else torch.float32)
+    assert torch.equal(narrow.float(), weight)
+    weight[5, 7] += 2**-12 * weight[5, 7].abs()
+    assert narrowed(weight) is weight
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_a_narrowed_weight_multiplies_in_float32(rows):
+    torch.manual_seed(0)
+    weight, x = torch.randn(333, 600).bfloat16().float(), torch.randn(rows, 600)
+    found, exact = frozen_linear(x, narrowed(weight)), F.linear(x.double(), weight.double())
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()

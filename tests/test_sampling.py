@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from torch._dynamo.utils import counters
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -55,13 +56,15 @@ def test_compiled_all_blocks_and_lengths_are_one_compilation_with_the_same_token
         assert counters["stats"]["unique_graphs"] == 2 * compilations  # a block, and the head
 
 
-def test_compiled_blocks_with_and_without_an_adapter_say_what_they_said(checkpoints, device):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_compiled_blocks_with_and_without_an_adapter_say_what_they_said(make_checkpoint, stored, device):
     torch._dynamo.reset()
     targets = r".*layers\.1\.(self_attn\.q|mlp\.up)_proj"
-    model = adapted(checkpoints("llama-gqa"), torch.float32, device, targets)
+    model = adapted(make_checkpoint(FAMILIES[1], stored), torch.float32, device, targets)
     eager = tokens_of(model)
     compile_step(model)
     assert tokens_of(model) == eager
+    assert model.lm_head.weight.dtype is (stored if device.type == "cpu" else torch.float32)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-gqa", "mistral"])
