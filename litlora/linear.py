@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Protocol
+from math import frexp, inf
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,12 @@ SUMS = 4
 STRIPE, NARROWEST = 384, 32
 """Bytes of a packed weight, at most, and outputs, at least, that lie next to each other."""
 
+HALF_EXPONENT = 16
+"""Of the power of two that the largest number of a weight in float16 is below, as all of float16 are."""
+
+TINY = 1e-30
+"""A largest number of which the powers of two that bring it up there are still float32's."""
+
 HAS_BFLOAT16_PRODUCTS: bool = (
     torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -32,7 +39,7 @@ HAS_BFLOAT16_PRODUCTS: bool = (
 """Whether oneDNN can multiply bfloat16 on this CPU: a constant, which torch's compiler need not trace."""
 
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
-"""Whether torch has the library that multiplies one row by a packed weight."""
+"""Whether torch has the library that multiplies a row by a packed weight."""
 
 
 class StoredWeight(Protocol):
@@ -46,9 +53,39 @@ class StoredWeight(Protocol):
         """Return x W^T for a single row x (1, in) on a GPU, without gradients."""
 
 
-def frozen_linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
+class HalfWeight:
+    """A CPU's float32 weight (out, in), packed in float16, which holds its numbers as they are.
+
+    They are stored times a power of two, so that the largest is near the largest that float16 has: below it, numbers of
+    bfloat16's 8 bits may be smaller by 32 powers of two. Products are float32, and take about the time to read them.
+    """
+
+    def __init__(self, stored: Any, factor: float) -> None:
+        self.stored, self.factor = stored, factor
+
+    @classmethod
+    def holding(cls, weight: Tensor) -> Self | None:
+        """Return a weight in float16, or None where one of its numbers would be rounded."""
+        largest = weight.abs().max().item()
+        if not TINY < largest < inf:
+            return None
+        factor = 2.0 ** (frexp(largest)[1] - HALF_EXPONENT)
+        large = weight / factor
+        if not torch.equal(large.half().float(), large):
+            return None
+        return cls(torch.ops.quantized.linear_prepack_fp16(large, None), factor)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x W^T (T, out) for x (T, in), without gradients."""
+        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.stored)
+        return out.mul_(self.factor)
+
+
+def frozen_linear(x: Tensor, weight: Tensor | StoredWeight | HalfWeight) -> Tensor:
     """Return x W^T (T, out) for x (T, in) and a weight (out, in) that needs no gradient."""
     one_row = x.shape[0] == 1
+    if isinstance(weight, HalfWeight):
+        return weight.product(x)
     if not isinstance(weight, Tensor):
         if one_row and x.is_cuda and not torch.is_grad_enabled():
             return weight.times_row(x)
@@ -91,15 +128,19 @@ def _is_narrow(weight: Tensor, x: Tensor) -> bool:
     return weight.itemsize < x.itemsize
 
 
-def packed(weight: Tensor) -> Tensor:
-    """Return a weight (out, in) in the order in which one row is multiplied fastest, for `frozen_linear` alone.
+def packed(weight: Tensor) -> Tensor | HalfWeight:
+    """Return a weight (out, in) in the form in which one row is multiplied fastest, for `frozen_linear` alone.
 
-    On a CPU that is in stripes (stripes, in, width), by which it takes half to three quarters of the time. It is a view
-    yet, which is to be made contiguous.
+    On a CPU that is in half as many bytes, or else in stripes (stripes, in, width), by which it takes half to three
+    quarters of the time. Stripes are a view yet, which is to be made contiguous.
     """
+    if weight.device.type != "cpu" or not HAS_FBGEMM or has_slow_products(weight.dtype, weight.device):
+        return weight
+    half = HalfWeight.holding(weight) if weight.dtype is torch.float32 else None
+    if half is not None:
+        return half
     width = max(n for n in range(1, STRIPE // weight.itemsize + 1) if len(weight) % n == 0)
-    slow = weight.device.type != "cpu" or not HAS_FBGEMM or has_slow_products(weight.dtype, weight.device)
-    if slow or width < NARROWEST:
+    if width < NARROWEST:
         return weight
     return weight.detach().view(-1, width, weight.shape[1]).transpose(1, 2)
 
@@ -137,7 +178,7 @@ class Linear(nn.Linear):
     """A linear layer without bias that is fast where it is frozen."""
 
     def forward(self, x: Tensor) -> Tensor:
-        trains = self.weight.requires_grad and torch.is_grad_enabled()
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
         return F.linear(x, self.weight) if trains else frozen_linear(x, self.weight)
 
     def completed(self, product: Tensor, x: Tensor) -> Tensor:

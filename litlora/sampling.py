@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import DAMAGED, LitLoraError
-from litlora.linear import Joint, Linear, is_packed, narrowed, packed
+from litlora.linear import HalfWeight, Joint, Linear, is_packed, narrowed, packed
 from litlora.lora import LoRALinear
 from litlora.model import GPT, MLP, Attention, KVCache, evaluating
 from litlora.pages import settle
@@ -110,11 +110,13 @@ def join(model: GPT) -> None:
                 module.join()
 
 
-def store(model: GPT, form: Callable[[Tensor], Tensor]) -> None:
+def store(model: GPT, form: Callable[[Tensor], Tensor | HalfWeight]) -> None:
     """Store the weights of all products in another form, but those in 4 bits."""
     for layer in model.modules():
         if isinstance(layer, Linear | LoRALinear | Joint) and isinstance(layer.weight, Tensor):
-            layer.weight = nn.Parameter(form(layer.weight), requires_grad=False)
+            stored: Any = form(layer.weight)
+            del layer.weight  # in the place of a parameter torch takes nothing else
+            layer.weight = nn.Parameter(stored, requires_grad=False) if isinstance(stored, Tensor) else stored
 
 
 def compile_step(model: GPT) -> None:

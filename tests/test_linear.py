@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litlora import linear
-from litlora.linear import SLAB, Joint, Linear, _SlabLinear, frozen_linear, narrowed, packed
+from litlora.linear import SLAB, HalfWeight, Joint, Linear, _SlabLinear, frozen_linear, narrowed, packed
 from litlora.lora import LoRALinear
 
 
@@ -104,12 +104,27 @@ def test_a_weight_is_narrowed_where_no_number_of_it_is_rounded(device):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40])
-def test_a_narrowed_weight_multiplies_in_float32(rows):
+@pytest.mark.parametrize("form", [narrowed, packed])
+def test_a_weight_in_half_the_bytes_multiplies_in_float32(form, rows):
     torch.manual_seed(0)
     weight, x = torch.randn(333, 600).bfloat16().float(), torch.randn(rows, 600)
-    found, exact = frozen_linear(x, narrowed(weight)), F.linear(x.double(), weight.double())
+    found, exact = frozen_linear(x, form(weight)), F.linear(x.double(), weight.double())
     assert found.dtype is torch.float32
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(not linear.HAS_FBGEMM, reason="torch has no FBGEMM here")
+@pytest.mark.parametrize("exponent", [-20, 0, 17])
+def test_float16_holds_32_powers_of_two_below_the_largest_number(exponent):
+    most, least = 255 / 128 * 2.0**exponent, 255 / 128 * 2.0 ** (exponent - 32)
+    weight = torch.tensor([[most, -least], [0.0, least]])
+    assert torch.equal(HalfWeight.holding(weight).product(torch.eye(2)), weight.t())
+    assert HalfWeight.holding(torch.tensor([[most, least / 2]])) is None
+
+
+@pytest.mark.parametrize("largest", [float("nan"), float("inf"), 0.0, 2.0**-140])
+def test_float16_holds_no_weight_that_nothing_brings_up_to_its_numbers(largest):
+    assert HalfWeight.holding(torch.tensor([[0.0, largest]])) is None
 
 
 @torch.no_grad()
