@@ -71,7 +71,7 @@ class HalfWeight:
             return None
         factor = 2.0 ** (frexp(largest)[1] - HALF_EXPONENT)
         large = weight / factor
-        if not all(torch.equal(rows.half().float(), rows) for rows in large.split(SLAB)):
+        if not all(torch.equal(rows.half().float(), rows) for rows in torch.split(large, SLAB)):
             return None
         return cls(torch.ops.quantized.linear_prepack_fp16(large, None), factor)
 
