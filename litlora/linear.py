@@ -12,13 +12,10 @@ from torch.autograd.function import once_differentiable
 
 SLAB = 2048
 """Rows of a bfloat16 weight that exist in float32 at one time, where products are computed so."""
-STORED_SLAB, STORED_VALUES = 512, 2**20
-"""Rows of a stored weight, about, that exist as numbers at one time on a CPU, where each is there in several dtypes.
-
-Where each is there in one, they are as many as have so many values, if that is more: fewer products take less time.
-"""
-WHOLE = 64
-"""Rows of which a slab of a stored weight is a multiple: it begins with a block of values, whatever its width."""
+STORED_SLAB = 512
+"""Rows of a stored weight that exist as numbers at one time on a CPU: fewer, since each is there in several dtypes."""
+STORED_VALUES = 2**20
+"""Values that more rows than these may have where each is there in one dtype: fewer products take less time."""
 
 SUMS = 4
 """Outputs of a compiled product that are summed side by side: a processor begins one sum before another is done."""
@@ -267,9 +264,8 @@ def _slabs(weight: StoredWeight, x: Tensor) -> Iterator[slice]:
         size = rows
     elif isinstance(weight, Tensor):
         size = SLAB
+    elif has_slow_products(x.dtype, x.device):
+        size = STORED_SLAB
     else:
-        count = rows // STORED_SLAB
-        if not has_slow_products(x.dtype, x.device):
-            count = min(count, -(-rows * width // STORED_VALUES))
-        size = -(-rows // (max(count, 1) * WHOLE)) * WHOLE
+        size = STORED_SLAB * max(1, STORED_VALUES // (STORED_SLAB * width))  # a multiple, with which a block ends
     return (slice(start, start + size) for start in range(0, rows, size))
