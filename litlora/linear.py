@@ -68,7 +68,7 @@ class HalfWeight:
             return None
         factor = 2.0 ** (frexp(largest)[1] - HALF_EXPONENT)
         large = weight / factor
-        if not all(torch.equal(rows.half().float(), rows) for rows in torch.split(large, SLAB)):
+        if not _holds(torch.float16, large):
             return None
         return cls(torch.ops.quantized.linear_prepack_fp16(large, None), factor)
 
@@ -80,9 +80,9 @@ class HalfWeight:
 
 def frozen_linear(x: Tensor, weight: Tensor | StoredWeight | HalfWeight) -> Tensor:
     """Return x W^T (T, out) for x (T, in) and a weight (out, in) that needs no gradient."""
-    one_row = x.shape[0] == 1
     if isinstance(weight, HalfWeight):
         return weight.product(x)
+    one_row = x.shape[0] == 1
     if not isinstance(weight, Tensor):
         if one_row and x.is_cuda and not torch.is_grad_enabled():
             return weight.times_row(x)
@@ -116,8 +116,14 @@ def narrowed(weight: Tensor) -> Tensor:
     So it is with most checkpoints. One row is then multiplied in half the time, which is that to read the weight, and
     in float32 all the same.
     """
-    narrow = weight.bfloat16()
-    return narrow if weight.device.type == "cpu" and torch.equal(narrow.float(), weight) else weight
+    if weight.device.type != "cpu" or weight.dtype is not torch.float32 or not _holds(torch.bfloat16, weight):
+        return weight
+    return weight.bfloat16()
+
+
+def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
+    """Tell whether a dtype holds all numbers of a weight as they are."""
+    return all(torch.equal(rows.to(dtype).to(weight.dtype), rows) for rows in torch.split(weight, SLAB))
 
 
 def _is_narrow(weight: Tensor, x: Tensor) -> bool:

@@ -82,9 +82,13 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: P
 
 
 @pytest.fixture(scope="session")
-def checkpoints(make_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
-    """Return a function that gives the random checkpoint of a family by its name."""
-    return cache(lambda name: make_checkpoint(next(family for family in FAMILIES if family.name == name)))
+def checkpoints(make_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function that gives the random checkpoint of a family by its name, in float32 or another dtype."""
+
+    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        return make_checkpoint(next(family for family in FAMILIES if family.name == name), dtype)
+
+    return cache(make)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
 from torch._dynamo.utils import counters
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -57,10 +56,10 @@ def test_compiled_all_blocks_and_lengths_are_one_compilation_with_the_same_token
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_compiled_blocks_with_and_without_an_adapter_say_what_they_said(make_checkpoint, stored, device):
+def test_compiled_blocks_with_and_without_an_adapter_say_what_they_said(checkpoints, stored, device):
     torch._dynamo.reset()
     targets = r".*layers\.1\.(self_attn\.q|mlp\.up)_proj"
-    model = adapted(make_checkpoint(FAMILIES[1], stored), torch.float32, device, targets)
+    model = adapted(checkpoints("llama-gqa", stored), torch.float32, device, targets)
     eager = tokens_of(model)
     compile_step(model)
     assert tokens_of(model) == eager
@@ -72,9 +71,8 @@ def test_compiled_blocks_with_and_without_an_adapter_say_what_they_said(make_che
     ("stored", "dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
 )
-def test_once_the_weights_are_laid_out_the_scores_are_the_same(make_checkpoint, family, stored, dtype, device):
-    checkpoint = make_checkpoint(next(one for one in FAMILIES if one.name == family), stored)
-    model, tokens = adapted(checkpoint, dtype, device), torch.tensor([5, 6, 7, 8, 9], device=device)
+def test_once_the_weights_are_laid_out_the_scores_are_the_same(checkpoints, family, stored, dtype, device):
+    model, tokens = adapted(checkpoints(family, stored), dtype, device), torch.tensor([5, 6, 7, 8, 9], device=device)
     expected = scores(model, tokens)
     lay_out(model)
     tolerances = {torch.float32: {}, torch.bfloat16: {"atol": 0.02, "rtol": 0.02}}[dtype]
