@@ -1,6 +1,6 @@
 """The product of activations with a frozen weight, by the fastest way that the device has."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from math import frexp, inf
 from typing import Any, Protocol, Self
@@ -25,6 +25,11 @@ STRIPE, NARROWEST = 384, 32
 
 HALF_EXPONENT = 16
 """Of the power of two that the largest number of a weight in float16 is below, as all of float16 are."""
+
+ASKED = 64
+"""Rows of a weight of which it is asked at one time whether a dtype holds their numbers: they stay in the cache."""
+PACKED = 2**14
+"""Rows that FBGEMM packs at one time: where there are very many, each takes it several times as long."""
 
 TINY = 1e-30
 """A largest number of which the powers of two that bring it up there are still float32's."""
@@ -57,24 +62,26 @@ class HalfWeight:
     bfloat16's 8 bits may be smaller by 32 powers of two. Products are float32, and take about the time to read them.
     """
 
-    def __init__(self, stored: Any, factor: float) -> None:
-        self.stored, self.factor = stored, factor
+    def __init__(self, parts: Sequence[Any], factor: float) -> None:
+        self.parts, self.factor = parts, torch.tensor(factor)  # a number would be made a tensor for each product
 
     @classmethod
     def holding(cls, weight: Tensor) -> Self | None:
         """Return a weight in float16, or None where one of its numbers would be rounded."""
-        largest = weight.abs().max().item()
+        least, most = (value.item() for value in torch.aminmax(weight))
+        largest = max(-least, most)
         if not TINY < largest < inf:
             return None
         factor = 2.0 ** (frexp(largest)[1] - HALF_EXPONENT)
-        large = weight / factor
-        if not _holds(torch.float16, large):
+        if not _holds(torch.float16, weight, factor):
             return None
-        return cls(torch.ops.quantized.linear_prepack_fp16(large, None), factor)
+        pack = torch.ops.quantized.linear_prepack_fp16
+        return cls([pack(rows / factor, None) for rows in torch.split(weight, PACKED)], factor)
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T (T, out) for x (T, in), without gradients."""
-        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.stored)
+        products = [torch.ops.quantized.linear_dynamic_fp16(x, part) for part in self.parts]
+        out = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return out.mul_(self.factor)
 
 
@@ -121,9 +128,10 @@ def narrowed(weight: Tensor) -> Tensor:
     return weight.bfloat16()
 
 
-def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
-    """Tell whether a dtype holds all numbers of a weight as they are."""
-    return all(torch.equal(rows.to(dtype).to(weight.dtype), rows) for rows in torch.split(weight, SLAB))
+def _holds(dtype: torch.dtype, weight: Tensor, factor: float = 1.0) -> bool:
+    """Tell whether a dtype holds all numbers of a weight, divided by a power of two, as they are."""
+    parts = (rows / factor for rows in torch.split(weight, ASKED))
+    return all(torch.equal(part.to(dtype).to(weight.dtype), part) for part in parts)
 
 
 def _is_narrow(weight: Tensor, x: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import DAMAGED, LitLoraError
+from litlora.lanes import Lanes, lanes_on
 from litlora.linear import HalfWeight, Joint, Linear, is_packed, narrowed, packed
 from litlora.lora import LoRALinear
 from litlora.model import GPT, MLP, Attention, KVCache, evaluating
@@ -111,12 +112,13 @@ def join(model: GPT) -> None:
 
 
 def store(model: GPT, form: Callable[[Tensor], Tensor | HalfWeight]) -> None:
-    """Store the weights of all products in another form, but those in 4 bits."""
-    for layer in model.modules():
-        if isinstance(layer, Linear | LoRALinear | Joint) and isinstance(layer.weight, Tensor):
-            stored: Any = form(layer.weight)
-            del layer.weight  # in the place of a parameter torch takes nothing else
-            layer.weight = nn.Parameter(stored, requires_grad=False) if isinstance(stored, Tensor) else stored
+    """Store the weights of all products in another form, but those in 4 bits; each core makes one at a time."""
+    kinds = (layer for layer in model.modules() if isinstance(layer, Linear | LoRALinear | Joint))
+    layers: list[Any] = [layer for layer in kinds if isinstance(layer.weight, Tensor)]
+    lanes = Lanes(lanes_on(model.model.embed_tokens.weight.device, torch.get_num_threads()))
+    for layer, stored in zip(layers, lanes.map(form, (layer.weight for layer in layers)), strict=True):
+        del layer.weight  # in the place of a parameter torch takes nothing else
+        layer.weight = nn.Parameter(stored, requires_grad=False) if isinstance(stored, Tensor) else stored
 
 
 def compile_step(model: GPT) -> None:

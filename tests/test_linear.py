@@ -105,8 +105,10 @@ def test_a_weight_is_narrowed_where_no_number_of_it_is_rounded(device):
 
 @pytest.mark.parametrize("rows", [1, 2, 40])
 @pytest.mark.parametrize("form", [narrowed, packed])
-def test_a_weight_in_half_the_bytes_multiplies_in_float32(form, rows):
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_weight_in_half_the_bytes_multiplies_in_float32(monkeypatch, form, rows, parts):
     torch.manual_seed(0)
+    monkeypatch.setattr(linear, "PACKED", 333 // parts + 1)
     weight, x = torch.randn(333, 600).bfloat16().float(), torch.randn(rows, 600)
     found, exact = frozen_linear(x, form(weight)), F.linear(x.double(), weight.double())
     assert found.dtype is torch.float32

@@ -5,7 +5,9 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from litlora.__main__ import main
 from litlora.checkpoint import load_model
+from litlora.commands.generate import WORTH_LAYING_OUT
 from litlora.lora import LoRAConfig, add_lora, lora_parameters
 from litlora.model import GPT, KVCache, evaluating
 from litlora.sampling import Sampler, compile_step, generate, lay_out, next_logits
@@ -77,6 +79,18 @@ def test_once_the_weights_are_laid_out_the_scores_are_the_same(checkpoints, fami
     lay_out(model)
     tolerances = {torch.float32: {}, torch.bfloat16: {"atol": 0.02, "rtol": 0.02}}[dtype]
     torch.testing.assert_close(scores(model, tokens), expected, **tolerances)
+
+
+def test_an_answer_is_the_same_among_so_many_that_the_weights_are_laid_out(pico, capsys):
+    asked = ["--prompt", "bridge", "--temperature", "0", "--precision", "32-true"]
+    times = WORTH_LAYING_OUT // 16
+    printed = []
+    for count in (1, times):
+        answers = ["--max_new_tokens", "16", "--num_samples", str(count)]
+        assert main(["generate", "--checkpoint_dir", str(pico), *asked, *answers]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0].strip()
+    assert printed[1] == printed[0] * times
 
 
 @torch.inference_mode()

@@ -52,6 +52,7 @@ def test_a_mistake_in_the_flags_waits_for_no_heavy_import_either():
     [
         ["generate", "--prompt", "2 + 2", "--precision", "bf16-true"],
         ["generate", "--prompt", "2 + 2", "--precision", "32-true"],
+        ["generate", "--prompt", "2 + 2", "--precision", "32-true", "--num_samples", "3"],
         ["merge_lora", "--out_dir", "merged"],
     ],
 )

@@ -14,6 +14,9 @@ from litlora.sampling import Sampler, compile_step, lay_out
 from litlora.sampling import generate as stream_tokens
 from litlora.tokenizer import Tokenizer
 
+WORTH_LAYING_OUT = 128
+"""From how many tokens on, if all come that may, a CPU is done sooner that lays its weights out before the first."""
+
 
 def generate(args: GenerateArgs) -> None:
     """Answer a prompt with a checkpoint, or with an adapter on its base."""
@@ -33,7 +36,7 @@ def generate(args: GenerateArgs) -> None:
     model = load_with_adapter(base_dir, adapter_dir, dtype, device, quantization)
     if args.compile:
         compile_step(model)
-    else:
+    elif device.type != "cpu" or args.max_new_tokens * args.num_samples >= WORTH_LAYING_OUT:
         lay_out(model)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):
