@@ -15,7 +15,7 @@ BLOCK = 64
 """Values that share a scale, which is their largest magnitude."""
 OUTER_BLOCK = 256
 """Scales that share a scale of their own, under double quantization."""
-CHUNK = 2**16
+CHUNK = 2**17
 """Values that are quantized at one time, so that what bitsandbytes computes on the way stays small."""
 OLDEST = "0.49"
 SINGLE, DOUBLE = NAMES = "bnb.nf4", "bnb.nf4-dq"
