@@ -1,6 +1,10 @@
 """Linear layers whose frozen weight is stored in 4 bits (QLoRA, Dettmers et al. 2023), by bitsandbytes."""
 
 import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
@@ -59,13 +63,33 @@ def import_bitsandbytes(flag: str) -> Any:
     """Import bitsandbytes, which takes seconds, for the flag that needs it."""
     hint = f"get it with: pip install 'bitsandbytes>={OLDEST}'"
     try:
-        module = importlib.import_module("bitsandbytes")
+        with _without_kernels_of_the_hub():
+            module = importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise LitLoraError(f"{flag} needs bitsandbytes, which cannot be imported ({error}); {hint}") from error
     found, least = ([int(part) for part in version.split(".")[:2]] for version in (module.__version__, OLDEST))
     if found < least:
         raise LitLoraError(f"{flag} needs bitsandbytes {OLDEST} or newer, not {module.__version__}; {hint}")
     return module
+
+
+@contextmanager
+def _without_kernels_of_the_hub() -> Iterator[None]:
+    """Keep bitsandbytes from code of the Hub: where a CPU multiplies bfloat16, it imports some by the package kernels.
+
+    That is for products that are not used here, and without it bitsandbytes logs advice to install the package.
+    """
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, package = log.level, sys.modules.get("kernels")
+    log.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # whoever imports it is told that there is none
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        del sys.modules["kernels"]
+        if package is not None:
+            sys.modules["kernels"] = package
 
 
 class NF4Linear(nn.Module):

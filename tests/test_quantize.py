@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +224,15 @@ def test_without_bitsandbytes_the_flag_that_needs_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(LitLoraError, match=r"^--quantize bnb.nf4 needs bitsandbytes, which cannot be imported .*pip"):
         import_bitsandbytes("--quantize bnb.nf4")
+
+
+def test_bitsandbytes_imports_no_code_of_the_hub_and_asks_for_none(tmp_path):
+    (tmp_path / "kernels.py").write_text("print('imported')\nget_kernel = print\n")
+    code = "from litlora.quantize import import_bitsandbytes as get; get('the test'); import kernels"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("imported\n", "")  # once, by the program itself
 
 
 def test_a_bitsandbytes_that_is_too_old_is_named(monkeypatch):
