@@ -16,6 +16,9 @@ from litlora.linear import arithmetic, has_slow_products
 BLOCK = 128
 """Queries whose scores exist at one time on a CPU: they stay in its cache, and little is computed that is masked."""
 
+KEPT = 512
+"""Keys that a block may see for its probabilities to be kept for its gradient, which else computes them again."""
+
 ROWS, KEYS = 32, 64
 """Of what a block's queries and keys are a multiple in their gradients, where each shape of a product costs memory."""
 
@@ -153,53 +156,64 @@ class _BlockedAttention(torch.autograd.Function):
 
     The output is computed in float32 whatever the inputs are, and rounded once; gradients are products of the inputs'
     dtype, where a CPU can multiply it. The heads of a group stand below each other, so their keys and values are not
-    repeated. The scores of a block are computed again for its gradient, and memory grows with T alone.
+    repeated. Blocks that see few keys keep their probabilities for their gradients, others do not: memory grows with
+    T alone.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.spans, ctx.window = spans, window
+        mask, (keys, values) = _block_mask(_group(q, k), tuple(spans), window), (_seen(t, spans) for t in (k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        mask, (k, v) = _block_mask(q, k, spans, window), (_seen(t, spans) for t in (k, v))
-        for rows, keys in _blocks(spans, window):
-            probabilities = _probabilities(_grouped(q[rows], k), _by_head(k[keys]), mask)
-            out[rows] = _ungrouped(probabilities @ _by_head(v[keys]).float(), q[rows])
+        kept: list[Tensor | None] = []
+        for rows, seen in _blocks(spans, window):
+            probabilities = _probabilities(_grouped(q[rows], k), _by_head(keys[seen]), mask)
+            out[rows] = _ungrouped(probabilities @ _by_head(values[seen]).float(), q[rows])
+            keeps = any(ctx.needs_input_grad) and probabilities.shape[2] <= KEPT
+            kept.append(_filled(probabilities, _group(q, k), q.dtype) if keeps else None)
+        ctx.save_for_backward(q, k, v, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v), spans = ctx.saved_tensors, ctx.spans
-        rows, keys = (ROWS, KEYS) if writes_kernels(gradient.dtype, gradient.device) else (1, 1)
-        fill = [-own % rows for _, own in spans]  # no query sees the zeros behind it
-        own, seen = [own for _, own in spans], [sum(span) for span in spans]
-        q_gradient, k_gradient, v_gradient = _gradients(
-            *(_filled(t, own, fill) for t in (q, gradient)),
-            *(_filled(_seen(t, spans), seen, fill, before=keys - 1) for t in (k, v)),
-            spans=[(shared, length + more) for (shared, length), more in zip(spans, fill, strict=True)],
-            window=ctx.window,
-            multiple=keys,
-        )
-        summed = (_summed(_cut(t[keys - 1 :], seen, fill), spans).to(k.dtype) for t in (k_gradient, v_gradient))
-        return _cut(q_gradient, own, fill), *summed, None, None
+        (q, k, v, *kept), spans = ctx.saved_tensors, ctx.spans
+        keys, values = (_seen(t, spans) for t in (k, v))
+        q_gradient, *others = _gradients(gradient, q, keys, values, kept, spans, ctx.window)
+        return q_gradient, *(_summed(t, spans).to(k.dtype) for t in others), None, None
 
 
-def _filled(t: Tensor, lengths: Sequence[int], fill: Sequence[int], *, before: int = 0) -> Tensor:
-    """Put as many zeros behind each sequence as it is to be filled up with, and some before all of them."""
-    if not before and not any(fill):
-        return t
-    parts = zip(torch.split(t, list(lengths)), fill, strict=True)
-    filled = [F.pad(part, (0, 0, 0, 0, 0, more)) if more else part for part, more in parts]
-    return torch.cat([t.new_zeros(before, *t.shape[1:]), *filled])
+def kept_bytes(
+    heads: int, n_kv: int, spans: Sequence[Span], window: int | None, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return the bytes of the probabilities that a CPU keeps for gradients."""
+    group = heads // n_kv
+    sizes = [((rows.stop - rows.start) * group, seen.stop - seen.start) for rows, seen in _blocks(spans, window)]
+    shapes = [_suited_shape(*size, group, dtype, device) for size in sizes if size[1] <= KEPT]
+    return sum(n_kv * rows * keys for rows, keys in shapes) * arithmetic(dtype, device).itemsize
 
 
-def _cut(t: Tensor, lengths: Sequence[int], fill: Sequence[int]) -> Tensor:
-    """Undo `_filled`, but for what is before all."""
-    if not any(fill):
-        return t
-    parts = torch.split(t, [n for pair in zip(lengths, fill, strict=True) for n in pair])
-    return torch.cat(parts[::2])
+def _suited_shape(rows: int, keys: int, group: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Return to how many rows and keys a block is filled up for its gradients."""
+    if not writes_kernels(dtype, device):
+        return rows, keys
+    return rows + -rows % (ROWS * group), keys + -keys % KEYS
+
+
+def _filled(probabilities: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Return a block's probabilities as its gradients need them: in the dtype of their products, and filled up.
+
+    Zeros stand for keys before the block's, and for queries behind them: whatever there is has no weight.
+    """
+    device, (n_kv, rows, keys) = probabilities.device, probabilities.shape
+    suited = _suited_shape(rows, keys, group, dtype, device)
+    if suited == (rows, keys):
+        return probabilities.to(arithmetic(dtype, device))
+    filled = probabilities.new_empty(n_kv, *suited, dtype=arithmetic(dtype, device))
+    filled[:, :rows, :-keys] = 0
+    filled[:, :rows, -keys:] = probabilities
+    filled[:, rows:] = 0
+    return filled
 
 
 def _seen(t: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -229,38 +243,36 @@ def _places(spans: tuple[Span, ...]) -> Tensor | None:
 
 
 def _gradients(
-    q: Tensor, gradient: Tensor, k: Tensor, v: Tensor, *, spans: Sequence[Span], window: int | None, multiple: int
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Sequence[Tensor | None],
+    spans: Sequence[Span],
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, and in float32 of the keys and values that they see, given the output's.
 
-    A block's keys are made a multiple of so many by those before them, of which the first have enough: all but one of
-    so many. Their weight is zero.
+    Each block's probabilities are kept, or None. They are zero for keys before those that are filled in here.
     """
-    mask, dtype = _block_mask(q, k, spans, window), arithmetic(q.dtype, q.device)
+    mask, dtype = _block_mask(_group(q, k), tuple(spans), window), arithmetic(q.dtype, q.device)
+    before = KEYS - 1 if writes_kernels(q.dtype, q.device) else 0
+    queries, gradient = q.to(dtype), gradient.to(dtype)
+    # The scores' scale is in the values: what is smaller than scores is scaled once.
+    keys, values = (F.pad(t.to(dtype), (0, 0, 0, 0, before, 0)) for t in (k, v.to(dtype) * q.shape[-1] ** -0.5))
     q_gradient = torch.empty_like(q)
-    k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
-    for rows, seen in _blocks(spans, window):
-        before = (seen.start - seen.stop) % multiple
-        keys = slice(seen.start + multiple - 1 - before, seen.stop + multiple - 1)
-        queries, out_gradient = _grouped(q[rows], k), _grouped(gradient[rows], k).to(dtype)
-        probabilities = _probabilities(queries, _by_head(k[keys])[:, before:], mask)
-        v_gradient[keys] += (_behind(before, probabilities, dtype).transpose(1, 2) @ out_gradient).transpose(0, 1)
-        upstream = (out_gradient @ _by_head(v[keys]).to(dtype).transpose(1, 2))[..., before:].float()
-        scores = torch._softmax_backward_data(upstream, probabilities, -1, torch.float32)
-        scores = _behind(before, scores.mul_(q.shape[-1] ** -0.5), dtype)
-        q_gradient[rows] = _ungrouped(scores @ _by_head(k[keys]).to(dtype), q[rows])
-        k_gradient[keys] += (scores.transpose(1, 2) @ queries.to(dtype)).transpose(0, 1)
-    return q_gradient, k_gradient, v_gradient
-
-
-def _behind(before: int, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast the weights of keys, behind zeros for some keys before them."""
-    if not before:
-        return t.to(dtype)
-    wide = t.new_empty(*t.shape[:-1], before + t.shape[-1], dtype=dtype)
-    wide[..., :before] = 0
-    wide[..., before:] = t
-    return wide
+    k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
+    for (rows, own), probabilities in zip(_blocks(spans, window), kept, strict=True):
+        if probabilities is None:
+            again = _probabilities(_grouped(q[rows], k), _by_head(k[own]), mask)
+            probabilities = _filled(again, _group(q, k), q.dtype)
+        seen = slice(own.stop + before - probabilities.shape[2], own.stop + before)
+        here, upstream = (_grouped(t[rows], k, probabilities.shape[1]) for t in (queries, gradient))
+        v_gradient[seen] += _by_head(probabilities.mT @ upstream)
+        scores = torch._softmax_backward_data(upstream @ _by_head(values[seen]).mT, probabilities, -1, dtype)
+        q_gradient[rows] = _ungrouped(scores @ _by_head(keys[seen]), q[rows])
+        k_gradient[seen] += _by_head(scores.mT @ here)
+    return q_gradient, k_gradient[before:], v_gradient[before:]
 
 
 def _blocks(spans: Sequence[Span], window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -274,30 +286,40 @@ def _blocks(spans: Sequence[Span], window: int | None) -> Iterator[tuple[slice, 
         row, key = row + own, key + shared + own
 
 
-def _block_mask(q: Tensor, k: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+@lru_cache(maxsize=4)
+def _block_mask(group: int, spans: tuple[Span, ...], window: int | None) -> Tensor:
     """Return what is added to the scores of the largest block; those of smaller ones are its last rows and columns."""
-    longest, group = max(map(sum, spans)), q.shape[1] // k.shape[1]
-    seen = visible(min(BLOCK, longest), longest, window, q.device)
-    mask = torch.zeros(seen.shape, device=q.device).masked_fill_(~seen, -torch.inf)
+    longest = max(map(sum, spans))
+    seen = visible(min(BLOCK, longest), longest, window, torch.device("cpu"))
+    mask = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
     return mask.repeat_interleave(group, dim=0)  # (block * group, keys)
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Return the weight of each key for each query (n_kv, block * group, keys)."""
     here = mask[-q.shape[1] :, -k.shape[1] :].expand(len(q), -1, -1)
-    return torch.baddbmm(here, q.float(), k.float().transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+    return torch.baddbmm(here, q.float(), k.float().mT, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
-def _grouped(q: Tensor, k: Tensor) -> Tensor:
-    """Put the heads that share keys below each other: (block, n_head, head_dim) -> (n_kv, block * group, head_dim)."""
-    n_kv = k.shape[1]
-    return q.view(len(q), n_kv, -1, q.shape[-1]).transpose(0, 1).flatten(1, 2)
+def _group(q: Tensor, k: Tensor) -> int:
+    return q.shape[1] // k.shape[1]  # heads that share their keys
+
+
+def _grouped(q: Tensor, k: Tensor, rows: int | None = None) -> Tensor:
+    """Put the heads that share keys below each other: (block, n_head, head_dim) -> (n_kv, block * group, head_dim).
+
+    Zeros may follow, up to so many rows.
+    """
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[-1]).transpose(0, 1).flatten(1, 2)
+    more = 0 if rows is None else rows - grouped.shape[1]
+    return F.pad(grouped, (0, 0, 0, more)) if more else grouped
 
 
 def _ungrouped(y: Tensor, like: Tensor) -> Tensor:
-    """Undo `_grouped`: (n_kv, block * group, head_dim) -> (block, n_head, head_dim)."""
-    return y.view(len(y), len(like), -1, y.shape[-1]).transpose(0, 1).flatten(1, 2)
+    """Undo `_grouped`: (n_kv, rows, head_dim) -> (block, n_head, head_dim)."""
+    heads = y.view(len(y), -1, like.shape[1] // len(y), y.shape[-1])
+    return heads[:, : len(like)].transpose(0, 1).flatten(1, 2)
 
 
 def _by_head(t: Tensor) -> Tensor:
-    return t.transpose(0, 1)  # (n_kv, keys, head_dim)
+    return t.transpose(0, 1)  # (keys, n_kv, head_dim) to (n_kv, keys, head_dim), and back

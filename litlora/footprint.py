@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from litlora.args import Precision
-from litlora.attention import BLOCK
+from litlora.attention import BLOCK, Span
+from litlora.attention import kept_bytes as probability_bytes
 from litlora.config import GPTConfig
 from litlora.linear import SLAB, Linear, has_slow_products
 from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
@@ -53,15 +54,19 @@ class Network:
         return BFLOAT16 if self.precision == "bf16-true" else FLOAT32
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of a value that a linear layer of a block returns."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+
+    @property
     def product(self) -> int:
-        """Bytes of a value that a linear layer of a block returns."""
-        return FLOAT32 if self.precision == "32-true" else BFLOAT16
+        """Bytes of such a value."""
+        return self.dtype.itemsize
 
     @property
     def upcasts(self) -> bool:
         """Tell whether the products of the blocks are of bfloat16 and computed in float32."""
-        dtype = torch.bfloat16 if self.product == BFLOAT16 else torch.float32
-        return has_slow_products(dtype, self.device)
+        return has_slow_products(self.dtype, self.device)
 
     @property
     def on_cpu(self) -> bool:
@@ -84,7 +89,12 @@ class Load:
     @property
     def longest(self) -> int:
         """The most keys that a query sees."""
-        return max(map(sum, zip_longest(self.lengths, self.shared, fillvalue=0)))
+        return max(map(sum, self.spans))
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """How many keys each sequence has of others', and how many of its own."""
+        return tuple(zip_longest(self.shared, self.lengths, fillvalue=0))
 
     @property
     def tokens(self) -> int:
@@ -180,14 +190,14 @@ def _blocks(network: Network, load: Load) -> Iterator[int]:
     flows = False  # whether a gradient goes back through what is computed so far
     for layer in range(network.config.num_hidden_layers):
         kept = 0
-        for stage in _stages(network):
+        for stage in _stages(network, load):
             adapted = sum(network.lora.targets(f"model.layers.{layer}.{name}") for name in stage.layers)
             if adapted or (flows and stage.keeps_input):
                 kept += load.tokens * stage.width * stage.size
             kept += load.tokens * adapted * network.lora.r * FLOAT32
             kept += flows * stage.cast_weights
             flows = flows or adapted > 0
-            kept += flows * load.tokens * stage.behind
+            kept += flows * stage.behind
         yield kept
 
 
@@ -201,24 +211,24 @@ class Stage:
     size: int
     """Bytes of each of them."""
     behind: int
-    """Bytes of a token that are kept of what comes behind."""
+    """Bytes that are kept of what comes behind."""
     cast_weights: int
     """Bytes of the copies that mixed precision makes of the weights, kept if the input needs a gradient."""
     keeps_input: bool = False
     """Whether what computed the input keeps it for its own gradient, whether one of the layers is adapted or not."""
 
 
-def _stages(network: Network) -> tuple[Stage, ...]:
+def _stages(network: Network, load: Load) -> tuple[Stage, ...]:
     config, stream, product = network.config, network.stream, network.product
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    norm, copied = _norm_width(network), BFLOAT16 if network.precision == "bf16-mixed" else 0
+    norm, copied = load.tokens * _norm_width(network), BFLOAT16 if network.precision == "bf16-mixed" else 0
     inside = 0 if network.upcasts else copied  # where the input is bfloat16 already, the weight is read as it is
     qkv, gate_up = (heads + 2 * keys) * hidden, 2 * inner * hidden
     return (
-        Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, _attention_width(network), qkv * copied),
+        Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, _kept_of_attention(network, load), qkv * copied),
         Stage(_layers("self_attn", "o"), heads, product, norm, heads * hidden * inside, _has_flash(network)),
-        Stage(_layers("mlp", "gate", "up"), hidden, stream, 2 * inner * product, gate_up * copied),
+        Stage(_layers("mlp", "gate", "up"), hidden, stream, load.tokens * 2 * inner * product, gate_up * copied),
         Stage(_layers("mlp", "down"), inner, product, norm, inner * hidden * inside),
     )
 
@@ -231,16 +241,20 @@ def _has_flash(network: Network) -> bool:
     return not network.on_cpu and network.product == BFLOAT16
 
 
-def _attention_width(network: Network) -> int:
-    """Return the bytes that attention keeps of a token: queries, keys and values; on a GPU sums of each head too.
+def _kept_of_attention(network: Network, load: Load) -> int:
+    """Return the bytes that attention keeps: queries, keys, values, and probabilities; on a GPU sums of each head.
 
     Without FlashAttention, a GPU has keys and values for every head, and an output that is nowhere else.
     """
     config = network.config
-    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    sums = 0 if network.on_cpu else config.num_attention_heads * FLOAT32
+    n_head, n_kv = config.num_attention_heads, config.num_key_value_heads
+    heads, keys = (n * config.head_dim for n in (n_head, n_kv))
     values = heads + 2 * keys if network.on_cpu or _has_flash(network) else 4 * heads
-    return values * network.product + sums
+    if network.on_cpu:
+        beside = probability_bytes(n_head, n_kv, load.spans, config.sliding_window, network.dtype, network.device)
+    else:
+        beside = load.tokens * n_head * FLOAT32
+    return load.tokens * values * network.product + beside
 
 
 def _norm_width(network: Network) -> int:
@@ -287,7 +301,7 @@ def _attention_bytes(network: Network, load: Load) -> int:
 
 def _branch_bytes(network: Network, load: Load) -> int:
     """Return the bytes of the widest adapted input in float32: as it is, behind its dropout, and its gradient."""
-    stages, targets = _stages(network), network.lora.targets
+    stages, targets = _stages(network, load), network.lora.targets
     widths = [s.width for s in stages if any(targets(f"model.layers.0.{name}") for name in s.layers)]
     return load.tokens * max(widths, default=0) * 3 * FLOAT32
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litlora import linear
-from litlora.attention import BLOCK, _BlockedAttention, attend_within, rotate, turns
+from litlora import attention, linear
+from litlora.attention import BLOCK, KEPT, _BlockedAttention, attend_within, rotate, turns
 
 LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
 APART = [(0, length) for length in LENGTHS]
@@ -11,11 +11,11 @@ SHARED = [(0, BLOCK + 37), (BLOCK + 11, 1), (BLOCK + 12, 2 * BLOCK), (3, 20)]
 
 
 def problem(
-    n_head: int, n_kv: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    n_head: int, n_kv: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", width: int = 16
 ) -> list[torch.Tensor]:
     """Return queries, keys, values and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(LENGTHS), n, 16) for n in (n_head, n_kv, n_kv, n_head)]
+    shapes = [(sum(LENGTHS), n, width) for n in (n_head, n_kv, n_kv, n_head)]
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
@@ -82,9 +82,10 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_pro
 
 @pytest.mark.parametrize("spans", [APART, SHARED], ids=["apart", "shared"])
 @pytest.mark.parametrize("window", [None, 50])
-def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(window, spans, monkeypatch):
+@pytest.mark.parametrize("width", [16, 24])  # the root of one is a power of two
+def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(width, window, spans, monkeypatch):
     monkeypatch.setattr(linear, "HAS_BFLOAT16_PRODUCTS", True)
-    tensors = problem(6, 2, torch.bfloat16)
+    tensors = problem(6, 2, torch.bfloat16, width=width)
     exact, found = (outcome(attend_within, some, window, spans) for some in ([t.float() for t in tensors], tensors))
     assert torch.equal(found[0], exact[0].bfloat16())  # only gradients are of such products
     for ours, reference in zip(found, exact, strict=True):
@@ -92,13 +93,29 @@ def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(window, spans,
         assert deviation < 2**-7  # twice the step from one bfloat16 number to the next
 
 
-def test_a_sequence_of_any_length_takes_memory_by_the_block():
-    q, k, v, gradient = problem(6, 2)
-    kept = []
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        _BlockedAttention.apply(*leaves, SHARED, None).backward(gradient)
-    assert sum(t.numel() for t in kept) == sum(t.numel() for t in leaves)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 50])
+def test_probabilities_that_are_computed_again_are_those_that_are_kept(window, dtype, monkeypatch):
+    tensors, outcomes = problem(6, 2, dtype), []
+    for most in (KEPT, BLOCK + 20, 0):
+        monkeypatch.setattr(attention, "KEPT", most)
+        outcomes.append(outcome(attend_within, tensors, window, SHARED))
+    for others in outcomes[1:]:
+        assert all(map(torch.equal, others, outcomes[0]))
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_what_a_sequence_keeps_grows_with_its_length_alone(window):
+    def kept(length: int) -> int:
+        values: list[torch.Tensor] = []
+        leaves = [torch.randn(length, heads, 16, requires_grad=True) for heads in (6, 2, 2)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: values.append(t) or t, lambda t: t):
+            _BlockedAttention.apply(*leaves, [(0, length)], window).sum().backward()
+        return sum(t.numel() for t in values)
+
+    first, step = kept(2 * KEPT), kept(3 * KEPT) - kept(2 * KEPT)
+    assert first <= 2 * KEPT * (6 * KEPT + (6 + 2 + 2) * 16)
+    assert step == kept(4 * KEPT) - kept(3 * KEPT)
 
 
 def test_a_rotation_keeps_lengths_and_its_gradient_turns_back():
