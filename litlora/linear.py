@@ -17,6 +17,9 @@ STORED_SLAB = 512
 STORED_VALUES = 2**20
 """Values that more rows than these may have where each is there in one dtype: fewer products take less time."""
 
+LONG, PART = 2**14, 512
+"""From how many float32 outputs on a CPU computes a product in parts, and of how many, which stay in its cache."""
+
 SUMS = 4
 """Outputs of a compiled product that are summed side by side: a processor begins one sum before another is done."""
 
@@ -98,7 +101,7 @@ def frozen_linear(x: Tensor, weight: Tensor | StoredWeight | HalfWeight) -> Tens
     elif one_row and x.device.type == "cpu" and (torch.compiler.is_compiling() or not _is_narrow(weight, x)):
         return _row_product(x, weight)
     elif not (has_slow_products(x.dtype, x.device) or _is_narrow(weight, x)):
-        return F.linear(x, weight)
+        return _product_in_parts(x, weight) if _is_long(weight, x) else F.linear(x, weight)
     out: Tensor = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
 
@@ -115,6 +118,35 @@ def _row_product(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     # F.linear leaves one row to one thread.
     return torch.bmm(x.expand(threads, 1, -1), weight.view(threads, -1, size[1]).mT).view(1, -1)
+
+
+def _is_long(weight: Tensor, x: Tensor) -> bool:
+    """Tell whether a product's rows lie so far apart that a CPU had better not write to all of them at a time."""
+    return len(weight) >= LONG and x.dtype is torch.float32 and x.device.type == "cpu"
+
+
+def _product_in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T (T, out), of which each part is put to its place from the cache."""
+    out: Tensor = _PartedLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _PartedLinear(torch.autograd.Function):
+    """A product with long rows, which is computed in parts; its gradient has short ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        out, start = x.new_empty(len(x), len(weight)), 0
+        for rows in torch.split(weight, PART):
+            out[:, start : start + len(rows)] = F.linear(x, rows)
+            start += len(rows)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.weight, None
 
 
 def narrowed(weight: Tensor) -> Tensor:

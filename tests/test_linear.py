@@ -51,6 +51,14 @@ def test_the_product_is_the_same_by_every_way():
             torch.testing.assert_close(a, b, atol=1e-2, rtol=2**-7)
 
 
+@pytest.mark.parametrize("part", [48, 20])
+def test_a_product_of_many_outputs_is_the_same_in_parts(part, monkeypatch):
+    monkeypatch.setattr(linear, "LONG", 48)
+    monkeypatch.setattr(linear, "PART", part)
+    for ours, exact in zip(outcome(frozen_linear, torch.float32), outcome(F.linear, torch.float64), strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
+
+
 def test_a_weight_that_trains_gets_its_gradient():
     layer = Linear(8, 3, bias=False, dtype=torch.bfloat16)
     layer(torch.randn(5, 8, dtype=torch.bfloat16)).sum().backward()
