@@ -172,11 +172,14 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
 
 
 def passes(run: Run, batch: Sequence[Sample]) -> list[MicroBatch]:
-    """Return the micro-batches of this rank's share of a global batch, filled up to as many as any rank has."""
+    """Return the micro-batches of this rank's share of a global batch, filled up to as many as any rank has.
+
+    The longest comes first: a lane that is done early has a short one left to take.
+    """
     train, lengths = run.args.train, [len(sample.tokens) for sample in batch]
     shares = deal(batch, lengths, run.ranks.count)
     dealt = [micro_batches(share, train.micro_batch_size, train.micro_batch_tokens) for share in shares]
-    own = dealt[run.ranks.index]
+    own = sorted(dealt[run.ranks.index], key=lambda micro: -len(micro.tokens))
     return own + [IDLE] * (max(map(len, dealt)) - len(own))
 
 

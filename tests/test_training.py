@@ -13,6 +13,7 @@ from reference import in_4_bits, with_peft
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
+from litlora import training
 from litlora.__main__ import main
 from litlora.args import FinetuneLoraArgs, TrainArgs
 from litlora.optimizers import PAGED
@@ -124,6 +125,20 @@ def test_the_adapter_does_not_depend_on_how_a_global_batch_is_split(tiny, data_d
     for other in runs[1:]:
         for name, matrix in runs[0].items():
             torch.testing.assert_close(other[name], matrix, atol=1e-5, rtol=0)
+
+
+def test_the_longest_micro_batch_of_a_step_comes_first(tiny, data_dir, tmp_path, monkeypatch):
+    lengths, passing = [], training.loss_and_gradients
+
+    def noted(run, matrices, supervised, micro):
+        lengths.append(len(micro.tokens))
+        return passing(run, matrices, supervised, micro)
+
+    monkeypatch.setattr(training, "loss_and_gradients", noted)
+    flags = ["--train.max_steps", 1, "--train.micro_batch_size", 1, "--train.parallel_micro_batches", 1]
+    finetune(tiny, data_dir, tmp_path / "out", *flags)
+    assert len(set(lengths)) > 1
+    assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
