@@ -16,7 +16,7 @@ from litlora.linear import arithmetic, has_slow_products
 BLOCK = 128
 """Queries whose scores exist at one time on a CPU: they stay in its cache, and little is computed that is masked."""
 
-KEPT = 512
+KEPT = 256
 """Keys that a block may see for its probabilities to be kept for its gradient, which else computes them again."""
 
 ROWS, KEYS = 32, 64
@@ -253,7 +253,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, and in float32 of the keys and values that they see, given the output's.
 
-    Each block's probabilities are kept, or None. They are zero for keys before those that are filled in here.
+    Each block's probabilities are kept, or None. Before all keys stand zeros, for the first block is filled up as well.
     """
     mask, dtype = _block_mask(_group(q, k), tuple(spans), window), arithmetic(q.dtype, q.device)
     before = KEYS - 1 if writes_kernels(q.dtype, q.device) else 0
