@@ -104,23 +104,30 @@ def whole_directory(path: Path) -> Iterator[Path]:
     What a killed process has left of it vanishes with the next attempt. Raises LitLoraError when it cannot be written,
     or when `path` is there already and holds something.
     """
-    partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
     _remove_remains(path)
-    unheld = partial.with_suffix(".new")  # nobody takes it for remains before it is held
-    with failure_said(path):
-        unheld.mkdir(parents=True)
-    try:
-        with failure_said(path), _held(unheld):
-            unheld.replace(partial)
-            yield partial
-            for file in partial.iterdir():
-                sync(file)
-            sync(partial)
-            partial.replace(path)
-            sync(path.parent)
-    finally:
-        shutil.rmtree(unheld, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
+    with failure_said(path), ExitStack() as cleanup:
+        partial = _own_folder(path, cleanup)
+        yield partial
+        for file in partial.iterdir():
+            sync(file)
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+
+
+def _own_folder(path: Path, cleanup: ExitStack) -> Path:
+    """Make a folder beside `path`, and hold it until `cleanup` removes it if it is still there.
+
+    Until it is held, another process may take it for remains: then there is another.
+    """
+    while True:
+        folder = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
+        folder.mkdir(parents=True)
+        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            cleanup.enter_context(_held(folder, waits=True))
+            if folder.exists():
+                return folder
 
 
 def _remove_remains(path: Path) -> None:
@@ -132,21 +139,21 @@ def _remove_remains(path: Path) -> None:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[bool]:
+def _held(folder: Path, *, waits: bool = False) -> Iterator[bool]:
     """Hold a folder until the process lets go or ends, and tell whether it could be held.
 
-    It cannot where another process does so, nor on the disks of some networks.
+    It cannot where another process does so, unless this one waits for that, nor on the disks of some networks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield _lock(descriptor)
+        yield _lock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, operation: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation)
     except OSError:
         return False
     return True

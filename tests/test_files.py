@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from litlora import files
 from litlora.errors import LitLoraError
 from litlora.files import whole_directory, write_whole
 
@@ -53,6 +54,21 @@ def test_what_a_killed_process_has_left_of_a_folder_vanishes_with_the_next_attem
         with pytest.raises(LitLoraError), whole_directory(tmp_path / "new") as second:
             assert names(tmp_path) == sorted([first.name, second.name])
             raise LitLoraError("enough")
+    assert names(tmp_path) == ["new"]
+
+
+def test_a_folder_that_is_taken_for_remains_before_it_is_held_is_made_anew(tmp_path, monkeypatch):
+    held, taken = files._held, []
+
+    def late(folder, **options):
+        if not taken:
+            taken.append(folder)
+            files._remove_remains(tmp_path / "new")  # as another process does that writes the same
+        return held(folder, **options)
+
+    monkeypatch.setattr(files, "_held", late)
+    with whole_directory(tmp_path / "new") as folder:
+        assert [folder.name] == names(tmp_path) != [taken[0].name]
     assert names(tmp_path) == ["new"]
 
 
