@@ -183,7 +183,7 @@ class _BlockedAttention(torch.autograd.Function):
         return q_gradient, *(_summed(t, spans).to(k.dtype) for t in others), None, None
 
 
-def kept_bytes(
+def probability_bytes(
     heads: int, n_kv: int, spans: Sequence[Span], window: int | None, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Return the bytes of the probabilities that a CPU keeps for gradients."""
@@ -206,10 +206,10 @@ def _filled(probabilities: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     Zeros stand for keys before the block's, and for queries behind them: whatever there is has no weight.
     """
     device, (n_kv, rows, keys) = probabilities.device, probabilities.shape
-    suited = _suited_shape(rows, keys, group, dtype, device)
+    suited, needed = _suited_shape(rows, keys, group, dtype, device), arithmetic(dtype, device)
     if suited == (rows, keys):
-        return probabilities.to(arithmetic(dtype, device))
-    filled = probabilities.new_empty(n_kv, *suited, dtype=arithmetic(dtype, device))
+        return probabilities.to(needed)
+    filled = probabilities.new_empty(n_kv, *suited, dtype=needed)
     filled[:, :rows, :-keys] = 0
     filled[:, :rows, -keys:] = probabilities
     filled[:, rows:] = 0
@@ -291,7 +291,7 @@ def _block_mask(group: int, spans: tuple[Span, ...], window: int | None) -> Tens
     """Return what is added to the scores of the largest block; those of smaller ones are its last rows and columns."""
     longest = max(map(sum, spans))
     seen = visible(min(BLOCK, longest), longest, window, torch.device("cpu"))
-    mask = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+    mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -torch.inf)
     return mask.repeat_interleave(group, dim=0)  # (block * group, keys)
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from litlora.args import Precision
-from litlora.attention import BLOCK, Span
-from litlora.attention import kept_bytes as probability_bytes
+from litlora.attention import BLOCK, Span, probability_bytes
 from litlora.config import GPTConfig
 from litlora.linear import SLAB, Linear, has_slow_products
 from litlora.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
@@ -187,10 +186,11 @@ def activation_bytes(network: Network, load: Load) -> int:
 
 def _blocks(network: Network, load: Load) -> Iterator[int]:
     """Yield the bytes that each block keeps, the norm behind it included and the one before it not."""
+    stages = _stages(network, load)
     flows = False  # whether a gradient goes back through what is computed so far
     for layer in range(network.config.num_hidden_layers):
         kept = 0
-        for stage in _stages(network, load):
+        for stage in stages:
             adapted = sum(network.lora.targets(f"model.layers.{layer}.{name}") for name in stage.layers)
             if adapted or (flows and stage.keeps_input):
                 kept += load.tokens * stage.width * stage.size

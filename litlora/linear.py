@@ -18,7 +18,7 @@ STORED_VALUES = 2**20
 """Values that more rows than these may have where each is there in one dtype: fewer products take less time."""
 
 LONG, PART = 2**14, 512
-"""From how many float32 outputs on a CPU computes a product in parts, and of how many, which stay in its cache."""
+"""Outputs of a float32 product that a CPU computes in parts, at the least, and those of a part: its cache holds them."""
 
 SUMS = 4
 """Outputs of a compiled product that are summed side by side: a processor begins one sum before another is done."""
@@ -101,8 +101,14 @@ def frozen_linear(x: Tensor, weight: Tensor | StoredWeight | HalfWeight) -> Tens
     elif one_row and x.device.type == "cpu" and (torch.compiler.is_compiling() or not _is_narrow(weight, x)):
         return _row_product(x, weight)
     elif not (has_slow_products(x.dtype, x.device) or _is_narrow(weight, x)):
-        return _product_in_parts(x, weight) if _is_long(weight, x) else F.linear(x, weight)
+        return _long_product(x, weight) if _is_long(weight, x) else F.linear(x, weight)
     out: Tensor = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _long_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T (T, out), computed some outputs at a time."""
+    out: Tensor = _LongLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -122,31 +128,7 @@ def _row_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _is_long(weight: Tensor, x: Tensor) -> bool:
     """Tell whether a product's rows lie so far apart that a CPU had better not write to all of them at a time."""
-    return len(weight) >= LONG and x.dtype is torch.float32 and x.device.type == "cpu"
-
-
-def _product_in_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T (T, out), of which each part is put to its place from the cache."""
-    out: Tensor = _PartedLinear.apply(x, weight)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _PartedLinear(torch.autograd.Function):
-    """A product with long rows, which is computed in parts; its gradient has short ones."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight
-        out, start = x.new_empty(len(x), len(weight)), 0
-        for rows in torch.split(weight, PART):
-            out[:, start : start + len(rows)] = F.linear(x, rows)
-            start += len(rows)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.weight, None
+    return len(weight) >= LONG and weight.dtype is x.dtype is torch.float32 and x.device.type == "cpu"
 
 
 def narrowed(weight: Tensor) -> Tensor:
@@ -291,6 +273,15 @@ class _SlabLinear(torch.autograd.Function):
         return total.to(gradient.dtype), None
 
 
+class _LongLinear(_SlabLinear):
+    """A product with long rows, which is computed in slabs; its gradient has short ones, and is one product."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.weight, None
+
+
 def _product(x: Tensor, slab: Tensor, out: Tensor) -> None:
     """Write x W^T to its place, rounded if that has another dtype; else nothing lies in memory twice."""
     if out.dtype is x.dtype:
@@ -309,7 +300,7 @@ def _slabs(weight: StoredWeight, x: Tensor) -> Iterator[slice]:
     if x.device.type != "cpu":
         size = rows
     elif isinstance(weight, Tensor):
-        size = SLAB
+        size = PART if _is_long(weight, x) else SLAB
     elif has_slow_products(x.dtype, x.device):
         size = STORED_SLAB
     else:
