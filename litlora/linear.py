@@ -18,7 +18,7 @@ STORED_VALUES = 2**20
 """Values that more rows than these may have where each is there in one dtype: fewer products take less time."""
 
 LONG, PART = 2**14, 512
-"""Outputs of a float32 product that a CPU computes in parts, at the least, and those of a part: its cache holds them."""
+"""Outputs of a float32 product that a CPU computes in parts, at the least, and of a part, which stays in the cache."""
 
 SUMS = 4
 """Outputs of a compiled product that are summed side by side: a processor begins one sum before another is done."""
