@@ -128,7 +128,9 @@ def _row_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _is_long(weight: Tensor, x: Tensor) -> bool:
     """Tell whether a product's rows lie so far apart that a CPU had better not write to all of them at a time."""
-    return len(weight) >= LONG and weight.dtype is x.dtype is torch.float32 and x.device.type == "cpu"
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # which has torch's own products in bfloat16
+        return False
+    return len(weight) >= LONG and weight.dtype is x.dtype is torch.float32
 
 
 def narrowed(weight: Tensor) -> Tensor:

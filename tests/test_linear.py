@@ -59,6 +59,15 @@ def test_a_product_of_many_outputs_is_the_same_in_parts(part, monkeypatch):
         torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+@torch.autocast("cpu", torch.bfloat16)
+def test_a_product_of_many_outputs_is_torch_s_own_in_mixed_precision(monkeypatch):
+    monkeypatch.setattr(linear, "LONG", 48)
+    x, weight, _ = problem(torch.float32)
+    y, reference = frozen_linear(x, weight), F.linear(x, weight)
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(y, reference)
+
+
 def test_a_weight_that_trains_gets_its_gradient():
     layer = Linear(8, 3, bias=False, dtype=torch.bfloat16)
     layer(torch.randn(5, 8, dtype=torch.bfloat16)).sum().backward()
