@@ -12,10 +12,10 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import SecretStr
 
 from litlora import __version__, args
+from litlora.cli import in_order
+from litlora.cpu.allocator import restart_without_crumbs
+from litlora.distributed.launcher import heed_srun, must_start, start
 from litlora.errors import EndedElsewhereError, LitLoraError, is_shortage
-from litlora.flags import in_order
-from litlora.heap import restart_without_crumbs
-from litlora.launching import heed_srun, must_start, start
 
 COMMANDS: dict[str, type] = {
     "download": args.DownloadArgs,

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from litlora.adapter import find_base, load_with_adapter
-from litlora.examples import Turn, read_examples
-from litlora.sampling import Sampler, generate
-from litlora.tokenizer import Tokenizer
+from litlora.data.examples import Turn, read_examples
+from litlora.data.tokenizer import Tokenizer
+from litlora.generation.sampler import Sampler
+from litlora.generation.session import generate
+from litlora.lora.checkpoint import find_base, load_with_adapter
 
 STYLE = "alpaca"  # before and after fine-tuning, so that only the weights differ
 MAX_NEW_TOKENS = 16  # twice the longest answer

@@ -22,11 +22,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from torch.nn import functional as F
 
-from litlora.config import GPTConfig
-from litlora.examples import Example, Turn, write_dataset
-from litlora.files import write_whole
-from litlora.model import GPT
-from litlora.prompts import ALPACA, ALPACA_WITH_INPUT, TemplateStyle
+from litlora.data.examples import Example, Turn, write_dataset
+from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT, TemplateStyle
+from litlora.models.config import GPTConfig
+from litlora.models.transformer import GPT
+from litlora.utils.files import write_whole
 
 SEED = 2026
 VAL_WORDS, VAL_SUMS, TRAIN_SUMS = 28, 24, 360

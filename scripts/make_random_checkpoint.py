@@ -13,12 +13,12 @@ from memory_table import SHAPES, config
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litlora.checkpoint import read_hub_config
-from litlora.config import GPTConfig
-from litlora.files import whole_directory
-from litlora.layout import CONFIG, INDEX
-from litlora.model import GPT
-from litlora.tokenizer import Tokenizer
+from litlora.data.tokenizer import Tokenizer
+from litlora.hub.filenames import CONFIG, INDEX
+from litlora.models.checkpoint import read_hub_config
+from litlora.models.config import GPTConfig
+from litlora.models.transformer import GPT
+from litlora.utils.files import whole_directory
 
 SEED = 2026
 STD = 0.02

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from litlora.config import GPTConfig
-from litlora.footprint import Load, Network, breakdown
-from litlora.lora import TARGET_MODULES, LoRAConfig
+from litlora.lora.config import TARGET_MODULES, LoRAConfig
+from litlora.models.config import GPTConfig
+from litlora.train.memory_estimate import Load, Network, breakdown
 
 COMMON = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_scaling": None, "sliding_window": None}
 # vocabulary, hidden, intermediate, layers, heads, heads of keys and values, width of a head

@@ -12,9 +12,10 @@ from itertools import product
 import torch
 from memory_table import BASES, config, print_table
 
-from litlora.footprint import Network, weight_bytes
-from litlora.lora import TARGET_MODULES, LoRAConfig, count
-from litlora.model import GPT
+from litlora.lora.config import TARGET_MODULES, LoRAConfig
+from litlora.lora.layer import count
+from litlora.models.transformer import GPT
+from litlora.train.memory_estimate import Network, weight_bytes
 
 TOKENS = 200  # of an example
 FLOPS = 400e12  # a second, that a GPU sustains in bfloat16

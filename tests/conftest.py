@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, Family
+from helpers.families import FAMILIES, Family
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -145,7 +145,7 @@ class Runs:
 
     def __init__(self, scratch: Path) -> None:
         self.stderr = scratch / "stderr"
-        command = [sys.executable, "-m", "tests.fork_server"]
+        command = [sys.executable, "-m", "tests.helpers.fork_server"]
         root = Path(__file__).parent.parent
         # What is freed goes back to the system, so that a limit on memory is felt at the next step.
         env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from benchmarks.__main__ import build_parser as build_benchmark_parser
-from families import Family
-from hub_server import reachable_hub
+from helpers.families import Family
+from helpers.hub_server import reachable_hub
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 from transformers import LlamaConfig
 

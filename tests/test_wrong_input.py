@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from helpers.families import FAMILIES
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from litlora import limits
 from litlora.__main__ import main
+from litlora.utils import resource_limits
 
 Spoil = Callable[[], object]
 
@@ -552,7 +552,7 @@ def test_generate_refuses_what_it_cannot_do(flags, sentence, capsys):
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(command, spoil, sentence, capsys, monkeypatch):
-    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    monkeypatch.setattr(resource_limits, "SECONDS", 0.3)
     spoil()
     check(capsys, command, sentence)
 

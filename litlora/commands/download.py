@@ -3,7 +3,7 @@
 import sys
 
 from litlora.args import DownloadArgs
-from litlora.hub import Repo, fetch_checkpoint
+from litlora.hub.download import Repo, fetch_checkpoint
 
 
 def download(args: DownloadArgs) -> None:

@@ -4,15 +4,16 @@ import sys
 
 import torch
 
-from litlora.adapter import find_base, load_with_adapter, read_prompt_style, read_quantization
 from litlora.args import GenerateArgs
-from litlora.checkpoint import load_config
+from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.kernels import leave_out_plans
-from litlora.quantize import Quantization
-from litlora.sampling import Sampler, compile_step, lay_out
-from litlora.sampling import generate as stream_tokens
-from litlora.tokenizer import Tokenizer
+from litlora.generation.compile import compile_step, lay_out
+from litlora.generation.sampler import Sampler
+from litlora.generation.session import generate as stream_tokens
+from litlora.lora.checkpoint import find_base, load_with_adapter, read_prompt_style, read_quantization
+from litlora.models.checkpoint import load_config
+from litlora.nn.backend import backend, default_device, disable_cudnn_attention
+from litlora.nn.nf4 import Quantization
 
 WORTH_LAYING_OUT = 128
 """From how many tokens on, if all come that may, a CPU is done sooner that lays its weights out before the first."""
@@ -28,15 +29,15 @@ def generate(args: GenerateArgs) -> None:
     check_length(len(prompt), args.max_new_tokens, config.max_position_embeddings)
     config.check_ids("the prompt", max(prompt, default=0))
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))
     if args.compile and quantization:
         raise LitLoraError(f"--compile does not go with a base in 4 bits ({quantization.name}): leave one of them out")
-    leave_out_plans()
+    disable_cudnn_attention()
     model = load_with_adapter(base_dir, adapter_dir, dtype, device, quantization)
     if args.compile:
         compile_step(model)
-    elif device.type != "cpu" or args.max_new_tokens * args.num_samples >= WORTH_LAYING_OUT:
+    elif not backend(device).decodes_repacked or args.max_new_tokens * args.num_samples >= WORTH_LAYING_OUT:
         lay_out(model)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):

@@ -1,8 +1,8 @@
 """Prepare one's own .json, .jsonl or .csv file for fine-tuning."""
 
 from litlora.args import PrepareJsonArgs
-from litlora.examples import ANY
-from litlora.preparing import fetch, prepare
+from litlora.data.examples import ANY
+from litlora.data.prepare import fetch, prepare
 
 
 def prepare_json(args: PrepareJsonArgs) -> None:

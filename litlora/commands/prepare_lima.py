@@ -5,10 +5,10 @@ from itertools import cycle
 from pathlib import Path
 
 from litlora.args import PrepareLimaArgs
-from litlora.examples import Fields, Reading, RowFormat, read_messages
-from litlora.hub import REPO_ID, fetch_dataset_file
-from litlora.preparing import fetch, prepare
-from litlora.rows import PARSERS, RawFile, RowError
+from litlora.data.examples import Fields, Reading, RowFormat, read_messages
+from litlora.data.prepare import fetch, prepare
+from litlora.data.readers import PARSERS, RawFile, RowError
+from litlora.hub.download import REPO_ID, fetch_dataset_file
 
 SHAPE = '{"conversations": ["question", "answer", ...]}'
 

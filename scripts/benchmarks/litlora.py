@@ -14,9 +14,9 @@ from benchmarks import jobs
 from benchmarks.jobs import Job, Result, serve, versions
 from benchmarks.memory import peak_memory_gb
 from litlora.__main__ import run
-from litlora.batches import epoch_order
-from litlora.heap import restart_without_crumbs
-from litlora.model import GPT
+from litlora.cpu.allocator import restart_without_crumbs
+from litlora.data.batching import epoch_order
+from litlora.models.transformer import GPT
 
 PACKAGES = ("litlora", "torch", "bitsandbytes")
 SEED = 1337

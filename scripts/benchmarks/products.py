@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from benchmarks.jobs import Job, Products, serve
-from litlora.checkpoint import load_config
-from litlora.model import GPT
+from litlora.models.checkpoint import load_config
+from litlora.models.transformer import GPT
 
 TOKENS = (512, 1024, 2048)  # about what a micro-batch holds
 SECONDS = 0.25  # for each shape, and each way

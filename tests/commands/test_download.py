@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Fault, HubServer, reachable_hub
+from helpers.hub_server import Fault, HubServer, reachable_hub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.reference import hugging_face
 from peft import PeftModel
-from reference import hugging_face
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
-from litlora.commands.finetune_lora import perplexity
+from litlora.train.setup import perplexity
 
 
 @pytest.fixture(scope="module")

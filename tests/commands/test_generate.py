@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import hugging_face, with_peft
+from helpers.reference import hugging_face, with_peft
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from litlora.__main__ import main
 from litlora.args import GenerateArgs
 from litlora.commands.generate import storage
-from litlora.prompts import ALPACA
-from litlora.quantize import Quantization
+from litlora.data.prompt_styles import ALPACA
+from litlora.nn.nf4 import Quantization
 
 
 @pytest.fixture

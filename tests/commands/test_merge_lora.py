@@ -3,16 +3,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
-from reference import hugging_face, with_peft
+from helpers.families import FAMILIES
+from helpers.reference import hugging_face, with_peft
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litlora.__main__ import main
-from litlora.adapter import load_with_adapter, write_adapter
-from litlora.checkpoint import Weights, fingerprint, load_model
-from litlora.lora import TARGET_MODULES, LoRAConfig, add_lora, lora_parameters
-from litlora.quantize import NAMES, Quantization
+from litlora.lora.checkpoint import load_with_adapter, write_adapter
+from litlora.lora.config import TARGET_MODULES, LoRAConfig
+from litlora.lora.layer import add_lora, lora_parameters
+from litlora.models.checkpoint import Weights, fingerprint, load_model
+from litlora.nn.nf4 import NAMES, Quantization
 
 ALL = tuple(module for modules in TARGET_MODULES.values() for module in modules)
 TOKENS = torch.arange(3, 43)

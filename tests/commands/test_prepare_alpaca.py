@@ -4,8 +4,8 @@ import pytest
 
 from litlora.args import PrepareAlpacaArgs
 from litlora.commands.prepare_alpaca import prepare_alpaca
+from litlora.data.examples import Example, Turn, read_examples
 from litlora.errors import LitLoraError
-from litlora.examples import Example, Turn, read_examples
 
 
 @pytest.fixture

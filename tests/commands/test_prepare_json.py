@@ -4,8 +4,8 @@ import pytest
 
 from litlora.args import PrepareJsonArgs
 from litlora.commands.prepare_json import prepare_json
+from litlora.data.examples import Example, Turn, read_examples
 from litlora.errors import LitLoraError
-from litlora.examples import Example, Turn, read_examples
 
 CSV = 'prompt,completion\n"one, ""two""\nthree",4\nfive,six\n'
 PAIRS = [{"prompt": 'one, "two"\nthree', "completion": "4"}, {"prompt": "five", "completion": "six"}]

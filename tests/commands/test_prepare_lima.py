@@ -1,13 +1,13 @@
 import json
 
 import pytest
-from hub_server import reachable_hub
+from helpers.hub_server import reachable_hub
 from jsonargparse.typing import SecretStr
 
 from litlora.args import PrepareLimaArgs
 from litlora.commands.prepare_lima import prepare_lima
+from litlora.data.examples import Example, Turn, read_examples
 from litlora.errors import LitLoraError
-from litlora.examples import Example, Turn, read_examples
 
 SINGLE = ["Name a prime.", "Seven."]
 SEVERAL = ["Is 91 prime?", "No, 7 x 13.", "And 97?", "Yes."]

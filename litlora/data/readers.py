@@ -1,0 +1,143 @@
+"""The rows of a .jsonl, .json or .csv file, each with its location."""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from litlora.errors import LitLoraError
+
+
+class RowError(Exception):
+    """What is wrong with a row; whoever reads the rows adds where it stands."""
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A file's bytes before they are understood, and the name by which its rows are spoken of."""
+
+    name: str
+    suffix: str
+    content: bytes
+
+    @classmethod
+    def from_path(cls, path: Path, if_missing: str) -> Self:
+        """Read a file, or say `if_missing`."""
+        with open_file(path, if_missing) as file:
+            return cls(str(path), path.suffix, file.read())
+
+
+def open_file(path: Path, if_missing: str) -> io.BufferedReader:
+    """Open a file to read, or say `if_missing`."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise LitLoraError(if_missing) from error
+    except OSError as error:
+        raise LitLoraError(f"cannot read {path}: {error.strerror}") from error
+
+
+Rows = Iterator[tuple[str, object]]
+
+
+def parse_rows(file: RawFile) -> Rows:
+    """Yield each row and its place; in the stead of a row that cannot be parsed, the RowError that says why."""
+    parser = PARSERS.get(file.suffix.lower())
+    if parser is None:
+        raise LitLoraError(f"{file.name} cannot be read: its name must end in {' or '.join(PARSERS)}")
+    return parser(file)
+
+
+def kind(value: object) -> str:
+    """Name the type of a JSON value as its author knows it."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _jsonl_rows(file: RawFile) -> Rows:
+    for number, row in jsonl_rows(jsonl_lines(io.BytesIO(file.content))):
+        yield f"{file.name} line {number}", row
+
+
+def jsonl_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a .jsonl file, without the mark of UTF-8 that it may begin with."""
+    file.seek(jsonl_start(file))
+    for line in file:
+        yield from line.splitlines()  # a \r alone ends a line too
+
+
+def jsonl_start(file: BinaryIO) -> int:
+    """Return where the first line of a .jsonl file begins: behind the mark of UTF-8, where there is one."""
+    return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+def jsonl_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, object]]:
+    """Yield the number of each line that is not blank, and its row, or the RowError that says why there is none."""
+    # Lines of bytes, since those of a str also end at U+2028 and others that a row may hold.
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, _parse_line(line)
+
+
+def _parse_line(line: bytes) -> object:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return RowError(_no_utf8(error))
+    except json.JSONDecodeError as error:
+        return RowError(f"this is no JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        return RowError(f"this JSON cannot be read ({error})")
+
+
+def _json_rows(file: RawFile) -> Rows:
+    text = _decode(file)
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        way_out = "if it holds one row per line, name it .jsonl"
+        raise LitLoraError(f"{file.name} is no JSON ({error}); {way_out}") from error
+    if not isinstance(rows, list):
+        raise LitLoraError(f"{file.name} holds {kind(rows)}, but it must be a list of rows")
+    for number, row in enumerate(rows, start=1):
+        yield f"{file.name} row {number}", row
+
+
+def _csv_rows(file: RawFile) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells above 128 KiB
+    reader = csv.reader(io.StringIO(_decode(file), newline=""), strict=True)
+    columns: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            if cells and columns:
+                yield f"{file.name} line {line}", _join(columns, cells)
+            columns = columns or cells
+            line = reader.line_num + 1  # a row may span lines: its place is where it begins
+    except csv.Error as error:
+        raise LitLoraError(f"{file.name} line {line}: this is no CSV ({error})") from error
+
+
+def _join(columns: list[str], cells: list[str]) -> object:
+    if len(cells) != len(columns):
+        return RowError(f"the number of cells ({len(cells)}) is not that of the header ({len(columns)})")
+    return dict(zip(columns, cells, strict=True))
+
+
+def _decode(file: RawFile) -> str:
+    try:
+        return file.content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise LitLoraError(f"{file.name} line {line}: {_no_utf8(error)}") from error
+
+
+def _no_utf8(error: UnicodeDecodeError) -> str:
+    return f"the byte 0x{error.object[error.start]:02x} is no UTF-8 text; save the file as UTF-8"
+
+
+PARSERS: dict[str, Callable[[RawFile], Rows]] = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}

@@ -1,0 +1,180 @@
+"""Text to token ids and back."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import AddedToken
+
+from litlora.data.prompt_styles import PromptStyle, build_prompt_style
+from litlora.data.tokenizer_files import (
+    SPACE,
+    _chat_template,
+    _probe_decoder,
+    _read_backend,
+    _read_json,
+    _read_settings,
+    _special_texts,
+    _text_of,
+)
+from litlora.errors import LitLoraError
+from litlora.hub.filenames import TOKENIZER_FILES
+
+
+class Encoding(NamedTuple):
+    """The tokens of a text, each with the characters [start, end) of the text that it holds."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+class Encodings(NamedTuple):
+    """The tokens of many texts end to end, their spans, and how many of them each text has."""
+
+    ids: NDArray[np.int32]
+    spans: NDArray[np.int32]  # (tokens, 2)
+    lengths: NDArray[np.int32]
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, which gives the ids that transformers gives for the same folder."""
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        with _misfit_said(checkpoint_dir):
+            settings = _read_settings(checkpoint_dir)
+            config = _read_json(checkpoint_dir / "config.json")
+            self._backend = _read_backend(checkpoint_dir, settings, config)
+            self.files = tuple(path for name in TOKENIZER_FILES if (path := checkpoint_dir / name).is_file())
+            self.chat_template = _chat_template(checkpoint_dir, settings)
+            self.vocab_size = self._backend.get_vocab_size()
+            self.bos_token = _text_of(settings.get("bos_token"))
+            self.bos_id = self._backend.token_to_id(self.bos_token) if self.bos_token else None
+            eos_ids = self._eos_ids(checkpoint_dir, settings, config)
+            self.eos_id, self.eos_token = eos_ids[0], self._backend.id_to_token(eos_ids[0]) or ""
+            self.stop_ids = frozenset(eos_ids)
+            self._register([*_special_texts(settings), self.eos_token])
+            self._added = self._backend.get_added_tokens_decoder()
+            self._is_byte_level, self._drops_first_space = _probe_decoder(checkpoint_dir, self._backend)
+
+    def _eos_ids(self, checkpoint_dir: Path, settings: dict[str, Any], config: dict[str, Any]) -> list[int]:
+        """List every id that ends a text, the tokenizer's own first."""
+        name = _text_of(settings.get("eos_token"))
+        named = None if name is None else self._backend.token_to_id(name)
+        generation = _read_json(checkpoint_dir / "generation_config.json")
+        declared = [named, config.get("eos_token_id"), generation.get("eos_token_id")]
+        flat = [i for value in declared for i in (value if isinstance(value, list) else [value])]
+        ids = [i for i in flat if isinstance(i, int) and 0 <= i < 2**32]
+        if not ids or not self._backend.id_to_token(ids[0]):
+            raise LitLoraError(
+                f"the tokenizer in {checkpoint_dir} has no token that ends a text: "
+                "name one of its tokens as eos_token in tokenizer_config.json"
+            )
+        return ids
+
+    def _register(self, texts: list[str]) -> None:
+        """Have these tokens recognised inside a text, where they are in the vocabulary and are not yet."""
+        known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        vocabulary = self._backend.get_vocab()
+        missing = [text for text in texts if text in vocabulary and text not in known]
+        self._backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+
+    def prompt_style(self, name: str) -> PromptStyle:
+        """Return the prompt style of this name for the checkpoint."""
+        return build_prompt_style(
+            name, bos_token=self.bos_token, eos_token=self.eos_token, chat_template=self.chat_template
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return what changes whenever the tokens or the prompts that this tokenizer makes could."""
+        parts = [tokenizers.__version__, self._backend.to_str(), self.bos_token, self.eos_token, self.chat_template]
+        return sha256(json.dumps(parts).encode()).hexdigest()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        """Turn a text into tokens, with bos and eos around them where the checkpoint wants that."""
+        ids, spans, _ = self.encode_batch([text], add_special_tokens)
+        return Encoding(ids.tolist(), [(start, end) for start, end in spans.tolist()])
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> Encodings:
+        """Turn many texts into tokens at once, on all cores."""
+        try:
+            encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise LitLoraError("a text holds half of a surrogate pair, which is no character") from error
+        lengths = np.array([len(encoding) for encoding in encodings], np.int32)
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, lengths.sum())
+        return Encodings(ids, _spans(encodings, lengths), lengths)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turn tokens into their text, without special tokens."""
+        return "".join(self.stream((), ids))
+
+    def stream(self, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of `ids` as it grows after a prompt, in whole characters, special tokens left out."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        at_start = not any(map(self._bytes, prompt_ids))
+        for token_id in ids:
+            piece = self._bytes(token_id)
+            if at_start and piece:
+                # Encoding put this space in front of the whole text
+                piece = piece.removeprefix(b" ") if self._drops_first_space else piece
+                at_start = False
+            if text := utf8.decode(piece):
+                yield text
+        if rest := utf8.decode(b"", final=True):
+            yield rest
+
+    def _bytes(self, token_id: int) -> bytes:
+        """Return the UTF-8 that a token stands for: nothing for a special one, maybe part of a character."""
+        if added := self._added.get(token_id):
+            return b"" if added.special else added.content.encode()
+        token = self._backend.id_to_token(token_id) or ""  # an embedding may have more rows than there are tokens
+        if self._is_byte_level and BYTE_OF_CHARACTER.keys() >= set(token):
+            return bytes(BYTE_OF_CHARACTER[character] for character in token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace(SPACE, " ").encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Say which byte each character of a byte-level token stands for."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = sorted(set(range(256)) - set(shown))
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+
+def _spans(encodings: Sequence[tokenizers.Encoding], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the characters of each token, none for a bos or eos that was added."""
+    ends = chain.from_iterable(chain.from_iterable(encoding.offsets) for encoding in encodings)
+    spans = np.fromiter(ends, np.int32, 2 * lengths.sum()).reshape(-1, 2)
+    masks = chain.from_iterable(encoding.special_tokens_mask for encoding in encodings)
+    is_added = np.fromiter(masks, bool, lengths.sum())
+    is_first = np.zeros_like(is_added)
+    is_first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    for index in np.flatnonzero(is_added):
+        spans[index] = 0 if is_first[index] else spans[index - 1, 1]
+    return spans
+
+
+@contextmanager
+def _misfit_said(checkpoint_dir: Path) -> Iterator[None]:
+    """Say that files are not of one tokenizer, where a value is of another kind or names what is not there."""
+    try:
+        yield
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise LitLoraError(
+            f"the tokenizer's files in {checkpoint_dir} do not go together ({error}); download the checkpoint again"
+        ) from error

@@ -1,0 +1,1 @@
+"""Sampling tokens from a model with a KV cache."""

@@ -1,0 +1,1 @@
+"""Adapters: configuration, the LoRA layer, initializations, merging, and PEFT's files."""

@@ -1,0 +1,252 @@
+"""Adapter folders in PEFT's format: writing, reading, and matching an adapter with its base."""
+
+import json
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+from torch import Tensor
+
+from litlora.errors import LitLoraError
+from litlora.lora.config import LoRAConfig
+from litlora.lora.layer import add_lora, lora_parameters
+from litlora.models.checkpoint import DTYPES, fingerprint, first_three, load_model, open_safetensors
+from litlora.models.transformer import GPT
+from litlora.nn.nf4 import Quantization, quantization_of
+from litlora.utils.files import YAML_FAULTS, read_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PROMPT_STYLE = "prompt_style.yaml"
+FINAL = "final"  # in the folder of a run
+PREFIX = "base_model.model."
+BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
+FINGERPRINT = "base_sha256"
+# PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
+BASE, QUANTIZATION, START, MAKES_UP = "auto_mapping", "quantization_config", "lora_init", "fisher"
+# Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
+IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
+HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA …) change the base itself
+
+
+def is_adapter(directory: Path) -> bool:
+    """Tell an adapter directory from a checkpoint's."""
+    return (directory / CONFIG).is_file()
+
+
+def meant(out_dir: Path) -> str | None:
+    """Ask for the final adapter in the stead of the run's folder that holds it."""
+    return f"did you mean {out_dir / FINAL}?" if is_adapter(out_dir / FINAL) else None
+
+
+def write_adapter(
+    directory: Path, model: torch.nn.Module, lora: LoRAConfig, base_dir: Path, base_sha256: str, prompt_style: str
+) -> None:
+    """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on.
+
+    `base_sha256` is the fingerprint of the base.
+    """
+    quantization, start = quantization_of(model), {START: MAKES_UP} if lora.makes_up else {}
+    config = {
+        BASE: None if quantization is None else {QUANTIZATION: quantization.hub, **start},
+        "base_model_name_or_path": str(base_dir.resolve()),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.r,
+        "target_modules": lora.target_modules,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": lora.use_rslora,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
+    content = save(tensors, metadata={"format": "pt", FINGERPRINT: base_sha256})
+    (directory / WEIGHTS).write_bytes(_in_order(content))
+    style = yaml.safe_dump({"prompt_style": prompt_style}, allow_unicode=True)
+    (directory / PROMPT_STYLE).write_text(style, encoding="utf-8")
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sort the keys of a safetensors header, whose order is left to chance: equal adapters are equal files."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[start:]
+
+
+def read_lora_config(adapter_dir: Path) -> LoRAConfig:
+    """Read the shape and reach of an adapter; LitLoraError names a key that is not implemented."""
+    if not is_adapter(adapter_dir):
+        hint = f"train one with: litlora finetune_lora --out_dir {adapter_dir.parent}"
+        raise LitLoraError(f"no adapter in {adapter_dir} (expected {CONFIG}); {meant(adapter_dir) or hint}")
+    path = adapter_dir / CONFIG
+    config = read_json(path)
+    _refuse_what_is_not_implemented(path, config)
+    lora = LoRAConfig(
+        r=_number(path, config, "r", int),
+        lora_alpha=_number(path, config, "lora_alpha", int | float),
+        lora_dropout=0.0,  # acts in training only
+        target_modules=_target_modules(path, config.get("target_modules")),
+        use_rslora=config.get("use_rslora") is True,
+        makes_up=_of_base(config, START) == MAKES_UP,
+    )
+    _check_rank(path, lora.r)
+    return lora
+
+
+def _check_rank(path: Path, rank: int) -> None:
+    """Refuse a rank that no matrix of the adapter has, before layers of it take memory."""
+    handle = open_safetensors(path.with_name(WEIGHTS))
+    longest = max((max(handle.get_slice(name).get_shape(), default=0) for name in handle.keys()), default=0)  # noqa: SIM118
+    if rank > longest:
+        raise LitLoraError(f'{path} has "r": {rank}, but no matrix in {WEIGHTS} has so many rows or columns')
+
+
+def read_quantization(adapter_dir: Path) -> Quantization | None:
+    """Return how the base was quantized when the adapter was trained, or None where it was not, or is not said."""
+    hub = _of_base(read_json(adapter_dir / CONFIG), QUANTIZATION)
+    if hub is None:
+        return None
+    try:
+        return Quantization.from_hub(hub)
+    except LitLoraError as error:
+        raise LitLoraError(f"{adapter_dir} was trained on {error}") from error
+
+
+def _of_base(config: dict[str, Any], key: str) -> Any:
+    """Return what an adapter says of its base under a key, or None where it says nothing."""
+    base = config.get(BASE)
+    return base.get(key) if isinstance(base, dict) else None
+
+
+def _refuse_what_is_not_implemented(path: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise LitLoraError(f'{path} has "peft_type": {config.get("peft_type")!r}, but only LORA is implemented')
+    for key, value in config.items():
+        harmless = key in IMPLEMENTED | WITHOUT_EFFECT or value in NEUTRAL
+        if not harmless and not (key == "init_lora_weights" and value in HARMLESS_STARTS):
+            raise LitLoraError(f'{path} has "{key}": {value!r}, which litlora does not implement')
+
+
+def _number(path: Path, config: dict[str, Any], key: str, kind: Any) -> Any:
+    value = config.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise LitLoraError(f'{path} has "{key}": {value!r}, but it must be a number above 0')
+    return value
+
+
+def _target_modules(path: Path, value: object) -> tuple[str, ...] | str:
+    if value == "all-linear":
+        return r"model\.layers\..*"  # PEFT leaves the head out
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    if isinstance(value, str):
+        with suppress(re.error, OverflowError, RecursionError):
+            return re.compile(value).pattern
+    raise LitLoraError(
+        f'{path} has "target_modules": {value!r}, but it must be a list of layer names or a regular expression'
+    )
+
+
+def read_prompt_style(directory: Path) -> str | None:
+    """Return the prompt style that an adapter was trained on, or None where a folder does not say."""
+    path = directory / PROMPT_STYLE
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except YAML_FAULTS as error:
+        raise LitLoraError(f"{path} is not valid YAML") from error
+    if not isinstance(content, dict) or not isinstance(content.get("prompt_style"), str):
+        raise LitLoraError(f"{path} must hold one key, prompt_style, with a text")
+    return str(content["prompt_style"])
+
+
+def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None]:
+    """Tell base and adapter apart: a checkpoint is a base alone, an adapter has the given base or the one it names."""
+    if not is_adapter(directory):
+        if hint := meant(directory):
+            raise LitLoraError(f"{directory} is the folder of a run; {hint}")
+        if base_dir is not None:
+            raise LitLoraError(f"--base_dir ({base_dir}) goes with an adapter, but {directory} has no {CONFIG}")
+        return directory, None
+    named = read_json(directory / CONFIG).get("base_model_name_or_path") if base_dir is None else str(base_dir)
+    if not isinstance(named, str) or not Path(named).is_dir():
+        hint = "say where it is with --base_dir"
+        raise LitLoraError(f"the base of the adapter {directory} is not there ({named}); {hint}")
+    return Path(named), directory
+
+
+def load_with_adapter(
+    base_dir: Path,
+    adapter_dir: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> GPT:
+    """Load the model of a base, with an adapter if there is one."""
+    model = load_model(base_dir, dtype, device, quantization)
+    if adapter_dir is not None:
+        load_adapter(model, adapter_dir, base_dir)
+    return model
+
+
+def over_4_bits_alone(adapter_dir: Path) -> str:
+    """Say of an adapter that makes up for what 4 bits lose that nothing is lost elsewhere."""
+    return f"{adapter_dir} makes up for what 4 bits lose of its base (--lora_init fisher), and fits no other"
+
+
+def load_adapter(model: GPT, adapter_dir: Path, base_dir: Path) -> None:
+    """Add an adapter to the model of its base, strictly."""
+    lora = read_lora_config(adapter_dir)
+    if lora.makes_up and quantization_of(model) is None:
+        raise LitLoraError(f"{over_4_bits_alone(adapter_dir)}: pass --quantize bnb.nf4, or leave the flag out")
+    add_lora(model, lora)
+    load_matrices(model, adapter_dir, base_dir)
+
+
+def load_matrices(model: GPT, adapter_dir: Path, base_dir: Path) -> None:
+    """Fill the matrices of a model with LoRA from an adapter's."""
+    matrices = read_matrices(model, adapter_dir, base_dir)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            parameter.copy_(matrices[name])
+
+
+def read_matrices(model: GPT, adapter_dir: Path, base_dir: Path) -> dict[str, Tensor]:
+    """Read the matrices of an adapter, which must be exactly those of the model with LoRA, in name and shape."""
+    handle = open_safetensors(adapter_dir / WEIGHTS)
+    trained_on = (handle.metadata() or {}).get(FINGERPRINT)
+    if trained_on is not None and trained_on != fingerprint(base_dir):
+        hint = "name its own with --base_dir"
+        raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base_dir}; {hint}")
+    expected = {PREFIX + name: parameter.shape for name, parameter in lora_parameters(model).items()}
+    found = {name for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118
+    misfit = f"the adapter {adapter_dir} does not fit the base {base_dir}"
+    if found != set(expected) or not found:
+        others = sorted(name.removeprefix(PREFIX) for name in found ^ set(expected))
+        raise LitLoraError(f"{misfit}: they differ in {first_three(others) or 'every layer'}")
+    for name, shape in expected.items():
+        stored, short = handle.get_slice(name), name.removeprefix(PREFIX)
+        if tuple(stored.get_shape()) != shape:
+            raise LitLoraError(f"{misfit}: {short} is {tuple(stored.get_shape())}, not {tuple(shape)}")
+        if stored.get_dtype() not in DTYPES:
+            raise LitLoraError(
+                f"{misfit}: {short} is stored as {stored.get_dtype()}, not as one of {', '.join(DTYPES)}"
+            )
+    return {name.removeprefix(PREFIX): handle.get_tensor(name) for name in expected}

@@ -1,0 +1,123 @@
+"""Merging an adapter into its base, file by file, into a new checkpoint."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litlora.args import MergeLoraArgs
+from litlora.data.tokenizer import Tokenizer
+from litlora.errors import LitLoraError
+from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
+from litlora.lora.checkpoint import find_base, over_4_bits_alone, read_lora_config, read_matrices, read_quantization
+from litlora.lora.layer import add_lora, merged
+from litlora.models.checkpoint import (
+    Weights,
+    block_linears,
+    check_checkpoint,
+    open_safetensors,
+    read_hub_config,
+    weight_files,
+)
+from litlora.models.transformer import GPT
+from litlora.nn.nf4 import Quantization, dequantized
+from litlora.utils.files import check_writable, whole_directory
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def merge_adapter(args: MergeLoraArgs) -> None:
+    """Merge an adapter into its base and write the result as a checkpoint."""
+    lora = read_lora_config(args.checkpoint_dir)
+    if lora.makes_up and not args.dequantized_base:
+        raise LitLoraError(f"{over_4_bits_alone(args.checkpoint_dir)}: pass --dequantized_base true")
+    base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
+    check_writable(args.out_dir, "--out_dir")
+    if args.out_dir.exists():
+        raise LitLoraError(f"--out_dir ({args.out_dir}) is there already: choose another, or remove it")
+    model = check_checkpoint(base_dir)
+    quantized = quantized_weights(model, args.checkpoint_dir) if args.dequantized_base else {}
+    add_lora(model, lora)
+    adapter = Adapter(read_matrices(model, args.checkpoint_dir, base_dir), lora.scaling, quantized)
+    untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
+    with whole_directory(args.out_dir) as folder:
+        write_weights(folder, base_dir, adapter, untie)
+        write_config(folder, base_dir, untie)
+        for path in (*(base_dir / name for name in (GENERATION_CONFIG, *LICENCES)), *Tokenizer(base_dir).files):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    sys.stderr.write(f"merged checkpoint in {args.out_dir}\n")
+
+
+def quantized_weights(model: GPT, adapter_dir: Path) -> dict[str, Quantization]:
+    """Return which weights of the base were quantized when the adapter was trained, and how."""
+    quantization = read_quantization(adapter_dir)
+    if quantization is None:
+        hint = "leave the flag out"
+        raise LitLoraError(f"--dequantized_base: {adapter_dir} was not trained on a quantized base; {hint}")
+    return {f"{name}.weight": quantization for name in block_linears(model)}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The matrices of an adapter, by name, their factor, and what of its base is to be dequantized."""
+
+    matrices: dict[str, Tensor]
+    scaling: float
+    quantized: dict[str, Quantization]
+
+    def changes(self, weight: str) -> bool:
+        return self._name(weight, "A") in self.matrices
+
+    def merged(self, weight: str, base: Tensor) -> Tensor:
+        """Return the base's tensor of that name with the adapter's product added, where it has one."""
+        if weight in self.quantized:
+            base = dequantized(base, self.quantized[weight])
+        if not self.changes(weight):
+            return base
+        a, b = (self.matrices[self._name(weight, matrix)] for matrix in "AB")
+        return merged(base, a, b, self.scaling)
+
+    @staticmethod
+    def _name(weight: str, matrix: str) -> str:
+        return f"{weight.removesuffix('.weight')}.lora_{matrix}.weight"
+
+
+def write_weights(folder: Path, base_dir: Path, adapter: Adapter, untie: bool) -> None:
+    """Write the merged weights file by file as the base has them, so that one file is in memory at a time."""
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for path in weight_files(base_dir):
+        handle = open_safetensors(path)
+        tensors = {name: adapter.merged(name, handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
+        if untie and EMBEDDING in tensors and HEAD not in Weights(base_dir):
+            tensors[HEAD] = adapter.merged(HEAD, tensors[EMBEDDING])
+        save_tensors(tensors, folder / path.name)
+        weight_map |= dict.fromkeys(tensors, path.name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX, index)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # as which safetensors raises what the system refused
+        raise LitLoraError(f"cannot write {path.name} of the merged checkpoint: {error}") from error
+
+
+def write_config(folder: Path, base_dir: Path, untie: bool) -> None:
+    """Write the base's config; a head that was tied to the embedding and is changed is a tensor of its own now."""
+    config = read_hub_config(base_dir)
+    write_json(folder / CONFIG, config | {"tie_word_embeddings": False} if untie else config)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,107 @@
+"""Cross-entropy at supervised positions only, in chunks, without keeping logits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from litlora.cpu.onednn import grain
+
+IGNORE_INDEX = -100
+CHUNK = 256
+"""Rows of logits that exist at one time: enough for an efficient product."""
+CACHED, LAUNCHED = 2**20, 2**24
+"""Logits that become probabilities at one time: a CPU has them in its cache, and a GPU has few kernels to start."""
+
+
+def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies at the supervised positions, a float32 scalar.
+
+    hidden is (T, hidden), labels (T,) holds the id of the next token, or IGNORE_INDEX where none is supervised.
+    The gradients are computed along the way, chunk by chunk, so memory does not grow with T x vocabulary.
+    """
+    kept = labels != IGNORE_INDEX
+    hidden, labels = hidden[kept], labels[kept]
+    if not torch.is_grad_enabled():
+        return _summed(hidden, labels, head)
+    trainable = [p for p in head.parameters() if p.requires_grad]
+    loss: Tensor = _ChunkedLoss.apply(hidden, labels, head, *trainable)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _summed(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    chunks = zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
+    return torch.stack([_loss_and_gradient(_logits(rows, head), those)[0] for rows, those in chunks]).sum()
+
+
+def _logits(hidden: Tensor, head: nn.Module) -> Tensor:
+    """Return the head's outputs for a chunk, which is filled up where each number of rows would cost memory."""
+    more = -len(hidden) % grain(len(hidden), hidden.dtype, hidden.device)
+    logits: Tensor = head(F.pad(hidden, (0, 0, 0, more)))[: len(hidden)] if more else head(hidden)
+    return logits
+
+
+@torch.no_grad()
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the cross-entropies and its gradient, which takes the place of the logits in memory."""
+    logits = logits.detach()
+    rows = scored_at_once(len(logits), logits.shape[1], logits.device)
+    parts = zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
+    return torch.stack([_loss_of(*part) for part in parts]).sum(), logits
+
+
+def scored_at_once(rows: int, width: int, device: torch.device) -> int:
+    """Return of how many of these rows of logits there are probabilities, in float32, at one time."""
+    most = CACHED if device.type == "cpu" else LAUNCHED
+    return min(rows, max(1, most // width))
+
+
+def _loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of logits, and leave its gradient in their place."""
+    scores, picked = logits.float(), (torch.arange(len(labels), device=labels.device), labels)
+    short_of_highest = scores.amax(dim=-1) - scores[picked]
+    torch.softmax(scores, dim=-1, out=scores)
+    loss = (short_of_highest - scores.amax(dim=-1).log()).sum()  # the highest probability is 1 / sum(exp(x - highest))
+    scores[picked] -= 1
+    logits.copy_(scores)  # to itself, in float32
+    return loss
+
+
+def _chunk_gradients(
+    hidden: Tensor, labels: Tensor, head: nn.Module, sources: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of a chunk, and the gradients of its sources; its logits are gone before the next has any."""
+    with torch.enable_grad():
+        logits = _logits(hidden, head)
+    loss, logits_gradient = _loss_and_gradient(logits, labels)
+    return loss, list(torch.autograd.grad(logits, sources, logits_gradient))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trainable: nn.Parameter) -> Tensor:
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        gradients = [torch.zeros_like(p) for p in trainable]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            chunk = hidden[rows].detach().requires_grad_(hidden_gradient is not None)
+            sources = [chunk, *trainable] if hidden_gradient is not None else list(trainable)
+            loss, found = _chunk_gradients(chunk, labels[rows], head, sources)
+            total += loss
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = found.pop(0)
+            for gradient, part in zip(gradients, found, strict=True):
+                gradient += part
+        ctx.save_for_backward(hidden_gradient, *gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, *gradients = ctx.saved_tensors
+        scaled = None if hidden_gradient is None else hidden_gradient * scale.to(hidden_gradient.dtype)
+        return (scaled, None, None, *(g * scale for g in gradients))

@@ -1,0 +1,191 @@
+"""Linear layers whose frozen weight is stored in 4 bits (QLoRA, Dettmers et al. 2023), by bitsandbytes."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from litlora.cpu.matmul import frozen_linear
+from litlora.cpu.onednn import arithmetic
+from litlora.errors import LitLoraError
+
+BLOCK = 64
+"""Values that share a scale, which is their largest magnitude."""
+OUTER_BLOCK = 256
+"""Scales that share a scale of their own, under double quantization."""
+CHUNK = 2**17
+"""Values that are quantized at one time, so that what bitsandbytes computes on the way stays small."""
+OLDEST = "0.49"
+SINGLE, DOUBLE = NAMES = "bnb.nf4", "bnb.nf4-dq"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of the blocks are stored."""
+
+    name: str
+    """bnb.nf4, or bnb.nf4-dq where the scales are stored in 8 bits."""
+    dtype: torch.dtype
+    """Of the values that go in and come out."""
+
+    @property
+    def double(self) -> bool:
+        return self.name == DOUBLE
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """The same as the arguments of transformers' BitsAndBytesConfig."""
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.double,
+            "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_hub(cls, hub: object) -> Self:
+        """Read what `hub` gives."""
+        for name in NAMES:
+            for dtype in (torch.bfloat16, torch.float32):
+                if (found := cls(name, dtype)).hub == hub:
+                    return found
+        raise LitLoraError(f"a base that litlora cannot make: {hub}")
+
+
+@cache
+def import_bitsandbytes(flag: str) -> Any:
+    """Import bitsandbytes, which takes seconds, for the flag that needs it."""
+    hint = f"get it with: pip install 'bitsandbytes>={OLDEST}'"
+    try:
+        with _without_kernels_of_the_hub():
+            module = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise LitLoraError(f"{flag} needs bitsandbytes, which cannot be imported ({error}); {hint}") from error
+    found, least = ([int(part) for part in version.split(".")[:2]] for version in (module.__version__, OLDEST))
+    if found < least:
+        raise LitLoraError(f"{flag} needs bitsandbytes {OLDEST} or newer, not {module.__version__}; {hint}")
+    return module
+
+
+@contextmanager
+def _without_kernels_of_the_hub() -> Iterator[None]:
+    """Keep bitsandbytes from code of the Hub: where a CPU multiplies bfloat16, it imports some by the package kernels.
+
+    That is for products that are not used here, and without it bitsandbytes logs advice to install the package.
+    """
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, package = log.level, sys.modules.get("kernels")
+    log.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # whoever imports it is told that there is none
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        del sys.modules["kernels"]
+        if package is not None:
+            sys.modules["kernels"] = package
+
+
+class NF4Linear(nn.Module):
+    """A linear layer without bias whose weight is frozen and in NF4."""
+
+    def __init__(self, weight: Tensor, quantization: Quantization) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = NF4Weight(weight, quantization)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self.weight)
+
+
+class NF4Weight(nn.Module):
+    """A frozen weight (out, in): 16 levels, of which a byte holds two, and a float32 scale for each block.
+
+    The scales are kept as integers of the same bits, since a cast of the whole model must not reach them.
+    """
+
+    packed: nn.Parameter
+    scales: nn.Parameter
+    outer_scales: Tensor
+    mean_scale: Tensor
+
+    def __init__(self, weight: Tensor, quantization: Quantization) -> None:
+        super().__init__()
+        self.shape, self.quantization = weight.shape, quantization
+        packed, scales = _quantize(weight.to(quantization.dtype).flatten())
+        self.packed = nn.Parameter(packed, requires_grad=False)  # (out * in / 2,)
+        if not quantization.double:
+            self.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)  # (out * in / 64,)
+            return
+        mean = scales.mean()
+        scales, outer = _functional().quantize_blockwise(scales - mean, blocksize=OUTER_BLOCK)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.register_buffer("outer_scales", outer.absmax.view(torch.int32))
+        self.register_buffer("mean_scale", mean.view(torch.int32))
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return some rows as numbers again; the first row must begin with a block."""
+        start, stop, _ = (bound * self.shape[1] for bound in rows.indices(self.shape[0]))
+        assert start % BLOCK == 0
+        packed, scales = self.packed[start // 2 : -(-stop // 2)], self._scales()[start // BLOCK : -(-stop // BLOCK)]
+        # Where a CPU has no bfloat16, float32 gives the same bits in half the time of bitsandbytes' own.
+        dtype = arithmetic(self.quantization.dtype, packed.device)
+        # Threads share the rows of a shape, but bitsandbytes' AVX-512 code is wrong if they do not end with a block.
+        width = self.shape[1] if self.shape[1] % BLOCK == 0 else stop - start
+        shape = ((stop - start) // width, width)
+        numbers: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK, "nf4", shape, dtype)
+        return numbers.view(-1, self.shape[1]).to(self.quantization.dtype)
+
+    def times_row(self, x: Tensor) -> Tensor:
+        """Return x W^T for a single row x (1, in) on a GPU, which reads the weight as it is stored."""
+        scales, levels = self._scales(), _levels(x.device)
+        out: Tensor = torch.ops.bitsandbytes.gemv_4bit(x, self.packed, self.shape, scales, levels, BLOCK)
+        return out
+
+    def _scales(self) -> Tensor:
+        if not self.quantization.double:
+            return self.scales.view(torch.float32)
+        outer = self.outer_scales.view(torch.float32)
+        scales: Tensor = _functional().dequantize_blockwise(self.scales, absmax=outer, blocksize=OUTER_BLOCK)
+        return scales.add_(self.mean_scale.view(torch.float32))
+
+
+def _quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the packed levels of some values (n,), and the scales of their blocks."""
+    _functional()
+    parts = [
+        torch.ops.bitsandbytes.quantize_4bit(part, BLOCK, "nf4", torch.uint8) for part in torch.split(values, CHUNK)
+    ]
+    packed, scales = (torch.cat(some) for some in zip(*parts, strict=True))
+    return packed.flatten(), scales
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    levels: Tensor = _functional().get_4bit_type("nf4", device=device)
+    return levels
+
+
+def _functional() -> Any:
+    return import_bitsandbytes("a base in 4 bits").functional
+
+
+def dequantized(weight: Tensor, quantization: Quantization) -> Tensor:
+    """Return a weight (out, in) in its own dtype as it is once it has been in NF4."""
+    return NF4Weight(weight, quantization)[:].to(weight.dtype)
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """Return how the weights of a model's blocks are stored, or None where they are plain numbers."""
+    return next((module.quantization for module in model.modules() if isinstance(module, NF4Weight)), None)

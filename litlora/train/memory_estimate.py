@@ -1,0 +1,310 @@
+"""Peak memory of a run, estimated from the shapes of its network and of its longest micro-batch."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+from litlora.args import Precision
+from litlora.lora.config import LoRAConfig
+from litlora.lora.layer import LoRALinear, add_lora, lora_parameters
+from litlora.models.config import GPTConfig
+from litlora.models.transformer import GPT
+from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend
+from litlora.nn.linear import Linear
+from litlora.nn.loss import CHUNK, scored_at_once
+from litlora.nn.nf4 import BLOCK as NF4_BLOCK
+from litlora.nn.nf4 import DOUBLE, OUTER_BLOCK
+from litlora.train.optimizers import build_optimizer
+
+BFLOAT16 = 2  # bytes
+
+
+@dataclass(frozen=True)
+class Network:
+    """The shape of a model with its adapter, and the precision in which it is trained."""
+
+    config: GPTConfig
+    lora: LoRAConfig
+    precision: Precision
+    quantize: str | None
+    """bnb.nf4, bnb.nf4-dq, or None for a base in the run's precision."""
+    device: torch.device
+    shards: int = 1
+    """How many devices hold a part of the base each."""
+
+    def outline(self) -> GPT:
+        """Build the model with its adapter, without a single value."""
+        dtype = torch.bfloat16 if self.stream == BFLOAT16 else torch.float32
+        with torch.device("meta"):
+            gpt = GPT(self.config).to(dtype)
+            add_lora(gpt, self.lora)
+        return gpt
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a value that passes from block to block, and of a weight that is not quantized."""
+        return BFLOAT16 if self.precision == "bf16-true" else FLOAT32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a value that a linear layer of a block returns."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+
+    @property
+    def product(self) -> int:
+        """Bytes of such a value."""
+        return self.dtype.itemsize
+
+    @property
+    def upcasts(self) -> bool:
+        """Tell whether the products of the blocks are of bfloat16 and computed in float32."""
+        return self.backend.matmul_dtype(self.dtype) is not self.dtype
+
+    @property
+    def backend(self) -> Backend:
+        return backend(self.device)
+
+    @property
+    def attention(self) -> AttentionShape:
+        config = self.config
+        return AttentionShape(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.sliding_window
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through the network in the largest micro-batch, and what is kept of it."""
+
+    lengths: tuple[int, ...]
+    supervised: int
+    """How many of its tokens have a label."""
+    activation_checkpointing: bool = False
+    shared: tuple[int, ...] = ()
+    """How many keys each sequence has of others', as a MicroBatch has it."""
+    at_once: int = 1
+    """How many such micro-batches there are at a time."""
+
+    @property
+    def longest(self) -> int:
+        """The most keys that a query sees."""
+        return max(map(sum, self.spans))
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """How many keys each sequence has of others', and how many of its own."""
+        return tuple(zip_longest(self.shared, self.lengths, fillvalue=0))
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> dict[str, int]:
+    """Return the bytes of every part of the memory that training takes at its peak, beside Python's and torch's own."""
+    gpt = network.outline()
+    adapter = list(lora_parameters(gpt).values())
+    adapters, activations = sum(matrix.nbytes for matrix in adapter), activation_bytes(network, load)
+    # Those of a micro-batch come as its activations go, and are added to the sum once all are there.
+    beyond = max(0, adapters - activations) * load.at_once
+    mlp_bytes = load.tokens * network.product * network.config.intermediate_size
+    overheads = network.backend.memory_overheads(activations, mlp_bytes)
+    return {
+        **held_bytes(network, weight_bytes(gpt, network.quantize)),
+        "adapter, float32": adapters,
+        "its gradients": adapters + beyond,
+        "optimizer state": optimizer_bytes(optimizer, adapter),
+        "activations": activations * load.at_once,
+        "temporaries": temporary_bytes(network, load) * load.at_once,
+        **{name: size * load.at_once for name, size in overheads.items()},
+    }
+
+
+def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
+    """Return the bytes of the frozen weights: embedding, output head, norms, and the linear layers of the blocks."""
+    head = 0 if gpt.config.tie_word_embeddings else gpt.lm_head.weight.nbytes
+    modules = gpt.model.modules()
+    sizes = [module.weight.shape.numel() for module in modules if isinstance(module, Linear | LoRALinear)]
+    norms = [module.weight for module in gpt.modules() if isinstance(module, nn.RMSNorm)]
+    dtype = str(gpt.lm_head.weight.dtype).removeprefix("torch.")
+    stored = dtype if quantize is None else quantize.removeprefix("bnb.").upper()
+    return {
+        f"embedding, {dtype}": gpt.model.embed_tokens.weight.nbytes,
+        f"output head, {dtype}": head,
+        f"norms, {dtype}": sum(weight.nbytes for weight in norms),
+        f"linear layers, {stored}": sum(
+            size * gpt.lm_head.weight.itemsize if quantize is None else nf4_bytes(size, double=quantize == DOUBLE)
+            for size in sizes
+        ),
+    }
+
+
+def held_bytes(network: Network, weights: dict[str, int]) -> dict[str, int]:
+    """Return the bytes of the frozen weights of which a device has a part, and of what it gathers of them at a time.
+
+    That is what lies outside of the blocks, for the whole of a pass, and two blocks: one while the other is used.
+    """
+    if network.shards == 1:
+        return weights
+    *outside, blocks = weights.values()
+    gathered = sum(outside) + blocks * 2 // network.config.num_hidden_layers
+    return {name: -(-size // network.shards) for name, size in weights.items()} | {"gathered weights": gathered}
+
+
+def nf4_bytes(values: int, *, double: bool) -> int:
+    """Return the bytes of 4-bit values and their scales, which double quantization stores as bytes of their own."""
+    scales = -(-values // NF4_BLOCK)
+    return -(-values // 2) + (scales + FLOAT32 * -(-scales // OUTER_BLOCK) if double else FLOAT32 * scales)
+
+
+def optimizer_bytes(optimizer: str | dict[str, Any], matrices: Sequence[nn.Parameter]) -> int:
+    """Return the bytes that an optimizer keeps for matrices, by a real step on one of each shape."""
+    shapes = Counter(matrix.shape for matrix in matrices)
+    return sum(count * _state_bytes(optimizer, shape) for shape, count in shapes.items())
+
+
+def _state_bytes(optimizer: str | dict[str, Any], shape: torch.Size) -> int:
+    parameter = nn.Parameter(torch.zeros(shape))
+    parameter.grad = torch.zeros_like(parameter)
+    built = build_optimizer(optimizer, [parameter], lr=1e-3)
+    built.step()
+    return sum(value.nbytes for value in built.state[parameter].values() if isinstance(value, torch.Tensor))
+
+
+def activation_bytes(network: Network, load: Load) -> int:
+    """Return the bytes that the forward pass of a micro-batch leaves for its backward pass."""
+    config, width = network.config, network.config.hidden_size * network.stream
+    blocks = list(_blocks(network, load))
+    head = network.lora.targets("lm_head") * network.lora.r * (config.hidden_size + config.vocab_size) * FLOAT32
+    if not any(blocks):
+        return head  # whose gradient is there at once, and nothing below it needs one
+    if load.activation_checkpointing:
+        kept = load.tokens * (len(blocks) * width + _norm_width(network))
+    else:
+        kept = sum(blocks) + load.tokens * _angles_width(network)
+    return kept + load.supervised * width + load.tokens + head  # states with a label have a gradient, the others a mark
+
+
+def _blocks(network: Network, load: Load) -> Iterator[int]:
+    """Yield the bytes that each block keeps, the norm behind it included and the one before it not."""
+    stages = _stages(network, load)
+    flows = False  # whether a gradient goes back through what is computed so far
+    for layer in range(network.config.num_hidden_layers):
+        kept = 0
+        for stage in stages:
+            adapted = sum(network.lora.targets(f"model.layers.{layer}.{name}") for name in stage.layers)
+            if adapted or (flows and stage.keeps_input):
+                kept += load.tokens * stage.width * stage.size
+            kept += load.tokens * adapted * network.lora.r * FLOAT32
+            kept += flows * stage.cast_weights
+            flows = flows or adapted > 0
+            kept += flows * stage.behind
+        yield kept
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linear layers of a block with one input, and what is computed of their outputs until the next such."""
+
+    layers: tuple[str, ...]
+    width: int
+    """Values of a token in the input, which is kept if one of the layers is adapted."""
+    size: int
+    """Bytes of each of them."""
+    behind: int
+    """Bytes that are kept of what comes behind."""
+    cast_weights: int
+    """Bytes of the copies that mixed precision makes of the weights, kept if the input needs a gradient."""
+    keeps_input: bool = False
+    """Whether what computed the input keeps it for its own gradient, whether one of the layers is adapted or not."""
+
+
+def _stages(network: Network, load: Load) -> tuple[Stage, ...]:
+    config, stream, product = network.config, network.stream, network.product
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    norm, copied = load.tokens * _norm_width(network), BFLOAT16 if network.precision == "bf16-mixed" else 0
+    inside = 0 if network.upcasts else copied  # where the input is bfloat16 already, the weight is read as it is
+    qkv, gate_up = (heads + 2 * keys) * hidden, 2 * inner * hidden
+    return (
+        Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, _kept_of_attention(network, load), qkv * copied),
+        Stage(
+            _layers("self_attn", "o"),
+            heads,
+            product,
+            norm,
+            heads * hidden * inside,
+            network.backend.saves_attention_output(network.dtype),
+        ),
+        Stage(_layers("mlp", "gate", "up"), hidden, stream, load.tokens * 2 * inner * product, gate_up * copied),
+        Stage(_layers("mlp", "down"), inner, product, norm, inner * hidden * inside),
+    )
+
+
+def _layers(part: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{part}.{name}_proj" for name in names)
+
+
+def _kept_of_attention(network: Network, load: Load) -> int:
+    return network.backend.attention_saved_bytes(network.attention, load.spans, network.dtype)
+
+
+def _norm_width(network: Network) -> int:
+    """Return the bytes that a norm keeps of a token: its input and one number."""
+    return network.config.hidden_size * network.stream + FLOAT32
+
+
+def _angles_width(network: Network) -> int:
+    return 2 * network.config.head_dim * network.stream  # a cosine and a sine for each place, once for all blocks
+
+
+def temporary_bytes(network: Network, load: Load) -> int:
+    """Return the most bytes that exist beside the activations: for the loss of a chunk, or for a block's gradient."""
+    again = max(_blocks(network, load)) + load.tokens * _angles_width(network) if load.activation_checkpointing else 0
+    in_block = max(_mlp_bytes(network, load), _attention_bytes(network, load), _branch_bytes(network, load))
+    return max(_loss_bytes(network, load), again + in_block)
+
+
+def _loss_bytes(network: Network, load: Load) -> int:
+    """Return the bytes of a chunk of logits, and of some in float32, and of the states that have a label."""
+    config, rows = network.config, min(CHUNK, load.supervised)
+    wide = 0 if network.product == FLOAT32 else scored_at_once(rows, config.vocab_size, network.device)
+    logits = config.vocab_size * (rows * network.product + wide * FLOAT32)
+    cast = BFLOAT16 * config.vocab_size * config.hidden_size if network.precision == "bf16-mixed" else 0
+    return logits + cast + load.supervised * config.hidden_size * network.stream
+
+
+def _mlp_bytes(network: Network, load: Load) -> int:
+    """Return the bytes of three inner values' gradients, and of a weight as the arithmetic needs it."""
+    config = network.config
+    rows = network.backend.cast_rows(config.intermediate_size)
+    size = FLOAT32 if network.upcasts else network.product if network.quantize else 0
+    return (load.tokens * 3 * network.product * config.intermediate_size) + rows * size * config.hidden_size
+
+
+def _attention_bytes(network: Network, load: Load) -> int:
+    """Return the bytes of the gradients, and on a CPU of the scores of a block of queries, three at a time each."""
+    config, scores = network.config, network.backend.attention_score_bytes(network.attention, load.longest)
+    gradients = network.product * load.tokens * config.head_dim
+    return 3 * config.num_attention_heads * (scores + gradients)
+
+
+def _branch_bytes(network: Network, load: Load) -> int:
+    """Return the bytes of the widest adapted input in float32: as it is, behind its dropout, and its gradient."""
+    stages, targets = _stages(network, load), network.lora.targets
+    widths = [s.width for s in stages if any(targets(f"model.layers.0.{name}") for name in s.layers)]
+    return load.tokens * max(widths, default=0) * 3 * FLOAT32
+
+
+def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:
+    """Return lines of names and numbers: counts as they are, parts of the memory in 10^9 bytes, and their sum."""
+    rows = {name: f"{value:,}" for name, value in counts.items()}
+    rows |= {"memory, GB": ""} | {f"  {name}": f"{size / 1e9:.3f}" for name, size in parts.items()}
+    rows["peak memory, GB"] = f"{sum(parts.values()) / 1e9:.3f}"
+    left, right = max(map(len, rows)), max(map(len, rows.values()))
+    return "".join(f"{name:{left}}  {value:>{right}}".rstrip() + "\n" for name, value in rows.items())

@@ -1,0 +1,59 @@
+"""Optimizers of torch and bitsandbytes by name or class path."""
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from litlora.errors import LitLoraError
+from litlora.nn.nf4 import import_bitsandbytes
+
+# Those of bitsandbytes that go by their name alone, and whether their state moves to main memory when a GPU is full.
+PAGED = {"AdamW8bit": False, "PagedAdamW": True, "PagedAdamW8bit": True}
+
+
+def build_optimizer(optimizer: str | dict[str, Any], parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+    """Build an optimizer from its name in torch or bitsandbytes, or from its class_path and init_args."""
+    given: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
+    if not isinstance(given.get("class_path"), str) or given.keys() - {"class_path", "init_args"}:
+        raise LitLoraError(f"--optimizer ({optimizer}) must be a name, or class_path and init_args")
+    kind = _find(given["class_path"])
+    try:
+        return kind(parameters, **{"lr": lr, **(given.get("init_args") or {})})
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise LitLoraError(f"--optimizer {given['class_path']} refuses its init_args: {error}") from error
+
+
+def check_optimizer(optimizer: str | dict[str, Any], lr: float, device: torch.device) -> None:
+    """Refuse an optimizer that cannot be built or cannot take a step, by one step of a throw-away parameter."""
+    parameter = nn.Parameter(torch.zeros(2, 2, device=device))
+    built = build_optimizer(optimizer, [parameter], lr)
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        built.step()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise LitLoraError(f"--optimizer {type(built).__name__} cannot take a step: {error}") from error
+
+
+def _find(class_path: str) -> type[Optimizer]:
+    module, _, name = class_path.rpartition(".")
+    if class_path in PAGED:
+        import_bitsandbytes(f"--optimizer {name}")
+        module = "bitsandbytes.optim"
+    if name in PAGED and PAGED[name] and not torch.cuda.is_available():
+        hint = "and there is none here; choose AdamW8bit or AdamW"
+        raise LitLoraError(f"--optimizer {class_path} moves its state out of a full GPU, {hint}")
+    try:
+        kind = getattr(importlib.import_module(module or "torch.optim"), name, None)
+    except (ImportError, TypeError) as error:  # TypeError: a relative name
+        raise LitLoraError(f"--optimizer {class_path} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise LitLoraError(f"--optimizer {class_path} is not a torch optimizer, such as AdamW or torch.optim.SGD")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise LitLoraError(f"--optimizer {class_path} evaluates the loss several times a step, which is not supported")
+    return kind

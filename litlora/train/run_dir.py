@@ -1,0 +1,204 @@
+"""The output folder of a run: hyperparameters.yaml, metrics.csv, resumable checkpoints and the final adapter."""
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import yaml
+from torch import nn
+from torch.optim import Optimizer
+
+from litlora.args import FinetuneLoraArgs, plain
+from litlora.errors import LitLoraError
+from litlora.lora.checkpoint import write_adapter
+from litlora.lora.config import LoRAConfig
+from litlora.train.resume import BASE, Identity, newest_whole, whole
+from litlora.train.train_state import Progress, write_state
+from litlora.utils.files import failure_said, whole_directory, write_whole
+from litlora.utils.manifest import write_manifest
+
+METRICS = "metrics.csv"
+STEP = re.compile("[0-9]{1,18}")
+COLUMNS = (
+    "step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    args: FinetuneLoraArgs
+    lora: LoRAConfig
+    tokenizer_files: tuple[Path, ...]
+    identity: Identity
+
+    @property
+    def path(self) -> Path:
+        return self.args.out_dir
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def step(self, progress: Progress) -> Path:
+        """Return the folder of the present step."""
+        return self.path / f"step-{progress.step:06d}"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The step folders, the oldest first."""
+        return sorted((path for path in self.path.glob("step-*") if step_of(path)), key=step_of)
+
+    def check(self) -> Path | None:
+        """Return the checkpoint to start from, or None for a run from the start; nothing is created or removed.
+
+        Refuses a folder that holds another run, or no whole checkpoint of this one to go on with.
+        """
+        start = self._start()
+        if self.final.exists() and not self.args.overwrite:
+            hint = "choose another, or replace it by --overwrite true"
+            raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {hint}")
+        own = self.args.resume is True or self._is_own(start)
+        if (self.metrics.exists() or self.checkpoints) and not own and not self.args.overwrite:
+            hint = "choose another, go on with it by --resume true, or replace it by --overwrite true"
+            raise LitLoraError(f"--out_dir ({self.path}) holds a run already: {hint}")
+        if start is not None:
+            self.identity.check(start)
+        return start
+
+    def _start(self) -> Path | None:
+        if isinstance(self.args.resume, Path):
+            return whole(self.args.resume)
+        if not self.args.resume:
+            return None
+        if not self.checkpoints:
+            sys.stderr.write(f"there is no checkpoint in {self.path} yet: starting at the first step\n")
+            return None
+        return newest_whole(self.checkpoints)
+
+    def _is_own(self, start: Path | None) -> bool:
+        return start is not None and start.resolve().parent == self.path.resolve()
+
+    def open(self, start: Path | None, step: int) -> None:
+        """Remove what lies behind the start, and write the settings and a metrics.csv that ends there."""
+        for path in list(self.path.glob(".*.partial")):  # left by a killed run, for this one has the lock
+            remove(path)
+        for path in self.checkpoints:
+            if step_of(path) > step or not self._is_own(start):
+                remove(path)
+        if not self._is_own(start):
+            remove(self.final)
+        settings = plain(dataclasses.replace(self.args, resume=False, overwrite=False))
+        write_whole(
+            {
+                self.path / "hyperparameters.yaml": yaml.safe_dump(settings, sort_keys=False).encode(),
+                self.metrics: "".join(f"{row}\n" for row in rows_until(start, step)).encode(),
+            }
+        )
+
+    def log(self, **values: float | None) -> None:
+        """Append a row to metrics.csv, at once, so that a killed run keeps its log."""
+        path = self.metrics
+        with self._kept_said(), failure_said(path), path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
+
+    def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
+        """Save the adapter and all that an exact continuation needs, and return its folder."""
+        path = self.step(progress)
+        with self._kept_said(), whole_directory(path) as folder:
+            self._write_adapter(folder, model)
+            write_state(folder, optimizer, progress)
+            self.identity.write(folder)
+            write_manifest(folder)
+        self._keep_to_limit(progress.best.step)
+        return path
+
+    @contextmanager
+    def _kept_said(self) -> Iterator[None]:
+        """Add to what could not be written from where the run can go on."""
+        try:
+            yield
+        except LitLoraError as error:
+            if not self.checkpoints:
+                raise
+            hint = "mend that, and go on with the same command and --resume true"
+            raise LitLoraError(f"{error}; {self.checkpoints[-1]} is kept: {hint}") from error
+
+    def _keep_to_limit(self, best: int) -> None:
+        limit = self.args.train.save_total_limit
+        for path in self.checkpoints[:-limit] if limit else ():
+            if step_of(path) != best:
+                remove(path)
+
+    def save_final(self, model: nn.Module, report: dict[str, Any]) -> Path:
+        """Save the adapter with the report of the run, and return its folder."""
+        remove(self.final)
+        with self._kept_said(), whole_directory(self.final) as folder:
+            self._write_adapter(folder, model)
+            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return self.final
+
+    def _write_adapter(self, folder: Path, model: nn.Module) -> None:
+        base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]
+        write_adapter(folder, model, self.lora, base_dir, base_sha256, self.args.prompt_style)
+        for path in self.tokenizer_files:
+            shutil.copyfile(path, folder / path.name)
+
+
+class ReadOnlyRunFolder(RunFolder):
+    """The same folder for a process that leaves the writing to another."""
+
+    def open(self, start: Path | None, step: int) -> None:
+        """Leave it as it is."""
+
+    def log(self, **values: float | None) -> None:
+        """Leave the log to the one that writes."""
+
+    def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
+        """Return the folder that is being written."""
+        return self.step(progress)
+
+    def save_final(self, model: nn.Module, report: dict[str, Any]) -> Path:
+        """Return the folder that is being written."""
+        return self.final
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's folder is named after; 0 for another folder."""
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else 0
+
+
+def rows_until(start: Path | None, step: int) -> list[str]:
+    """Return the header of metrics.csv, and the rows that the run of a checkpoint has left up to its step."""
+    header = ",".join(COLUMNS)
+    metrics = None if start is None else start.parent / METRICS
+    if metrics is None or not metrics.is_file():
+        return [header]
+    rows = (row.split(",") for row in metrics.read_text(encoding="utf-8", errors="replace").splitlines())
+    whole_rows = (row for row in rows if len(row) == len(COLUMNS) and STEP.fullmatch(row[0]))
+    return [header, *(",".join(row) for row in whole_rows if int(row[0]) <= step)]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there, so that a folder is never seen in part."""
+    if not path.exists():
+        return
+    with failure_said(path):
+        doomed = path.with_name(f".{path.name.strip('.')}.{token_hex(4)}.partial")
+        path.rename(doomed)
+        shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()

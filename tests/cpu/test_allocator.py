@@ -1,0 +1,134 @@
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from litlora.cpu.allocator import GPUS, NO_CRUMBS, TUNABLES
+
+pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+PICO = Path(__file__).parents[2] / "checkpoints/pico"
+
+
+def say(code: str, *arguments: str, **environment: str) -> list[str]:
+    """Run a program, and return the lines that it prints."""
+    command, env = [sys.executable, "-c", code, *arguments], os.environ | environment
+    return subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+
+
+SUITED = """
+import ctypes, re
+from litlora.cpu.allocator import configure_for_training
+
+def heap():
+    found = re.search(r"^(\\w+)-(\\w+) .*\\[heap\\]$", open("/proc/self/maps").read(), re.MULTILINE)
+    return range(*(int(bound, 16) for bound in found.groups()))
+
+configure_for_training()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.free.argtypes = [ctypes.c_void_p]
+"""
+
+
+def test_a_thread_has_its_memory_of_the_one_heap():
+    code = """
+import threading
+places = []
+thread = threading.Thread(target=lambda: places.append(library.malloc(1000)))
+thread.start()
+thread.join()
+assert places[0] in heap(), (heap(), hex(places[0]))
+"""
+    say(SUITED + code)
+
+
+def test_large_tensors_are_of_the_heap_and_their_places_stay_there():
+    code = """
+places = [library.malloc(20_000_000) for _ in range(8)]
+print(all(place in heap() for place in places))
+for place in places:
+    library.free(place)
+print(places[-1] in heap())
+"""
+    assert say(SUITED + code) == ["True", "True"]
+
+
+def test_what_passes_leave_of_the_heap_is_filled_again():
+    code = """
+import ctypes
+from litlora.cpu import allocator as heap
+heap.GPUS = ()
+heap.restart_without_crumbs()
+import torch
+from litlora.models.config import GPTConfig
+from litlora.lora.config import LoRAConfig
+from litlora.lora.layer import add_lora
+from litlora.models.transformer import GPT
+counts = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+Info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in counts.split()]})
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Info
+torch.set_num_threads(1)
+gpt = GPT(GPTConfig(
+    vocab_size=200, hidden_size=48, intermediate_size=128, num_hidden_layers=40, num_attention_heads=6, head_dim=8,
+    num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
+    sliding_window=None, tie_word_embeddings=False,
+))
+add_lora(gpt, LoRAConfig(4, 16, 0.1, ("q_proj", "v_proj")))
+for length in 500, 400, 450, 500:
+    out = gpt(torch.arange(length) % 200, (length,))
+    info = library.mallinfo2()
+    out.sum().backward()
+    del out
+print(info.uordblks, info.fordblks)
+"""
+    kept, free = map(int, say(code)[0].split())
+    assert kept > 100e6
+    assert free < kept / 5  # more than a quarter with glibc as it is
+
+
+STARTS_AGAIN = """
+import os, sys
+from litlora.cpu import allocator as heap
+heap.GPUS = sys.argv[1:2]
+print(os.getpid(), flush=True)
+heap.restart_without_crumbs()
+print(sys.argv[1:], os.environ[heap.TUNABLES])
+"""
+USERS = "glibc.malloc.mxfast=64"
+
+
+def test_a_program_that_starts_again_is_the_same_but_for_its_heap():
+    first, second, line = say(STARTS_AGAIN, "/nowhere", "-m two", **{TUNABLES: USERS})
+    assert first == second
+    assert line == f"['/nowhere', '-m two'] {':'.join(NO_CRUMBS)}:{USERS}"
+
+
+def test_where_there_is_a_gpu_the_heap_stays_as_it_is():
+    _, line = say(STARTS_AGAIN, "/dev/null", **{TUNABLES: USERS})
+    assert line == f"['/dev/null'] {USERS}"
+
+
+def begins_again(arguments: Sequence[str]) -> bool:
+    """Tell whether a command gets a heap without crumbs, as its process shows while it runs."""
+    with subprocess.Popen([sys.executable, "-m", "litlora", *arguments], stderr=subprocess.DEVNULL) as program:
+        found = False
+        with suppress(ProcessLookupError):  # it has ended
+            while not found:
+                found = NO_CRUMBS[0].encode() in Path(f"/proc/{program.pid}/environ").read_bytes()
+        program.kill()
+    return found
+
+
+@pytest.mark.skipif(any(map(os.path.exists, GPUS)), reason="a GPU is there")
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["finetune_lora", "--checkpoint_dir", str(PICO), "--data_dir", "nowhere"], True),
+    (["generate", "--checkpoint_dir", "nowhere", "--prompt", "Hello"], False),
+])  # fmt: skip
+def test_training_alone_begins_with_a_heap_of_its_own(arguments, expected):
+    assert begins_again(arguments) is expected

@@ -1,0 +1,61 @@
+"""A process that imports torch once, and forks children per command line: real runs to be killed, without the wait.
+
+A line of stdin is a request: the arguments, the file for stderr, the bytes of address space beyond the present ones
+that a child may have, or null, and for each of the children, which run the same command, variables of its environment:
+GATE is the file that they wait for before the fourth step, LIMIT the signs of life after which they give one up,
+CORES how many threads torch is to have.
+A line with their process ids follows, and one with their exit codes. They show each other more often that they live,
+but do not give up sooner.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+import litlora.train.setup  # noqa: F401
+from litlora.__main__ import main
+from litlora.distributed import heartbeat
+from tests.helpers.gate import wait_at
+
+BEAT = 0.2
+
+
+def limit_memory(headroom: int) -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + headroom, resource.RLIM_INFINITY))
+
+
+def run(arguments: list[str], stderr: str, headroom: int | None, variables: dict[str, str]) -> int:
+    descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 2)
+    os.environ.update(variables)
+    heartbeat.BEAT, heartbeat.LIMIT = BEAT, int(variables.get("LIMIT", heartbeat.LIMIT / BEAT))
+    if "CORES" in variables:
+        torch.set_num_threads(int(variables["CORES"]))
+    if "GATE" in variables:
+        wait_at(Path(variables["GATE"]))
+    if headroom is not None:
+        limit_memory(headroom)
+    return main(arguments)
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        *command, places = json.loads(line)
+        Path(command[1]).write_bytes(b"")
+        children: list[int] = []
+        for variables in places:
+            children.append(os.fork())
+            if not children[-1]:
+                os._exit(run(*command, variables))
+        print(*children, flush=True)
+        codes = dict(os.wait() for _ in children)
+        print(*(os.waitstatus_to_exitcode(codes[child]) for child in children), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

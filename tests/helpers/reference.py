@@ -1,0 +1,28 @@
+"""The same computations by transformers and peft, which litlora must equal."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from litlora.nn.nf4 import Quantization
+
+
+def hugging_face(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager").eval()
+
+
+def in_4_bits(checkpoint: Path, quantization: Quantization, device: torch.device) -> PreTrainedModel:
+    # In training mode, since bitsandbytes rearranges its weights in evaluation where a CPU has AVX512-BF16.
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=quantization.dtype,
+        quantization_config=BitsAndBytesConfig(**quantization.hub),
+        attn_implementation="eager",
+        device_map={"": device},
+    ).train()
+
+
+def with_peft(checkpoint: Path, adapter: Path, *, trainable: bool = False) -> PeftModel:
+    return PeftModel.from_pretrained(hugging_face(checkpoint), adapter, is_trainable=trainable)

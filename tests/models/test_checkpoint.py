@@ -1,0 +1,215 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.families import FAMILIES, Family
+from helpers.reference import hugging_face
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from litlora.errors import LitLoraError
+from litlora.models import checkpoint as checkpoint_module
+from litlora.models.checkpoint import Weights, check_checkpoint, fingerprint, load_model, weight_files
+from litlora.models.transformer import GPT
+
+TIED = next(family for family in FAMILIES if family.keys.get("tie_word_embeddings"))
+
+
+@pytest.fixture(scope="module")
+def sharded(make_checkpoint) -> Path:
+    return make_checkpoint(FAMILIES[0], max_shard_size="20KB")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+@pytest.fixture
+def tied(checkpoints, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoints(TIED.name), tmp_path / "tied"))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> GPT:
+    return load_model(folder, dtype, torch.device("cpu"))
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def assert_same_weights(ours: GPT, theirs: torch.nn.Module) -> None:
+    expected = theirs.state_dict()
+    found = ours.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+        assert found[name].dtype is weight.dtype
+
+
+def test_the_weights_are_those_that_transformers_loads_to_the_bit(checkpoint):
+    assert_same_weights(load(checkpoint), hugging_face(checkpoint))
+
+
+def test_the_weights_of_many_files_are_those_of_one(sharded, tiny):
+    assert len(weight_files(sharded)) > 3
+    assert_same_weights(load(sharded), load(tiny))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_weights_take_the_dtype_that_is_asked_for(make_checkpoint, stored):
+    folder = make_checkpoint(FAMILIES[0], dtype=stored)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same_weights(load(folder, dtype), hugging_face(folder, dtype))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of memory maps")
+def test_weights_in_their_own_dtype_stay_in_the_memory_map_of_their_file(checkpoint, sharded):
+    for folder in (checkpoint, sharded):
+        model = load(folder)
+        maps = memory_maps(weight_files(folder))
+        for name, weight in model.state_dict().items():
+            assert any(start <= weight.data_ptr() < end for start, end in maps), name
+
+
+def memory_maps(files: list[Path]) -> list[tuple[int, int]]:
+    """Return where in this process's memory the files are mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    names = {str(path.resolve()) for path in files}
+    ranges = [line[0].split("-") for line in lines if line[-1] in names]
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
+
+
+def test_checking_a_checkpoint_holds_no_weight_in_memory(checkpoint):
+    model = check_checkpoint(checkpoint)
+    assert all(weight.is_meta for weight in model.state_dict().values())
+
+
+def test_a_head_that_is_tied_is_the_embedding(checkpoints, tied):
+    embedding = Weights(tied)["model.embed_tokens.weight"]
+    for stored in (False, True):
+        if stored:
+            change(tied, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+        assert ("lm_head.weight" in Weights(tied)) is stored
+        model = load(tied)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert_same_weights(model, hugging_face(checkpoints(TIED.name)))
+
+
+def test_a_stored_head_that_is_not_the_embedding_it_should_be_is_refused(tied):
+    head = Weights(tied)["model.embed_tokens.weight"].clone()
+    head[299, 31] += 1
+    change(tied, lambda tensors: tensors.update({"lm_head.weight": head}))
+    with pytest.raises(LitLoraError) as refused:
+        load(tied)
+    assert str(refused.value) == (
+        f'{tied}: config.json has "tie_word_embeddings": true, but lm_head.weight is not model.embed_tokens.weight; '
+        "take config.json and weights of one and the same model"
+    )
+
+
+def test_an_untied_head_must_be_stored(copy):
+    change(copy, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(LitLoraError, match=r"the weights lack lm_head\.weight;"):
+        load(copy)
+
+
+def test_rotary_frequencies_that_old_checkpoints_store_are_ignored(copy, tiny):
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
+    change(copy, lambda tensors: tensors.update(frequencies))
+    assert len(load_file(copy / "model.safetensors")) == len(Weights(copy)) + 2
+    assert_same_weights(load(copy), load(tiny))
+    assert torch.equal(load(copy).model.inv_freq, load(tiny).model.inv_freq)
+
+
+def test_a_tensor_in_two_files_is_refused(sharded, tmp_path):
+    folder = Path(shutil.copytree(sharded, tmp_path / "folder"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name, shard = next(iter(index["weight_map"].items()))
+    other = next(file for file in index["weight_map"].values() if file != shard)
+    save_file(load_file(folder / other) | {name: load_file(folder / shard)[name]}, folder / other)
+    with pytest.raises(LitLoraError) as refused:
+        load(folder)
+    assert str(refused.value) == f"{folder} holds the tensor {name} twice; download it again"
+
+
+@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[1]], ids=["one file", "many files"])
+def test_a_fingerprint_tells_any_single_byte_of_the_weights(family: Family, make_checkpoint, tmp_path):
+    folder = make_checkpoint(family, max_shard_size="20KB" if family is FAMILIES[1] else "5GB")
+    found = {fingerprint(folder)}
+    places = [(path, at) for path in weight_files(folder) for at in range(0, path.stat().st_size, 4999)]
+    assert len(places) > 20
+    for path, at in places:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        found.add(fingerprint(folder))
+        path.write_bytes(whole)
+    assert len(found) == len(places) + 1
+
+
+def test_a_fingerprint_is_the_same_for_a_copy_elsewhere(checkpoint, tmp_path):
+    assert fingerprint(Path(shutil.copytree(checkpoint, tmp_path / "copy"))) == fingerprint(checkpoint)
+
+
+def test_each_file_of_weights_is_opened_once(sharded, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        checkpoint_module, "safe_open", lambda path, **options: (opened.append(path), safe_open(path, **options))[1]
+    )
+    load(sharded)
+    assert sorted(opened) == weight_files(sharded)
+
+
+def test_shards_may_be_links_to_elsewhere_as_in_the_hubs_cache(sharded, tiny, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/main"
+    shutil.copytree(sharded, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert_same_weights(load(snapshot), load(tiny))
+
+
+def header_of(folder: Path) -> tuple[dict[str, dict[str, list[int]]], bytes]:
+    content = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda tensors: tensors["model.norm.weight"].update(data_offsets=[0, 2**62]),
+        lambda tensors: tensors["model.norm.weight"].update(data_offsets=[-8, 120]),
+        lambda tensors: tensors["model.norm.weight"].update(shape=[2**32, 2**32]),
+        lambda tensors: tensors["model.norm.weight"].update(shape=[31]),
+        lambda tensors: tensors["model.norm.weight"].update(dtype="F64"),
+        lambda tensors: tensors["model.norm.weight"].update(tensors["lm_head.weight"]),
+        lambda tensors: tensors["model.norm.weight"].update(
+            data_offsets=tensors["model.layers.0.input_layernorm.weight"]["data_offsets"]
+        ),
+        lambda tensors: tensors.pop("model.norm.weight"),
+    ],
+    ids=["beyond the end", "before the start", "overflow", "shape", "dtype", "same place", "overlap", "hole"],
+)
+def test_a_header_that_lies_about_sizes_is_refused(copy, lie):
+    tensors, data = header_of(copy)
+    lie(tensors)
+    header = json.dumps(tensors).encode()
+    (copy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(LitLoraError, match="is cut or not a safetensors file"):
+        load(copy)
+
+
+@pytest.mark.parametrize("length", [0, 2**31, 2**63, 2**64 - 1])
+def test_a_header_that_lies_about_its_own_length_is_refused(copy, length):
+    path = copy / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(LitLoraError, match="is cut or not a safetensors file"):
+        load(copy)

@@ -1,0 +1,220 @@
+import json
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from litlora.errors import LitLoraError
+from litlora.models.config import GPTConfig, Llama3Scaling
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+FACTORS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# The keys that the config.json of published models has, and their values.
+PUBLISHED = {
+    "Llama-1-7B": """{"architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu",
+"hidden_size": 4096, "intermediate_size": 11008, "initializer_range": 0.02, "max_sequence_length": 2048,
+"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": -1, "rms_norm_eps": 1e-06,
+"torch_dtype": "float16", "transformers_version": "4.27.0.dev0", "use_cache": true, "vocab_size": 32000}""",
+    "Llama-2-7B": """{"_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+"initializer_range": 0.02, "intermediate_size": 11008,
+"max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+"num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null,
+"tie_word_embeddings": false, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": true,
+"vocab_size": 32000}""",
+    "Llama-3.1-8B": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+"initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false,
+"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0,
+"high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+"tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "use_cache": true,
+"vocab_size": 128256}""",
+    "Llama-3.2-1B": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+"initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": false,
+"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
+"low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+"tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": true,
+"vocab_size": 128256}""",
+    "TinyLlama-1.1B": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 1,
+"eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632,
+"max_position_embeddings": 2048, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 22,
+"num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 10000.0,
+"tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.35.0", "use_cache": true,
+"vocab_size": 32000}""",
+    "SmolLM2-135M": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576,
+"initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true,
+"max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 9,
+"num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+"rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": true,
+"torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+"transformers_version": "4.42.3", "use_cache": true, "vocab_size": 49152}""",
+    "Mistral-7B-v0.1": """{"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+"hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+"max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+"num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+"tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": true,
+"vocab_size": 32000}""",
+    "Mistral-7B-v0.3": """{"architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+"eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+"max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+"num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null,
+"tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": true,
+"vocab_size": 32768}""",
+}
+
+
+def theirs(hub: dict[str, Any]) -> GPTConfig:
+    """Return the shape that transformers reads from the same config.json."""
+    config = AutoConfig.for_model(**json.loads(json.dumps(hub)))
+    rope = config.rope_parameters
+    scaling = Llama3Scaling(**{key: rope[key] for key in FACTORS}) if rope["rope_type"] == "llama3" else None
+    special = {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    special["sliding_window"] = getattr(config, "sliding_window", None)
+    names = GPTConfig.__dataclass_fields__.keys() - special.keys()
+    return GPTConfig(**{name: getattr(config, name) for name in names}, **special)
+
+
+@pytest.mark.parametrize("hub", [json.loads(text) for text in PUBLISHED.values()], ids=PUBLISHED)
+def test_the_config_of_a_published_model_is_read_as_transformers_reads_it(hub):
+    assert GPTConfig.from_hub(hub) == theirs(hub)
+
+
+@pytest.mark.parametrize("hub", [json.loads(text) for text in PUBLISHED.values()], ids=PUBLISHED)
+def test_a_config_that_transformers_has_rewritten_means_the_same(hub):
+    rewritten = json.loads(AutoConfig.for_model(**hub).to_json_string(use_diff=False))
+    assert rewritten["rope_parameters"]
+    assert GPTConfig.from_hub(rewritten) == GPTConfig.from_hub(hub)
+
+
+@pytest.mark.parametrize(
+    "hub",
+    [
+        {"model_type": "llama"},
+        {"model_type": "llama", "num_key_value_heads": None, "head_dim": None},
+        {"model_type": "mistral", "num_attention_heads": 16},
+        {"model_type": "mistral", "num_attention_heads": 16, "head_dim": None},
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+        {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 16},
+        {"model_type": "llama", "rope_theta": 5000},
+        {"model_type": "llama", "rope_theta": 5000.0, "rope_scaling": {"type": "llama3", **FACTORS}},
+        {"model_type": "llama", "rope_theta": 5000.0, "rope_scaling": {"rope_type": "llama3", **FACTORS}},
+        {"model_type": "llama", "rope_theta": 5000.0, "rope_scaling": {"rope_type": "default"}},
+        {"model_type": "llama", "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+        {"model_type": "llama", "rope_parameters": {"rope_theta": 5000.0, "rope_type": "llama3", **FACTORS}},
+        {"model_type": "llama", "rope_theta": 7.0, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+        {"model_type": "llama", "rope_scaling": {"type": "llama3", **FACTORS}, "rope_parameters": {"rope_theta": 7.0}},
+    ],
+    ids=str,
+)
+def test_what_a_config_leaves_unsaid_is_what_transformers_makes_of_it(hub):
+    assert GPTConfig.from_hub(TINY | hub) == theirs(TINY | hub)
+
+
+QUANTIZED = "take the checkpoint that it was made from, which --quantize can quantize"
+NOT_IMPLEMENTED = "this key is not implemented and may change the result"
+WHOLE = "it must be a whole number above 0"
+NUMBER = "it must be a number above 0"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("model_type", "gemma", "supported are llama, mistral"),
+        ("model_type", None, "supported are llama, mistral"),
+        ("model_type", ["llama"], "supported are llama, mistral"),
+        ("hidden_act", "gelu", 'only "silu" is implemented'),
+        ("attention_bias", True, "only false is implemented"),
+        ("mlp_bias", True, "only false is implemented"),
+        ("attention_dropout", 0.1, "only 0 is implemented"),
+        ("partial_rotary_factor", 0.5, "only 1 is implemented"),
+        ("rope_interleaved", True, "only false is implemented"),
+        ("sliding_window", 4096, "a model of the type llama has none"),
+        ("quantization_config", {"quant_method": "gptq"}, QUANTIZED),
+        ("auto_map", {"AutoConfig": "x.Y"}, NOT_IMPLEMENTED),
+        ("a_key_of_the_future", 0, NOT_IMPLEMENTED),
+        ("a_key_of_the_future", "", NOT_IMPLEMENTED),
+        ("num_attention_heads", 5, "without head_dim it must divide hidden_size (32)"),
+        ("num_key_value_heads", 3, "it must divide num_attention_heads (4)"),
+        ("num_key_value_heads", 8, "it must divide num_attention_heads (4)"),
+        ("head_dim", 7, "it must be even"),
+        ("vocab_size", 0, WHOLE),
+        ("hidden_size", -32, WHOLE),
+        ("num_hidden_layers", True, WHOLE),
+        ("intermediate_size", "48", WHOLE),
+        ("num_attention_heads", 4.0, WHOLE),
+        ("max_position_embeddings", 0, WHOLE),
+        ("head_dim", 0, WHOLE),
+        ("num_key_value_heads", 0, WHOLE),
+        ("rms_norm_eps", 0, NUMBER),
+        ("rms_norm_eps", "1e-6", NUMBER),
+        ("rope_theta", True, NUMBER),
+        ("rope_theta", -1.0, NUMBER),
+        ("tie_word_embeddings", 1, "it must be true or false"),
+        ("rope_scaling", "llama3", "it must be an object or null"),
+    ],
+)
+def test_a_value_that_is_not_implemented_is_refused_by_key_and_value(key, value, reason):
+    with pytest.raises(LitLoraError) as refused:
+        GPTConfig.from_hub(TINY | {"model_type": "llama", key: value})
+    written = json.dumps(value)
+    assert str(refused.value) == f'config.json has "{key}": {written}, which litlora does not support: {reason}'
+
+
+@pytest.mark.parametrize(
+    ("rope", "fault"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, '"rope_type": "linear"'),
+        ({"type": "dynamic", "factor": 2.0}, '"rope_type": "dynamic"'),
+        ({"rope_type": "yarn", "factor": 2.0}, '"rope_type": "yarn"'),
+        ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, '"rope_type": "longrope"'),
+        ({"rope_type": "of the future"}, '"rope_type": "of the future"'),
+        ({"rope_type": ["llama3"]}, '"rope_type": ["llama3"]'),
+        ({"rope_type": "default", "factor": 2.0}, '"factor": 2.0'),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, '"partial_rotary_factor": 0.5'),
+        ({"rope_type": "llama3", **FACTORS, "attention_factor": 1.0}, '"attention_factor": 1.0'),
+        ({"rope_type": "llama3", **FACTORS, "factor": "8"}, '"factor": "8"'),
+        ({"rope_type": "llama3", **FACTORS, "low_freq_factor": 4.0}, '"low_freq_factor": 4.0'),
+        ({"rope_type": "llama3", **FACTORS, "original_max_position_embeddings": 8192.0},
+         '"original_max_position_embeddings": 8192.0'),
+        ({"full_attention": {"rope_type": "default"}}, '"full_attention": {"rope_type": "default"}'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_rope_that_is_not_implemented_is_refused_by_key_and_value(key, rope, fault):
+    with pytest.raises(LitLoraError) as refused:
+        GPTConfig.from_hub(TINY | {"model_type": "llama", key: rope})
+    assert str(refused.value).startswith(f"config.json has {fault}, which litlora does not support: ")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "hidden_size"])
+def test_a_number_that_is_none_is_refused(key, number):
+    hub = TINY | {"model_type": "llama"} | json.loads(f'{{"{key}": {number}}}')
+    with pytest.raises(LitLoraError, match=f'^config.json has "{key}": {number}, '):
+        GPTConfig.from_hub(hub)
+
+
+@pytest.mark.parametrize("key", TINY)
+def test_a_size_that_is_missing_is_named(key):
+    with pytest.raises(LitLoraError) as refused:
+        GPTConfig.from_hub({"model_type": "llama"} | {name: size for name, size in TINY.items() if name != key})
+    assert str(refused.value) == f'config.json has no "{key}", without which the model cannot be built'
+
+
+def test_of_a_long_value_the_beginning_is_shown():
+    hub = {"quant_method": "bitsandbytes", "modules": [f"model.layers.{i}.mlp" for i in range(1000)]}
+    with pytest.raises(LitLoraError) as refused:
+        GPTConfig.from_hub(TINY | {"model_type": "llama", "quantization_config": hub})
+    shown = '"quantization_config": {"quant_method": "bitsandbytes", "modules": ["model.layers.0...'
+    assert str(refused.value) == f"config.json has {shown}, which litlora does not support: {QUANTIZED}"

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from helpers.reference import hugging_face
+from torch import nn
+
+from litlora.generation.sampler import Sampler
+from litlora.generation.session import generate
+from litlora.lora.config import LoRAConfig
+from litlora.lora.layer import add_lora
+from litlora.models.checkpoint import load_model
+from litlora.models.kv_cache import KVCache
+from litlora.models.transformer import GPT
+from litlora.nn.norm import RMSNorm
+from litlora.nn.swiglu import _SwiGLU
+
+LENGTHS = [11, 1, 40, 6]
+
+
+@pytest.fixture
+def model(checkpoint, device):
+    return load_model(checkpoint, torch.float32, device)
+
+
+def random_tokens(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(300, (length,), generator=generator) for length in lengths]
+
+
+def logits(model: GPT, tokens: torch.Tensor, lengths: list[int], cache: KVCache | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model.lm_head(model(tokens.to(model.lm_head.weight.device), lengths, cache)).cpu()
+
+
+def test_logits_of_sequences_end_to_end_equal_those_of_transformers_one_by_one(checkpoint, model):
+    sequences = random_tokens(*LENGTHS)
+    found = logits(model, torch.cat(sequences), LENGTHS).split(LENGTHS)
+    reference = hugging_face(checkpoint)
+    for tokens, ours in zip(sequences, found, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(ours, reference(tokens[None]).logits[0], atol=1e-5, rtol=2e-6)
+
+
+def test_logits_with_a_cache_equal_those_of_one_pass(model, device):
+    tokens = random_tokens(40)[0]
+    cache = KVCache(model.config, 40, torch.float32, device)
+    parts = [logits(model, part, [len(part)], cache) for part in tokens.split([9, 1, 1, 13, 1, 15])]
+    torch.testing.assert_close(torch.cat(parts), logits(model, tokens, [40]), atol=1e-5, rtol=2e-6)
+
+
+def test_greedy_tokens_equal_those_of_transformers(checkpoint, model):
+    prompt = random_tokens(9)[0]
+    ours = list(generate(model, prompt.tolist(), Sampler(), max_new_tokens=40, stop_ids=[]))
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    theirs = hugging_face(checkpoint).generate(prompt[None], attention_mask=torch.ones(1, 9), **settings)
+    assert ours == theirs[0, 9:].tolist()
+
+
+def test_greedy_tokens_are_the_same_without_a_cache(model):
+    tokens = random_tokens(9)[0].tolist()
+    ours = list(generate(model, tokens, Sampler(), max_new_tokens=20, stop_ids=[]))
+    for _ in range(20):
+        tokens.append(int(logits(model, torch.tensor(tokens), [len(tokens)])[-1].argmax()))
+    assert ours == tokens[9:]
+
+
+def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(checkpoint, device):
+    tokens = random_tokens(40)[0]
+    exact = logits(load_model(checkpoint, torch.float32, device), tokens, [40])
+    ours = logits(load_model(checkpoint, torch.bfloat16, device), tokens, [40])
+    with torch.no_grad():
+        theirs = hugging_face(checkpoint, torch.bfloat16)(tokens[None]).logits[0]
+    assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
+
+
+def test_the_gradient_of_the_gated_activation_is_exact():
+    gate, up = (torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))
+
+
+def test_activation_checkpointing_keeps_little_more_than_the_input_of_each_block(tiny):
+    model = load_model(tiny, torch.float32, torch.device("cpu"))
+    add_lora(model, LoRAConfig(2, 2, 0.1, ("q_proj", "down_proj")))
+    kept = {}
+    for on in (False, True):
+        model.model.activation_checkpointing = on
+        stored: dict[int, torch.Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.update({t.data_ptr(): t}) or t, lambda t: t):  # noqa: B023
+            model(torch.arange(60), [50, 10])
+        weights = {p.data_ptr() for p in model.parameters()}
+        kept[on] = sum(t.numel() for where, t in stored.items() if where not in weights)
+    assert kept[True] < kept[False] / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_is_that_of_torch_to_the_bit_and_its_gradient_that_of_float64(dtype):
+    torch.manual_seed(0)
+    norm, x, gradient = RMSNorm(100, 1e-5), torch.randn(7, 100).to(dtype), torch.randn(7, 100).to(dtype)
+    norm.to(dtype).requires_grad_(False).weight.copy_(torch.rand(100) + 0.5)
+    assert torch.equal(norm(x), nn.RMSNorm.forward(norm, x))
+    assert torch.equal(norm(x), torch.cat([norm(row) for row in x.split(1)]))
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    norm(ours).backward(gradient)
+    nn.RMSNorm.forward(norm.double(), theirs).backward(gradient.double())
+    torch.testing.assert_close(
+        ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5 if dtype is torch.float32 else 2**-7
+    )

@@ -1,0 +1,127 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from litlora.cpu import attention, onednn
+from litlora.cpu.attention import BLOCK, KEPT, _BlockedAttention
+from litlora.nn.attention import attend_within
+from litlora.nn.rope import rotate, turns
+
+LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
+APART = [(0, length) for length in LENGTHS]
+SHARED = [(0, BLOCK + 37), (BLOCK + 11, 1), (BLOCK + 12, 2 * BLOCK), (3, 20)]
+
+
+def problem(
+    n_head: int, n_kv: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", width: int = 16
+) -> list[torch.Tensor]:
+    """Return queries, keys, values and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(LENGTHS), n, width) for n in (n_head, n_kv, n_kv, n_head)]
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: list[tuple[int, int]], window: int | None
+) -> torch.Tensor:
+    """Return the attention of all positions under one mask that keeps the sequences apart, but for what they share."""
+    mask, start, path = torch.zeros(len(q), len(q), dtype=torch.bool), 0, []
+    for shared, own in spans:
+        path = [*path[:shared], *range(start, start + own)]
+        for place, row in enumerate(path[shared:], start=shared):
+            mask[row, path[max(0, place + 1 - (window or len(path))) : place + 1]] = True
+        start += own
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def outcome(
+    attention, tensors: list[torch.Tensor], window: int | None, spans: list[tuple[int, int]] = APART
+) -> list[torch.Tensor]:
+    *inputs, gradient = tensors
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    y = attention(*leaves, spans, window)
+    y.backward(gradient)
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
+@pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2), (3, 1)])
+def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head, n_kv, window, device):
+    tensors = problem(n_head, n_kv, device=device)
+    exact = outcome(plain, [t.double().cpu() for t in tensors], window)
+    for ours, reference in zip(outcome(attend_within, tensors, window), exact, strict=True):
+        torch.testing.assert_close(ours.double().cpu(), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
+@pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2)])
+def test_sequences_that_begin_alike_share_keys_whose_gradients_are_those_of_all(n_head, n_kv, window):
+    tensors = problem(n_head, n_kv)
+    exact = outcome(plain, [t.double() for t in tensors], window, SHARED)
+    for ours, reference in zip(outcome(attend_within, tensors, window, SHARED), exact, strict=True):
+        torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("width", [16, 20])
+def test_bfloat16_on_a_gpu_deviates_by_its_rounding_and_no_more(window, width):
+    tensors = [t[..., :1].expand(-1, -1, width) + t.repeat(1, 1, 2)[..., :width] for t in problem(6, 2)]
+    tensors = [t.to("cuda", torch.bfloat16) for t in tensors]
+    exact = outcome(plain, [t.double().cpu() for t in tensors], window)
+    for ours, reference in zip(outcome(attend_within, tensors, window), exact, strict=True):
+        assert (ours.double().cpu() - reference).norm() <= 2**-6 * reference.norm() + 1e-3
+
+
+def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_products_of_it(monkeypatch):
+    monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)
+    tensors = problem(6, 2, torch.bfloat16)
+    exact = outcome(attend_within, [t.float() for t in tensors], None)
+    for ours, reference in zip(outcome(attend_within, tensors, None), exact, strict=True):
+        assert torch.equal(ours, reference.bfloat16())
+
+
+@pytest.mark.parametrize("spans", [APART, SHARED], ids=["apart", "shared"])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("width", [16, 24])  # the root of one is a power of two
+def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(width, window, spans, monkeypatch):
+    monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", True)
+    tensors = problem(6, 2, torch.bfloat16, width=width)
+    exact, found = (outcome(attend_within, some, window, spans) for some in ([t.float() for t in tensors], tensors))
+    assert torch.equal(found[0], exact[0].bfloat16())  # only gradients are of such products
+    for ours, reference in zip(found, exact, strict=True):
+        deviation = (ours.float() - reference).norm() / reference.norm()
+        assert deviation < 2**-7  # twice the step from one bfloat16 number to the next
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 50])
+def test_probabilities_that_are_computed_again_are_those_that_are_kept(window, dtype, monkeypatch):
+    tensors, outcomes = problem(6, 2, dtype), []
+    for most in (KEPT, BLOCK + 20, 0):
+        monkeypatch.setattr(attention, "KEPT", most)
+        outcomes.append(outcome(attend_within, tensors, window, SHARED))
+    for others in outcomes[1:]:
+        assert all(map(torch.equal, others, outcomes[0]))
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_what_a_sequence_keeps_grows_with_its_length_alone(window):
+    def kept(length: int) -> int:
+        values: list[torch.Tensor] = []
+        leaves = [torch.randn(length, heads, 16, requires_grad=True) for heads in (6, 2, 2)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: values.append(t) or t, lambda t: t):
+            _BlockedAttention.apply(*leaves, [(0, length)], window).sum().backward()
+        return sum(t.numel() for t in values)
+
+    first, step = kept(2 * KEPT), kept(3 * KEPT) - kept(2 * KEPT)
+    assert first <= 2 * KEPT * (6 * KEPT + (6 + 2 + 2) * 16)
+    assert step == kept(4 * KEPT) - kept(3 * KEPT)
+
+
+def test_a_rotation_keeps_lengths_and_its_gradient_turns_back():
+    x = torch.randn(9, 3, 8, dtype=torch.float64, requires_grad=True)
+    rope = turns(torch.randn(9, 4, dtype=torch.float64), torch.float64)
+    torch.testing.assert_close(rotate(x, rope).norm(dim=-1), x.norm(dim=-1))
+    assert torch.autograd.gradcheck(lambda t: rotate(t, rope), x)

@@ -1,0 +1,253 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.families import WHOLE_BLOCKS, Family
+from helpers.reference import in_4_bits
+from peft import PeftModel
+from transformers import LlamaConfig
+
+from litlora.cpu import matmul
+from litlora.cpu.matmul import frozen_linear
+from litlora.errors import LitLoraError
+from litlora.lora.checkpoint import read_quantization, write_adapter
+from litlora.lora.config import TARGET_MODULES, LoRAConfig
+from litlora.lora.layer import add_lora, count, lora_parameters
+from litlora.models.checkpoint import block_linears, fingerprint, load_model
+from litlora.models.transformer import GPT, evaluating
+from litlora.nn.loss import supervised_loss
+from litlora.nn.nf4 import NAMES, NF4Weight, Quantization, import_bitsandbytes
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(3, 43)
+PRECISIONS = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def base(make_checkpoint) -> Path:
+    return make_checkpoint(WHOLE_BLOCKS, dtype=torch.bfloat16)
+
+
+@pytest.fixture(params=NAMES)
+def quantization(request) -> Quantization:
+    return Quantization(request.param, torch.float32)
+
+
+def adapted(base: Path, quantization: Quantization, switches: tuple[str, ...], device: torch.device = CPU) -> GPT:
+    """Return the quantized model with an adapter whose B is zero."""
+    model = load_model(base, quantization.dtype, device, quantization)
+    add_lora(model, lora_config(switches))
+    return model
+
+
+def lora_config(switches: tuple[str, ...]) -> LoRAConfig:
+    return LoRAConfig(4, 6, 0.0, tuple(module for switch in switches for module in TARGET_MODULES[switch]))
+
+
+def write_trained(folder: Path, model: GPT, switches: tuple[str, ...], base: Path) -> None:
+    """Write the adapter of a model, with a B that is not zero any more."""
+    torch.manual_seed(2)
+    for name, parameter in lora_parameters(model).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    write_adapter(folder, model, lora_config(switches), base, fingerprint(base), "alpaca")
+
+
+def logits(model: GPT) -> torch.Tensor:
+    return model.lm_head(model(TOKENS.to(model.lm_head.weight.device), [len(TOKENS)]))
+
+
+def levels_times_scales(weight: NF4Weight, scales: torch.Tensor) -> torch.Tensor:
+    """Return a weight by its definition."""
+    levels = bitsandbytes.functional.get_4bit_type("nf4", device=weight.device)
+    nibbles = torch.stack([weight.packed >> 4, weight.packed & 15], dim=-1).flatten()
+    numbers = levels[nibbles.int()] * scales.repeat_interleave(64)[: len(nibbles)]
+    return numbers.view(weight.shape).to(weight.quantization.dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("whole_blocks", [True, False])
+def test_levels_and_scales_are_those_of_transformers(name, dtype, whole_blocks, base, tiny, device):
+    quantization = Quantization(name, dtype)
+    checkpoint = base if whole_blocks else tiny
+    ours = load_model(checkpoint, dtype, device, quantization)
+    theirs = {
+        name: module.weight
+        for name, module in in_4_bits(checkpoint, quantization, device).named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+    }
+    assert list(theirs) == block_linears(GPT(ours.config))
+    for name, expected in theirs.items():
+        weight, state = ours.get_submodule(name).weight, expected.quant_state
+        assert torch.equal(weight.packed, expected.data.flatten())
+        scales = state.absmax
+        if quantization.double:
+            assert torch.equal(weight.scales, state.absmax)
+            scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        assert torch.equal(weight[:], levels_times_scales(weight, scales))
+        if whole_blocks:
+            assert torch.equal(weight[:], bitsandbytes.functional.dequantize_4bit(expected.data, state))
+
+
+def test_only_the_blocks_are_quantized(base, quantization):
+    plain, model = load_model(base, torch.float32, CPU), load_model(base, torch.float32, CPU, quantization)
+    kept = {name for name, parameter in model.named_parameters() if parameter.dtype is torch.float32}
+    assert kept == {n for n, _ in plain.named_parameters() if not n.endswith("_proj.weight")}
+    counts = [count(m.requires_grad_(False), trainable=False) for m in (plain, model)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(("name", "share"), [("bnb.nf4", 0.30), ("bnb.nf4-dq", 0.27)])
+def test_a_weight_takes_little_more_than_a_quarter_of_bfloat16(name, share):
+    weight = torch.randn(256, 1024)
+    stored = NF4Weight(weight, Quantization(name, torch.bfloat16))
+    assert sum(t.nbytes for t in stored.state_dict().values()) <= share * weight.bfloat16().nbytes
+
+
+def test_any_rows_that_begin_with_a_block_come_out_alone(quantization):
+    weight = NF4Weight(torch.randn(48, 40), quantization)
+    assert torch.equal(torch.cat([weight[:8], weight[8:40], weight[40:]]), weight[:])
+
+
+def test_a_product_in_slabs_is_that_with_the_whole_weight(quantization, monkeypatch):
+    monkeypatch.setattr(matmul, "STORED_SLAB", 64)
+    monkeypatch.setattr(matmul, "STORED_VALUES", 1)
+    torch.manual_seed(0)
+    weight, x = NF4Weight(torch.randn(200, 48), quantization), torch.randn(7, 48, requires_grad=True)
+    out = frozen_linear(x, weight)
+    out.square().sum().backward()
+    exact = x.detach().double().requires_grad_()
+    F.linear(exact, weight[:].double()).square().sum().backward()
+    torch.testing.assert_close(out.double(), F.linear(exact, weight[:].double()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=1e-4, rtol=1e-5)
+
+
+LOADING = """
+import re, sys
+from pathlib import Path
+import torch
+from litlora.models.checkpoint import load_model
+from litlora.nn.nf4 import Quantization
+from litlora.nn.nf4 import import_bitsandbytes
+
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+import_bitsandbytes("the test")
+quantization = Quantization("bnb.nf4", torch.bfloat16)
+load_model(Path(sys.argv[1]), torch.bfloat16, torch.device("cpu"), quantization)  # whatever is needed once
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = memory("VmRSS")
+model = load_model(Path(sys.argv[2]), torch.bfloat16, torch.device("cpu"), quantization)
+print(memory("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_loading_never_holds_more_than_the_quantized_model_and_two_tensors(base, make_checkpoint):
+    sizes = {"hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 6}
+    large = make_checkpoint(Family("large", LlamaConfig, sizes), dtype=torch.bfloat16)
+    done = subprocess.run([sys.executable, "-c", LOADING, base, large], capture_output=True, text=True)
+    grown, model = map(int, done.stdout.split())
+    bound = model + 2 * 768 * 4096 * 2 + 32e6  # which is what allocators keep for themselves
+    assert model < grown < bound < 0.7 * (large / "model.safetensors").stat().st_size
+
+
+def test_a_cast_of_the_model_leaves_the_scales_alone(tiny, quantization):
+    model = load_model(tiny, torch.float32, CPU, quantization)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before = weight[:]
+    model.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(weight[:], before)
+
+
+def test_logits_are_those_of_transformers_with_bitsandbytes(base, pico, quantization, device):
+    rounded = Quantization(quantization.name, torch.bfloat16)
+    for checkpoint in (base, pico):
+        with torch.no_grad():
+            theirs, roughly = (
+                in_4_bits(checkpoint, q, device)(TOKENS[None].to(device)).logits[0] for q in (quantization, rounded)
+            )
+            ours, ours_roughly = (logits(load_model(checkpoint, q.dtype, device, q)) for q in (quantization, rounded))
+            plain = logits(load_model(checkpoint, torch.float32, device))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        assert (plain - theirs).abs().max() > 0.1
+        assert (ours_roughly - theirs).norm() < 1.1 * (roughly - theirs).norm()  # of which all is rounding
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_the_network_that_trains_is_the_one_that_deploys_to_the_bit(base, tiny, quantization, dtype, device):
+    quantization = Quantization(quantization.name, dtype)
+    for checkpoint in (base, tiny):
+        model = adapted(checkpoint, quantization, tuple(TARGET_MODULES), device)
+        trained = logits(model.train())
+        with torch.no_grad(), evaluating(model):
+            deployed = logits(model)
+            bare = logits(load_model(checkpoint, dtype, device, quantization).requires_grad_(False))
+        assert trained.requires_grad
+        assert torch.equal(trained, deployed)
+        assert torch.equal(deployed, bare)
+
+
+@pytest.mark.parametrize("switches", [*((switch,) for switch in TARGET_MODULES), tuple(TARGET_MODULES)], ids="+".join)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_adapter_and_gradients_are_those_of_peft_over_the_same_base(base, switches, quantization, tmp_path, device):
+    model, tokens = adapted(base, quantization, switches, device), TOKENS.to(device)
+    write_trained(tmp_path, model, switches, base)
+    theirs = PeftModel.from_pretrained(in_4_bits(base, quantization, device), tmp_path, is_trainable=True)
+    expected = theirs(tokens[None]).logits[0]
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
+
+    labels = tokens.roll(-1)
+    supervised_loss(model(tokens, [len(tokens)]), model.lm_head, labels).backward()
+    F.cross_entropy(expected, labels, reduction="sum").backward()
+    gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    ours = {f"base_model.model.{name}": p.grad for name, p in lora_parameters(model).items()}
+    assert gradients.keys() == ours.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_an_adapter_remembers_the_base_it_was_trained_on(base, quantization, dtype, tmp_path):
+    quantization = Quantization(quantization.name, dtype)
+    write_trained(tmp_path, adapted(base, quantization, ("query",)), ("query",), base)
+    assert read_quantization(tmp_path) == quantization
+
+
+def test_without_bitsandbytes_the_flag_that_needs_it_is_named(monkeypatch):
+    import_bitsandbytes.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(LitLoraError, match=r"^--quantize bnb.nf4 needs bitsandbytes, which cannot be imported .*pip"):
+        import_bitsandbytes("--quantize bnb.nf4")
+
+
+def test_bitsandbytes_imports_no_code_of_the_hub_and_asks_for_none(tmp_path):
+    (tmp_path / "kernels.py").write_text("print('imported')\nget_kernel = print\n")
+    code = "from litlora.quantize import import_bitsandbytes as get; get('the test'); import kernels"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("imported\n", "")  # once, by the program itself
+
+
+def test_a_bitsandbytes_that_is_too_old_is_named(monkeypatch):
+    import_bitsandbytes.cache_clear()
+    monkeypatch.setattr(bitsandbytes, "__version__", "0.9.1")
+    with pytest.raises(LitLoraError, match=r"needs bitsandbytes 0\.49 or newer, not 0\.9\.1; get it with: pip install"):
+        import_bitsandbytes("--optimizer AdamW8bit")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_multiplies_one_row_with_the_weight_as_it_is_stored(name):
+    weight = NF4Weight(torch.randn(128, 256, device="cuda"), Quantization(name, torch.bfloat16))
+    x = torch.randn(1, 256, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        torch.testing.assert_close(frozen_linear(x, weight), x @ weight[:].T, atol=0.5, rtol=2**-6)

@@ -1,0 +1,154 @@
+"""The benchmark: what litlora's part reports, what counts as the same work, and how the table is made of it."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from benchmarks import peft
+from benchmarks.__main__ import measurement_of
+from benchmarks.cases import LITGPT, LITLORA, Case
+from benchmarks.environments import Environments, ProgramError, do
+from benchmarks.inputs import lay_ready
+from benchmarks.jobs import NEW_TOKENS, PROMPT_TOKENS, Job, Products, Result
+from benchmarks.measuring import DisagreementError, Measurement, compare, measure
+from benchmarks.table import section
+from transformers import AutoModelForCausalLM
+
+from litlora.data.batching import Samples, join
+from litlora.data.encoding import encode
+from litlora.data.examples import read_examples
+from litlora.data.tokenizer import Tokenizer
+from litlora.models.checkpoint import block_linears, load_model
+from litlora.models.transformer import GPT
+from litlora.nn.loss import supervised_loss
+from litlora.nn.nf4 import Quantization
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(sys.executable)
+
+
+@pytest.fixture
+def work(tmp_path):
+    lay_ready(tmp_path / "work", ROOT / "checkpoints/pico", ROOT / "data/pico", 8)
+    return tmp_path / "work"
+
+
+def result(seconds, **values):
+    return Result(**{"seconds": seconds, "tokens": 100, "memory_gb": 1.0, "versions": {}} | values)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_litlora_trains_on_the_rows_in_the_order_of_the_file(work, quantized):
+    job = Job("train", "32-true", str(work), rows=8, quantized=quantized)
+    found = Result(**do(job, PYTHON, "litlora"))
+    tokenizer = Tokenizer(work / "checkpoint")
+    examples = read_examples(work / "data/train.jsonl")
+    style = tokenizer.prompt_style("alpaca")
+    samples = list(Samples(encode(examples, tokenizer, style, mask_prompt=True), max_seq_length=512))
+    nf4 = Quantization("bnb.nf4", torch.float32) if quantized else None
+    base = load_model(work / "checkpoint", torch.float32, torch.device("cpu"), nf4)
+    with torch.no_grad():
+        batches = [join(samples[:4]), join(samples[4:])]
+        sums = [supervised_loss(base(b.tokens, b.lengths), base.lm_head, b.labels) for b in batches]
+    losses = [loss.item() / batch.supervised for loss, batch in zip(sums, batches, strict=True)]
+    assert found.losses[0] == pytest.approx(losses[0], rel=1e-5)  # of the base, since the adapter is untrained
+    assert found.losses[1] == pytest.approx(losses[1], rel=1e-2)
+    assert (found.tokens, found.supervised) == (sum(len(s.tokens) for s in samples), sum(b.supervised for b in batches))
+    assert found.seconds > 0
+    assert found.memory_gb > 0.1
+    assert found.versions["torch"] == torch.__version__
+
+
+def test_a_case_goes_on_without_a_program_that_is_not_there(work):
+    case = Case("generate-32", "generate", "32-true", (LITLORA, LITGPT))
+    environments = Environments({"litlora": PYTHON}, {"litgpt": "no such wheel"})
+    measurement = measure(case, Job("generate", "32-true", str(work)), environments, repetitions=1)
+    (found,) = measurement.results["litlora"]
+    model = AutoModelForCausalLM.from_pretrained(work / "checkpoint", dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    prompt = torch.tensor([found.ids[:PROMPT_TOKENS]])
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert found.ids == expected[0].tolist()
+    assert measurement.missing == {"litgpt": "no such wheel"}
+    assert "litgpt: no such wheel." in section(case.name, measurement)
+
+
+def test_peft_trains_over_the_same_base_in_4_bits(work):
+    job = Job("train", "32-true", str(work), rows=8, quantized=True)
+    nf4 = Quantization("bnb.nf4", torch.float32)
+    base = load_model(job.checkpoint, torch.float32, torch.device("cpu"), nf4)
+    theirs = [m.weight for m in peft.load(job).modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    ours = [base.get_submodule(name).weight for name in block_linears(GPT(base.config))]
+    assert all(torch.equal(a.packed, b.data.flatten()) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_program_that_fails_says_why_in_its_last_line(work):
+    with pytest.raises(ProgramError, match="KeyError: 'convert'"):
+        do(Job("convert", "32-true", str(work)), PYTHON, "products")
+
+
+def test_all_programs_take_the_tokenizer_file_as_it_stands(work):
+    settings = json.loads((work / "checkpoint/tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("rows", [0, 6, 100_000])
+def test_a_number_of_rows_that_makes_no_whole_steps_is_refused(rows, tmp_path):
+    with pytest.raises(ProgramError, match=rf"--rows \({rows}\) must be a multiple of 4 and at most the rows of"):
+        lay_ready(tmp_path / "work", ROOT / "checkpoints/pico", ROOT / "data/pico", rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "precision", "complaint"),
+    [
+        ({"tokens": 101}, "bf16-true", "the number of tokens"),
+        ({"supervised": 1}, "bf16-true", "the number of tokens"),
+        ({"losses": [2.001, 1.0]}, "32-true", "the losses of the steps"),
+        ({"losses": [2.0, 1.1]}, "32-true", "the losses of the steps"),
+        ({"losses": [2.0, float("nan")]}, "32-true", "the losses of the steps"),
+        ({"losses": [2.0]}, "32-true", "the losses of the steps"),
+        ({"ids": [7] * 65}, "bf16-true", "the tokens of the prompt"),
+        ({"ids": [1] * 64 + [7]}, "32-true", "the tokens that are generated"),
+    ],
+)
+def test_programs_that_did_not_do_the_same_are_refused(change, precision, complaint):
+    ours = result(1.0, supervised=50, losses=[2.0, 1.0], ids=[1] * 65)
+    compare("litlora", ours, "litgpt", replace(ours, seconds=9.0), precision)
+    with pytest.raises(DisagreementError, match=f"litlora and litgpt disagree on {complaint}"):
+        compare("litlora", ours, "litgpt", replace(ours, **change), precision)
+
+
+def test_what_is_random_or_rounded_may_differ_a_little():
+    ours = result(1.0, losses=[2.0, 1.0], ids=[1] * 65)
+    compare("litlora", ours, "litgpt", replace(ours, losses=[2.01, 1.01], ids=[1] * 64 + [7]), "bf16-true")
+
+
+def test_the_table_of_training_shows_medians_spread_ratios_and_the_limit():
+    seconds = {"litlora": (2.0, 1.0, 4.0), "litgpt": (6.0, 8.0, 5.0)}
+    results = {name: [result(s, supervised=50, losses=[1.0] * 4) for s in times] for name, times in seconds.items()}
+    results["litgpt"] = [replace(r, memory_gb=m) for r, m in zip(results["litgpt"], (2, 3, 9), strict=True)]
+    products = [Products(rate=1e3, block_parameters=2, head_parameters=1)]  # 4 * (2 * 100 + 1 * 50) / 1000 = 1 second
+    text = section("train-32", Measurement("Training", "train", "32-true", 64, results, products))
+    assert "64 rows with 100 tokens, 50 of them supervised, repetitions: 3; the limit is 1.0 s" in text
+    assert "| litlora | 2.0 (1.0 to 4.0) | 1.00 | 50.0 (25.0 to 100.0) | 1.00 | 50% |" in text
+    assert "| litgpt | 6.0 (5.0 to 8.0) | 3.00 | 16.7 (12.5 to 20.0) | 3.00 | 17% |" in text
+
+
+def test_the_table_of_generation_counts_the_tokens_before_the_first_that_differs():
+    ours, theirs = [5] * (PROMPT_TOKENS + 4), [5] * (PROMPT_TOKENS + 2) + [6, 5]
+    results = {"litlora": [result(2.0, ids=ours)], "transformers": [result(4.0, ids=theirs)]}
+    results["litlora --compile"] = [result(1.0, ids=ours, compile_seconds=9.0)]
+    text = section("generate-bf16", Measurement("Generation", "generate", "bf16-true", 64, results))
+    assert "| litlora | 50.0 (50.0 to 50.0) | 1.00 | 1.00 | 4 |" in text
+    assert "| transformers | 25.0 (25.0 to 25.0) | 2.00 | 1.00 | 2 |" in text
+    assert "first compiles for 9.0 s, which are won back after 900 tokens." in text  # 9 s / (1 s saved in 100 tokens)
+
+
+def test_measurements_are_read_back_as_they_were_written():
+    measurement = Measurement("Training", "train", "32-true", 64, {"litlora": [result(1.0)]}, [Products(1.0, 2, 3)])
+    assert measurement_of(json.loads(json.dumps(asdict(measurement)))) == measurement

@@ -1,0 +1,44 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import make_random_checkpoint
+import memory_table
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from litlora.models.checkpoint import load_config, load_model
+
+SIZES = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+TINY = replace(memory_table.config("7B (Llama 2)"), **SIZES, **HEADS)
+
+
+@pytest.fixture
+def made(tmp_path, pico) -> Path:
+    make_random_checkpoint.make(tmp_path / "made", TINY, pico)
+    return tmp_path / "made"
+
+
+def test_the_checkpoint_has_the_shape_that_is_asked_for(made):
+    assert load_config(made) == TINY
+    assert len(list(made.glob("*.safetensors"))) == TINY.num_hidden_layers + 3
+    index = json.loads((made / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    model = load_model(made, torch.bfloat16, torch.device("cpu"))
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in model.parameters())
+    for name, weight in model.named_parameters():
+        assert weight.detach().float().std() == pytest.approx(0.0 if "norm" in name else 0.02, rel=0.1)
+
+
+def test_transformers_loads_it_with_nothing_left_over(made):
+    ours = load_model(made, torch.bfloat16, torch.device("cpu"))
+    theirs, report = AutoModelForCausalLM.from_pretrained(made, output_loading_info=True)
+    assert not any(report.values())
+    assert all(torch.equal(weight, ours.get_parameter(name)) for name, weight in theirs.named_parameters())
+
+
+def test_the_same_shape_gives_the_same_files(made, tmp_path, pico):
+    make_random_checkpoint.make(tmp_path / "again", TINY, pico)
+    for path in made.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()

@@ -1,0 +1,32 @@
+"""What README says of many GPUs on paper is computed, from the bytes that a run sends."""
+
+from pathlib import Path
+
+import pytest
+import scaling
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_readme_is_the_computed_one(capsys):
+    scaling.main()
+    assert capsys.readouterr().out in README
+
+
+def test_a_global_batch_is_enough_from_the_one_on_that_is_said():
+    for training in scaling.TRAININGS[::2]:
+        for cluster in scaling.CLUSTERS:
+            share = scaling.enough(training, cluster) // cluster.gpus
+            assert scaling.used(training, cluster, share) >= scaling.USED - 1e-9
+            assert share == 1 or scaling.used(training, cluster, share - 1) < scaling.USED
+
+
+def test_what_is_computed_and_sent_for_a_model_that_is_counted_by_hand():
+    training = scaling.Training("7B (Llama 2)", "bfloat16", "query, value")
+    matrices = 32 * 2 * 2 * 8 * 4096
+    frozen = 6_738_415_616 - 32000 * 4096
+    assert training.gradients(8) == 4 * matrices * 2 * 7 / 8
+    assert training.weights(8) == 0
+    assert training.example == pytest.approx(200 * (4 * frozen + 6 * matrices) / 400e12)
+    shared = scaling.Training("7B (Llama 2)", "bfloat16", "query, value", is_shared=True)
+    assert shared.weights(8) == 2 * 2 * 6_738_415_616 * 7 / 8

@@ -1,0 +1,191 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from litlora.__main__ import COMMANDS, build_parser, main
+from litlora.cli import in_order
+
+NEEDED = ["--checkpoint_dir", "base", "--data_dir", "data"]
+TOKEN = "hf_sEcReTsEcReTsEcReT"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """Make an empty folder the present one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(text: str, name: str = "run.yaml") -> str:
+    Path(name).write_text(text, encoding="utf-8")
+    return name
+
+
+def settings(*flags: str) -> Any:
+    """Return what finetune_lora is told by these flags."""
+    return build_parser().parse_args(in_order(["finetune_lora", *NEEDED, *flags])).finetune_lora
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config", "run.yaml", "--lora_r", "5"],
+        ["--lora_r", "5", "--config", "run.yaml"],
+        ["--lora_r=5", "--config=run.yaml"],
+        ["--config", "run.yaml", "--lora_r", "4", "--lora_r", "5"],
+    ],
+    ids=" ".join,
+)
+def test_a_flag_beats_the_file_wherever_it_stands(flags):
+    write("lora_r: 3\nlora_alpha: 7\ntrain:\n  epochs: 2\n")
+    found = settings(*flags)
+    assert (found.lora_r, found.lora_alpha, found.train.epochs) == (5, 7, 2)
+
+
+def test_a_config_before_the_command_counts_too():
+    write("lora_r: 3\n")
+    arguments = in_order(["--config", "run.yaml", "finetune_lora", *NEEDED])
+    assert build_parser().parse_args(arguments).finetune_lora.lora_r == 3
+
+
+def test_a_flag_of_a_group_leaves_the_rest_of_the_group_in_the_file():
+    write("train:\n  epochs: 2\n  max_steps: 9\n")
+    found = settings("--train.epochs", "4", "--config", "run.yaml")
+    assert (found.train.epochs, found.train.max_steps) == (4, 9)
+
+
+def test_of_several_files_the_last_wins():
+    files = ["--config", write("lora_r: 3\nlora_alpha: 7\n", "a.yaml"), "--config", write("lora_r: 4\n", "b.yaml")]
+    found = settings(*files)
+    assert (found.lora_r, found.lora_alpha) == (4, 7)
+
+
+@pytest.mark.parametrize("text", ["", "# lora_r: 3\n"])
+def test_a_file_without_settings_changes_nothing(text):
+    assert settings("--config", write(text)) == settings()
+
+
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9, "nesterov": False}}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer.class_path", "torch.optim.SGD", "--optimizer.init_args.momentum", "0.9",
+         "--optimizer.init_args.nesterov", "false"],
+        ["--optimizer.class_path=torch.optim.SGD", "--optimizer.init_args.momentum=0.9",
+         "--optimizer.init_args.nesterov=False"],
+        ["--optimizer.init_args.momentum=9e-1", "--optimizer.init_args.nesterov=no", "--optimizer.class_path",
+         "torch.optim.SGD"],
+        ["--optimizer", "torch.optim.SGD", "--optimizer.init_args.momentum", "0.9", "--optimizer.init_args.nesterov",
+         "false"],
+        ["--optimizer=torch.optim.SGD", "--lora_r", "4", "--optimizer.init_args.momentum", ".9",
+         "--optimizer.init_args.nesterov", "false"],
+        ["--optimizer", '{"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9, "nesterov": false}}'],
+        ["--optimizer={class_path: torch.optim.SGD, init_args: {momentum: 9e-1, nesterov: false}}"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["lora_r: 4", "optimizer: Adam", "optimizer:\n  class_path: torch.optim.SGD\n  init_args: {momentum: 0.5}"],
+)
+def test_an_optimizer_is_the_same_in_every_spelling_and_over_every_file(text, flags):
+    assert settings("--config", write(text), *flags).optimizer == SGD
+
+
+@pytest.mark.parametrize(
+    ("text", "optimizer"),
+    [
+        ("optimizer: SGD", "SGD"),
+        ("optimizer: {class_path: SGD, init_args: {lr: 1e-3, momentum: 1}}",
+         {"class_path": "SGD", "init_args": {"lr": 0.001, "momentum": 1}}),
+        ("lora_r: 4", "AdamW"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_in_the_file_is_a_name_or_a_mapping(text, optimizer):
+    assert settings("--config", write(text)).optimizer == optimizer
+
+
+def test_optimizer_flags_go_on_top_of_the_file_as_the_parser_reads_its_numbers():
+    text = "optimizer:\n  class_path: torch.optim.AdamW\n  init_args:\n    eps: 1e-7\n    betas: [0.9, 0.99]\n"
+    found = settings("--optimizer.init_args.weight_decay", "1e-2", "--config", write(text)).optimizer
+    assert found["init_args"] == {"eps": 1e-7, "betas": [0.9, 0.99], "weight_decay": 1e-2}
+
+
+def test_optimizer_flags_without_a_name_are_for_the_default():
+    found = settings("--optimizer.init_args.weight_decay", "0.1").optimizer
+    assert found == {"class_path": "AdamW", "init_args": {"weight_decay": 0.1}}
+
+
+def test_a_prompt_with_an_equals_sign_or_the_word_config_stays_whole():
+    for prompt in ("a=b", "--config is a flag", "optimizer=1", "{instruction}", "123", "yes", " a\nb: c"):
+        arguments = in_order(["generate", "--checkpoint_dir", "base", f"--prompt={prompt}"])
+        assert build_parser().parse_args(arguments).generate.prompt == prompt
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_print_config_is_a_config_again(command, capsys):
+    needed = {"download": ["--repo_id", "a/b"], "prepare_json": ["--destination_path", "to", "--source", "x.json"]}
+    flags = {
+        "finetune_lora": [*NEEDED, "--lora_r=4", "--train.max_norm=null", "--optimizer.class_path=SGD",
+                          "--optimizer.init_args.momentum=0.9", "--resume=true", "--prompt_style={instruction}: yes"],
+        "generate": ["--checkpoint_dir", "base", "--prompt", "a: b\n 'c' # d", "--top_k", "null"],
+        "merge_lora": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
+    }.get(command, needed.get(command, ["--source", "x.json"]))  # fmt: skip
+    first = printed(capsys, command, *flags)
+    assert printed(capsys, command, "--config", write(first)) == first
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--print_config"])
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_print_config_holds_every_setting(capsys):
+    found = yaml.safe_load(printed(capsys, "finetune_lora", *NEEDED))
+    assert found["train"]["max_steps"] is None
+    assert found["optimizer"] == "AdamW"
+    assert found.keys() == COMMANDS["finetune_lora"].__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["download", "--help"],
+        ["prepare_lima", "--help"],
+        ["download", "--repo_id", "a/b", "--print_config"],
+        ["download", "--repo_id", "a/b", "--access_token", TOKEN, "--print_config"],
+        ["download", "--config", "token.yaml", "--print_config"],
+        ["prepare_lima", f"--access_token={TOKEN}", "--print_config"],
+        ["download", "--repo_id", "a/b", "--access_token", TOKEN, "--tokenizer_only", "maybe"],
+        ["download", "--repo_id", "a/b", "--acess_token", TOKEN],
+        ["download", "--repo_id", "a/b", f"--acess_token={TOKEN}"],
+        ["download", "--repo_id", "a/b", TOKEN],
+        ["download", "--config", "token.yaml", "--revision"],
+        ["download", "--config", "misspelt.yaml"],
+        ["download", "--config", "twice.yaml"],
+        ["download", "--config", "broken.yaml"],
+        ["download", "--config", "list.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_an_access_token_is_never_shown(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    write(f"repo_id: a/b\naccess_token: {TOKEN}\n", "token.yaml")
+    write(f"repo_id: a/b\nacess_token: {TOKEN}\n", "misspelt.yaml")
+    write(f"access_token: {TOKEN}\naccess_token: {TOKEN}\n", "twice.yaml")
+    write(f"access_token: {TOKEN}: {TOKEN}\n", "broken.yaml")
+    write(f"repo_id: a/b\naccess_token: [{TOKEN}]\n", "list.yaml")
+    try:
+        assert main(arguments) == 1
+    except SystemExit as done:
+        assert done.code in (0, 2)
+    said = capsys.readouterr()
+    assert said.out + said.err
+    assert TOKEN not in said.out + said.err

@@ -1,0 +1,373 @@
+"""Whatever a file holds, reading it ends well or in one sentence: no other exception, no hang, little memory.
+
+A few cases of each kind run always; `--hypothesis-profile thorough` runs a thousand of each.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from helpers.families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+
+from litlora.__main__ import main
+from litlora.data import token_cache
+from litlora.data.batching import Samples
+from litlora.data.chat_template import ChatStyle
+from litlora.data.examples import ALPACA, ANY, Example, Turn, read_file
+from litlora.data.readers import RawFile
+from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, Recipe, find_split, open_splits
+from litlora.data.tokenizer import Tokenizer
+from litlora.errors import LitLoraError
+from litlora.lora.checkpoint import find_base, load_adapter, load_with_adapter, read_prompt_style
+from litlora.lora.layer import lora_parameters
+from litlora.models.checkpoint import check_checkpoint, load_model
+from litlora.train.optimizers import build_optimizer
+from litlora.train.resume import RUN, Identity, whole
+from litlora.train.run_dir import METRICS, rows_until
+from litlora.train.train_state import COUNTERS, TENSORS, restore_state
+from litlora.utils import resource_limits
+from litlora.utils.manifest import MANIFEST, damage, write_manifest
+
+SPARE = 64_000_000  # bytes that reading may take: what is spoiled are files of less than two million
+CPU = torch.device("cpu")
+CONVERSATION = Example((Turn("a", "b"), Turn("c", "d")), system="e")
+NUMBERS = [0, -1, 1, 2, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 1e308, 5e-324, float("nan"), float("inf")]
+PATTERNS = ["(", "(.*.*)*x", "[[:x:]]", "a{99999999999}", "(?i:.*)", "((((.*)*)*)*)*y"]
+TEXTS = ["", "\ud800", "\0", "../../x", "/etc/passwd", "x" * 5000, "</s>", "*" * 10, *PATTERNS]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.floats() | st.sampled_from(TEXTS) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+ROW = {"instruction": "a", "input": "b", "output": "c", "prompt": "d", "completion": "e"}
+MESSAGES = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
+SETTINGS = {
+    "lora_r": 8, "lora_dropout": 0.1, "precision": "32-true", "prompt_style": "alpaca", "seed": 1, "resume": False,
+    "train": {"epochs": 1, "max_steps": None, "learning_rate": 1e-3}, "eval": {"interval": 5},
+    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.9, 0.99]}},
+}  # fmt: skip
+TEMPLATE_PARTS = [
+    "{% for m in messages %}", "{% endfor %}", "{{ m.role }}", "{{ m['content'] }}", "</s>", "{% if m %}",
+    "{% endif %}", "{{ m | tojson(indent=9**9) }}",
+    "{% set ns = namespace(x='a') %}", "{% for i in range(99999) %}", "{% set ns.x = ns.x ~ ns.x %}", "{{ ns.x }}",
+    "{{ 'a' * 10**11 }}", "{{ 10 ** (10 ** 9) }}", "{{ '%99999999999d' % 1 }}", "{{ 'a'.center(10**11) }}",
+    "{{ range(10**9) }}", "{{ ().__class__.__mro__ }}", "{{ messages.append(1) }}", "{% include 'x' %}",
+    "{{ raise_exception('no') }}", "{% macro f() %}{{ f() }}{% endmacro %}", "{{ f() }}",
+    "{% generation %}", "{% endgeneration %}", "{% break %}", "{{ strftime_now('%Y') }}", "{{ bos_token }}",
+]  # fmt: skip
+
+
+YAML_PARTS = ["&a ", "*a", "[", "]", "{", "}", ": ", "- ", "\n", "  ", "!!python/object:os.system ",
+              "!!binary ", "!!int ", "!!timestamp ", "!!set ", "? ", "| ", "> ", "---", "%TAG", "lora_r", "train", "<<",
+              "012", "1e3", "on", "'", '"', "#"]  # fmt: skip
+YAML = st.lists(st.sampled_from(YAML_PARTS), max_size=12).map(lambda parts: "".join(parts).encode())
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, document: Any) -> Any:
+    """Draw a JSON document with a few of its values replaced or taken away."""
+    for _ in range(draw(st.integers(1, 3))):
+        document = _spoil(draw, document)
+    return document
+
+
+def _spoil(draw: st.DrawFn, node: Any) -> Any:
+    if not isinstance(node, dict | list) or not node or draw(st.integers(0, 9)) == 0:
+        return draw(VALUES)
+    copy = node.copy()
+    key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+    if draw(st.integers(0, 4)):
+        copy[key] = _spoil(draw, node[key])
+    else:
+        del copy[key]
+    return copy
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Draw bytes with a stretch of them replaced."""
+    at = draw(st.integers(0, len(content)))
+    end = at + draw(st.sampled_from([0, 1, 2, 8, 100, len(content)]))
+    return content[:at] + draw(st.binary(max_size=20)) + content[end:]
+
+
+def spoiled_json(path: Path) -> st.SearchStrategy[bytes]:
+    content = path.read_bytes()
+    return spoiled(json.loads(content)).map(as_json) | damaged(content)
+
+
+@st.composite
+def spoiled_safetensors(draw: st.DrawFn, path: Path) -> bytes:
+    """Draw a safetensors file whose header lies, or whose bytes are others."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    if draw(st.booleans()):
+        return draw(damaged(content[: start + 100])) + content[start + 100 :]
+    header = as_json(draw(spoiled(json.loads(content[8:start]))))
+    length = draw(st.just(len(header)) | st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 10**8, 2**63, 2**64 - 1]))
+    return length.to_bytes(8, "little") + header + content[start:]
+
+
+def as_json(document: Any) -> bytes:
+    return json.dumps(document).encode()
+
+
+def holds(reading: Callable[[], object]) -> None:
+    """Assert that reading ends well or in one sentence, in little time and memory."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resource_limits, "MEMORY", SPARE)
+            with resource_limits.bounded():
+                reading()
+    except LitLoraError as error:
+        assert str(error).strip()
+    except OSError as error:
+        assert error.filename  # of which a sentence is made
+
+
+@pytest.fixture
+def base(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "base"))
+
+
+@given(data=st.data())
+def test_config(base: Path, tiny: Path, data: st.DataObject):
+    (base / "config.json").write_bytes(data.draw(spoiled_json(tiny / "config.json")))
+    holds(lambda: check_checkpoint(base))
+
+
+@given(data=st.data())
+def test_weights(base: Path, tiny: Path, data: st.DataObject):
+    (base / "model.safetensors").write_bytes(data.draw(spoiled_safetensors(tiny / "model.safetensors")))
+    holds(lambda: load_model(base, torch.float32, CPU))
+
+
+@pytest.fixture(scope="module")
+def sharded(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint(FAMILIES[0], max_shard_size="20KB")
+
+
+@given(data=st.data())
+def test_index(sharded: Path, tmp_path: Path, data: st.DataObject):
+    folder = Path(shutil.copytree(sharded, tmp_path / "sharded", dirs_exist_ok=True))
+    path = folder / "model.safetensors.index.json"
+    path.write_bytes(data.draw(spoiled_json(sharded / path.name)))
+    holds(lambda: load_model(folder, torch.float32, CPU))
+
+
+@given(data=st.data())
+def test_adapter_config(tiny: Path, adapter: Path, tmp_path: Path, data: st.DataObject):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter", dirs_exist_ok=True))
+    (folder / "adapter_config.json").write_bytes(data.draw(spoiled_json(adapter / "adapter_config.json")))
+    given_base = data.draw(st.sampled_from([None, tiny]))
+    holds(lambda: load_with_adapter(*find_base(folder, given_base), torch.float32, CPU))
+
+
+@given(data=st.data())
+def test_adapter_weights(tiny: Path, adapter: Path, tmp_path: Path, data: st.DataObject):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter", dirs_exist_ok=True))
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(data.draw(spoiled_safetensors(adapter / path.name)))
+    holds(lambda: load_with_adapter(tiny, folder, torch.float32, CPU))
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of a run, with the best adapter among its state, beside the run's metrics.csv."""
+    out_dir = tmp_path_factory.mktemp("saved") / "out"
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", out_dir, "--precision", "32-true"]
+    steps = "--train.global_batch_size 8 --train.save_interval 2 --eval.interval 1 --eval.keep_best true"
+    assert main(["finetune_lora", *map(str, folders), *steps.split()]) == 0
+    return out_dir / "step-000002"
+
+
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """Return a checkpoint to spoil, in a folder of a run."""
+    shutil.copytree(saved.parent, tmp_path / "out", dirs_exist_ok=True)
+    return tmp_path / "out" / saved.name
+
+
+def restored(tiny: Path, folder: Path) -> int:
+    """Go on from a checkpoint, and return at which step."""
+    gpt = load_model(tiny, torch.float32, CPU)
+    load_adapter(gpt, whole(folder), tiny)
+    return restore_state(folder, build_optimizer("AdamW", lora_parameters(gpt).values(), 1e-3)).step
+
+
+def test_a_training_state_is_read_while_it_is_whole(tiny: Path, saved: Path):
+    assert restored(tiny, saved) == 2
+
+
+@given(data=st.data(), name=st.sampled_from([TENSORS, COUNTERS]))
+def test_training_state(tiny: Path, saved: Path, tmp_path: Path, data: st.DataObject, name: str):
+    folder = copied(saved, tmp_path)
+    spoil = spoiled_safetensors if name == TENSORS else spoiled_json
+    (folder / name).write_bytes(data.draw(spoil(saved / name)))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder)  # which only chance would keep right otherwise
+    holds(lambda: restored(tiny, folder))
+
+
+@given(data=st.data(), name=st.sampled_from([MANIFEST, RUN]))
+def test_manifest_and_identity(saved: Path, tmp_path: Path, data: st.DataObject, name: str):
+    folder = copied(saved, tmp_path)
+    (folder / name).write_bytes(data.draw(spoiled_json(saved / name)))
+    same = Identity(**json.loads((saved / RUN).read_bytes()))
+    holds(lambda: damage(folder))
+    holds(lambda: same.check(folder))
+
+
+@given(data=st.data())
+def test_metrics(saved: Path, tmp_path: Path, data: st.DataObject):
+    folder = copied(saved, tmp_path)
+    lines = st.sampled_from([b"9" * 5000, "²".encode(), b"1,,,,,,,,", b"-1,1,1,1,1,1,1,1,1", b"\n", b"\r"])
+    content = (saved.parent / METRICS).read_bytes()
+    (folder.parent / METRICS).write_bytes(data.draw(damaged(content) | st.lists(lines).map(b",".join)))
+    holds(lambda: rows_until(folder, 1))
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: Path) -> Recipe:
+    return Recipe(Tokenizer(tiny), "alpaca", mask_prompt=True)
+
+
+@given(data=st.data(), name=st.sampled_from([IDS, OFFSETS, FIRST_LABELS, MANIFEST]), listed=st.booleans())
+def test_tokens(data_dir: Path, tmp_path: Path, recipe: Recipe, data: st.DataObject, name: str, listed: bool):
+    shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True)
+    split = find_split(tmp_path / "data/train.jsonl", recipe)
+    open_splits([split], recipe)
+    path = split.folder / name
+    path.write_bytes(data.draw(spoiled_json(path) if name == MANIFEST else damaged(path.read_bytes())))
+    if listed:
+        path.with_name(MANIFEST).write_text(json.dumps(token_cache._digests(split.folder)), encoding="utf-8")
+    holds(lambda: read_all(Samples(open_splits([split], recipe)[0], 512)))
+
+
+def read_all(samples: Samples) -> None:
+    for number in range(len(samples)):
+        assert len(samples[number].tokens) == samples.lengths[number]
+
+
+@given(data=st.data())
+def test_prompt_style(tmp_path: Path, data: st.DataObject):
+    content = as_json({"prompt_style": "alpaca"})
+    (tmp_path / "prompt_style.yaml").write_bytes(
+        data.draw(spoiled({"prompt_style": "a"}).map(as_json) | damaged(content) | YAML)
+    )
+    holds(lambda: read_prompt_style(tmp_path))
+
+
+def use_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(folder)
+    style = tokenizer.prompt_style("alpaca")
+    ids = tokenizer.encode(style.render(CONVERSATION).text + " Fluß 🦙\n", style.add_special_tokens).ids
+    tokenizer.decode(ids)
+    assert tokenizer.fingerprint
+    tokenizer.prompt_style("chat").render(CONVERSATION)
+
+
+@given(data=st.data())
+def test_tokenizer(base: Path, tiny: Path, data: st.DataObject):
+    (base / "tokenizer.json").write_bytes(data.draw(spoiled_json(tiny / "tokenizer.json")))
+    holds(lambda: use_tokenizer(base))
+
+
+@pytest.fixture(scope="module")
+def pieces() -> bytes:
+    """Return a small sentencepiece model of the kind that is supported."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Name a fruit that is green.", "A pear is green, and so is a lime."]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@given(data=st.data())
+def test_sentencepiece_model(base: Path, pieces: bytes, data: st.DataObject):
+    (base / "tokenizer.json").unlink(missing_ok=True)
+    (base / "tokenizer.model").write_bytes(data.draw(st.just(pieces) | damaged(pieces)))
+    holds(lambda: use_tokenizer(base))
+
+
+def test_sentencepiece_model_is_read_while_it_is_whole(base: Path, pieces: bytes):
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.model").write_bytes(pieces)
+    assert Tokenizer(base).decode(Tokenizer(base).encode("a pear").ids) == "a pear"
+
+
+TOKENIZER_SETTINGS: dict[str, dict[str, Any]] = {
+    "tokenizer_config.json": {
+        "bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True, "add_prefix_space": True, "legacy": False, "additional_special_tokens": ["<x>"],
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+        "added_tokens_decoder": {"300": {"content": "<x>", "special": True, "lstrip": False}},
+    },
+    "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"},
+    "added_tokens.json": {"<x>": 300},
+    "generation_config.json": {"eos_token_id": [1, 2]},
+    "config.json": {"model_type": "llama", "eos_token_id": 1},
+}  # fmt: skip
+
+
+def write_tokenizer_settings(folder: Path) -> None:
+    for file, settings in TOKENIZER_SETTINGS.items():
+        (folder / file).write_bytes(as_json(settings))
+
+
+def test_tokenizer_settings_are_read_while_they_are_whole(base: Path):
+    write_tokenizer_settings(base)
+    assert Tokenizer(base).chat_template == "{{ messages }}"
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(TOKENIZER_SETTINGS)))
+def test_tokenizer_settings(base: Path, data: st.DataObject, name: str):
+    write_tokenizer_settings(base)
+    (base / name).write_bytes(data.draw(spoiled_json(base / name)))
+    holds(lambda: use_tokenizer(base))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an alarm that a callback took
+@given(template=st.lists(st.sampled_from(TEMPLATE_PARTS) | st.text(max_size=5), max_size=8).map("".join))
+def test_chat_template(template: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource_limits, "SECONDS", 0.5)
+        holds(lambda: ChatStyle(template, "<s>", "</s>").render(CONVERSATION))
+
+
+@given(data=st.data(), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
+def test_rows(data: st.DataObject, suffix: str):
+    rows = data.draw(st.lists(spoiled(ROW) | spoiled({"messages": MESSAGES}), max_size=3))
+    lines = as_json(rows) if suffix == ".json" else b"\n".join(map(as_json, rows))
+    content = data.draw(st.just(lines) | damaged(lines) | damaged(b'instruction,input,output\na,"b\nb",c\nd,,e\n'))
+    for shape in (ANY, ALPACA):
+        holds(lambda shape=shape: read_file(RawFile("data", suffix, content), shape))
+
+
+@given(content=spoiled(SETTINGS).map(as_json) | damaged(as_json(SETTINGS)) | YAML)
+def test_settings(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run.yaml").write_bytes(content)
+    flags = ["--checkpoint_dir", tmp_path / "nowhere", "--data_dir", tmp_path / "nowhere"]
+    capsys.readouterr()
+    try:
+        code = main(["finetune_lora", *map(str, flags), "--config", str(tmp_path / "run.yaml")])
+    except SystemExit as done:
+        code = done.code
+    assert code in (1, 2)
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("litlora: ")

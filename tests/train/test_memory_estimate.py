@@ -1,0 +1,294 @@
+"""What a run is said to take, beside the bytes of networks, optimizers and graphs that are there."""
+
+import json
+import re
+from dataclasses import replace
+from weakref import WeakSet
+
+import memory_table
+import pytest
+import torch
+
+from litlora.__main__ import main
+from litlora.cpu import onednn
+from litlora.lora.config import TARGET_MODULES, LoRAConfig
+from litlora.lora.layer import add_lora, lora_parameters
+from litlora.models.checkpoint import block_linears
+from litlora.models.config import GPTConfig
+from litlora.models.transformer import GPT
+from litlora.nn.loss import supervised_loss
+from litlora.nn.nf4 import NF4Linear, Quantization
+from litlora.train.memory_check import has_room
+from litlora.train.memory_estimate import (
+    Load,
+    Network,
+    activation_bytes,
+    breakdown,
+    nf4_bytes,
+    optimizer_bytes,
+    weight_bytes,
+)
+from litlora.train.optimizers import build_optimizer
+
+SHAPE = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "head_dim": 8}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+CONFIG = GPTConfig(**SHAPE, **HEADS, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4,
+                   rope_scaling=None, sliding_window=None, tie_word_embeddings=False)  # fmt: skip
+LENGTHS = (130, 70, 1)
+SUPERVISED = 151
+GPU = torch.device("cuda")
+ALL = tuple(name for names in TARGET_MODULES.values() for name in names)
+
+
+def network(precision="32-true", targets=("q_proj", "v_proj"), tied=False) -> Network:
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    return Network(config, LoRAConfig(4, 16, 0.1, targets), precision, None, torch.device("cpu"))
+
+
+def real(network: Network) -> GPT:
+    """Build the model that a network describes."""
+    gpt = GPT(network.config)
+    gpt.to(torch.bfloat16 if network.precision == "bf16-true" else torch.float32)
+    add_lora(gpt, network.lora)
+    return gpt
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_weights_and_adapter_take_the_bytes_of_the_real_ones(precision, tied):
+    described = network(precision, ALL[:-1] if tied else ALL, tied)
+    gpt = real(described)
+    parts = breakdown(described, Load(LENGTHS, SUPERVISED), "AdamW")
+    frozen, matrices = ([p for p in gpt.parameters() if p.requires_grad is kind] for kind in (False, True))
+    assert sum(weight_bytes(gpt, None).values()) == sum(weight.nbytes for weight in frozen)
+    assert weight_bytes(gpt, None).items() <= parts.items()
+    assert parts["adapter, float32"] == sum(matrix.nbytes for matrix in matrices)
+
+
+@pytest.mark.parametrize(("length", "beyond"), [(1000, False), (1, True)])
+def test_gradients_of_a_micro_batch_take_the_place_of_its_activations_and_no_more_than_they_need(length, beyond):
+    parts = breakdown(network(), Load((length,), length, at_once=2), "SGD")
+    adapter, gradients, activations = (parts[n] for n in ("adapter, float32", "its gradients", "activations"))
+    assert (2 * adapter > activations) is beyond
+    assert gradients + activations == adapter + max(2 * adapter, activations)
+
+
+def test_nf4_takes_four_bits_and_a_scale_for_64_values_that_is_a_byte_where_it_is_quantized_itself():
+    assert nf4_bytes(2**20, double=False) == 2**19 + 4 * 2**14
+    assert nf4_bytes(2**20, double=True) == 2**19 + 2**14 + 4 * 2**6
+    plain, nf4, double = (weight_bytes(network().outline(), name) for name in (None, "bnb.nf4", "bnb.nf4-dq"))
+    assert plain["embedding, float32"] == nf4["embedding, float32"] == double["embedding, float32"]
+    assert double["linear layers, NF4-DQ"] < nf4["linear layers, NF4"] < plain["linear layers, float32"] / 7
+
+
+OPTIMIZERS = [
+    "AdamW",
+    "SGD",
+    {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}},
+    "Adafactor",
+    {"class_path": "AdamW", "init_args": {"amsgrad": True}},
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_an_optimizer_takes_the_bytes_that_it_has_after_a_step(optimizer):
+    matrices = list(lora_parameters(real(network(targets=ALL))).values())
+    built = build_optimizer(optimizer, matrices, lr=1e-3)
+    for matrix in matrices:
+        matrix.grad = torch.ones_like(matrix)
+    built.step()
+    kept = sum(t.nbytes for state in built.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+    assert optimizer_bytes(optimizer, matrices) == kept
+
+
+class Kept:
+    """A tensor that a graph keeps for its backward pass, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def batch(described: Network, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens, and the labels of some of them."""
+    tokens = torch.randint(described.config.vocab_size, (load.tokens,), device=described.device)
+    return tokens, tokens.where(torch.arange(load.tokens, device=described.device) < load.supervised, -100)
+
+
+def kept_bytes(described: Network, load: Load) -> int:
+    """Return the bytes that a real forward pass leaves, without the model's own."""
+    gpt, kept = real(described).to(described.device), WeakSet()
+    gpt.model.activation_checkpointing = load.activation_checkpointing
+    tokens, labels = batch(described, load)
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept.add(whole := Kept(tensor))
+        return whole
+
+    mixed = torch.autocast(described.device.type, torch.bfloat16, enabled=described.precision == "bf16-mixed")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda whole: whole.tensor), mixed:
+        loss = supervised_loss(gpt(tokens, load.lengths), gpt.lm_head, labels)
+    own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    storages = {whole.tensor.untyped_storage().data_ptr(): whole.tensor.untyped_storage().nbytes() for whole in kept}
+    loss.backward()
+    return sum(size for place, size in storages.items() if place not in own)
+
+
+@pytest.mark.parametrize("has_products", [False, True], ids=["slow", "native"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL, *TARGET_MODULES.values()], ids="-".join)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_activations_take_the_bytes_that_a_graph_really_keeps(
+    precision, targets, checkpointing, has_products, monkeypatch
+):
+    monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", has_products)
+    described, load = network(precision, targets), Load(LENGTHS, SUPERVISED, checkpointing)
+    assert activation_bytes(described, load) == kept_bytes(described, load)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids="-".join)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_on_a_gpu_too_activations_take_the_bytes_that_a_graph_really_keeps(precision, targets, checkpointing):
+    lengths = (128, 64, 32)  # of which none has sums that are filled up
+    described, load = replace(network(precision, targets), device=GPU), Load(lengths, SUPERVISED, checkpointing)
+    beside = kept_bytes(described, load) - activation_bytes(described, load)
+    assert 0 <= beside < 1000  # of attention: where sequences begin, and a random state
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize(
+    ("precision", "quantize"),
+    [("32-true", None), ("bf16-true", None), ("bf16-mixed", None), ("32-true", "bnb.nf4"), ("bf16-true", "bnb.nf4")],
+)
+def test_a_step_on_a_gpu_takes_about_what_is_said(precision, quantize, checkpointing):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "head_dim": 64}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    shape = replace(CONFIG, **sizes, **heads, vocab_size=32000, max_position_embeddings=1024)
+    described = replace(network(precision), config=shape, quantize=quantize, device=GPU)
+    load = Load((512, 300, 200), 700, checkpointing)
+    gpt = quantized(described)
+    gpt.model.activation_checkpointing = checkpointing
+    tokens, labels = batch(described, load)
+    optimizer = build_optimizer("AdamW", lora_parameters(gpt).values(), lr=1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = supervised_loss(gpt(tokens, load.lengths), gpt.lm_head, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = sum(breakdown(described, load, "AdamW").values())
+    assert said == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+def quantized(described: Network) -> GPT:
+    """Return a model on its device, whose blocks are in 4 bits where they are to be."""
+    gpt = GPT(described.config).to(GPU, torch.bfloat16 if described.stream == 2 else torch.float32)
+    if described.quantize:
+        quantization = Quantization(described.quantize, gpt.lm_head.weight.dtype)
+        for name in block_linears(gpt):
+            parent, _, child = name.rpartition(".")
+            linear = NF4Linear(gpt.get_submodule(name).weight.detach(), quantization)
+            setattr(gpt.get_submodule(parent), child, linear)
+    add_lora(gpt, described.lora)
+    return gpt
+
+
+def test_a_dry_run_says_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp_path, capsys):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    flags = ["--train.epochs", 2, "--train.global_batch_size", 4, "--train.max_steps", 5, "--lora_mlp", "true"]
+    command = ["finetune_lora", *map(str, folders + flags)]
+    assert main([*command, "--dry_run", "true"]) == 0
+    said = dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
+    assert not list(tmp_path.iterdir())
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out/final/report.json").read_text(encoding="utf-8"))
+    for name in ("trainable parameters", "frozen parameters", "steps", "tokens"):
+        assert said[name] == f"{report[name.replace(' ', '_')]:,}"
+    parts = list(said)[list(said).index("embedding, bfloat16") :]
+    assert parts[-1] == "peak memory, GB"
+    assert sum(float(said[part]) for part in parts[:-1]) == pytest.approx(float(said[parts[-1]]), abs=0.01)
+
+
+def test_the_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, capsys):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    flags = ["--train.micro_batch_size", 1, "--train.max_seq_length", 200, "--dry_run", "true"]
+    assert main(["finetune_lora", *map(str, folders + flags)]) == 0
+    assert re.search(r"^tokens in the longest micro-batch +200$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "at_once"),
+    [
+        ([], 2),
+        (["--devices", 4], 1),
+        (["--train.global_batch_size", 2], 1),
+        (["--strategy", "fsdp"], 2),
+        (["--strategy", "fsdp", "--devices", 2], 1),
+    ],
+)
+def test_micro_batches_that_are_computed_at_a_time_count_as_often(
+    tiny, data_dir, tmp_path, capsys, four_threads, flags, at_once
+):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    command = ["finetune_lora", *map(str, folders), "--dry_run", "true", "--train.micro_batch_size", "2"]
+    command += [*map(str, flags), "--lora_r", "512", "--train.parallel_micro_batches"]
+    said = []
+    for count in ("1", "2"):
+        assert main([*command, count]) == 0
+        said.append(dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE)))
+    for part in ("activations", "temporaries", "fragmentation"):
+        alone, together = (float(parts[part]) for parts in said)
+        assert together == pytest.approx(at_once * alone, abs=0.0015)
+
+
+def llama(name: str, shards: int = 1) -> Network:
+    device = torch.device("cuda")
+    return replace(network("bf16-true"), config=memory_table.config(name), device=device, shards=shards)
+
+
+def test_of_a_sharded_base_a_device_has_a_part_and_gathers_what_is_outside_of_the_blocks_and_two_of_them():
+    load = Load((512,), 512)
+    whole, dealt = (breakdown(llama("70B (Llama 2)", shards), load, "AdamW") for shards in (1, 8))
+    *outside, blocks = (name for name in whole if name.endswith("bfloat16"))
+    assert all(8 * dealt[name] == whole[name] for name in (*outside, blocks))
+    assert dealt["gathered weights"] == sum(whole[name] for name in outside) + whole[blocks] // 40
+    assert {name: dealt[name] for name in whole if "bfloat16" not in name}.items() <= whole.items()
+
+
+@pytest.mark.parametrize(("name", "room"), [("7B (Llama 2)", True), ("13B (Llama 2)", False)])
+def test_a_gpu_has_room_for_the_whole_of_a_base_or_has_not(name, room):
+    assert has_room(24 * 10**9, llama(name), Load((512,), 512), "AdamW") is room
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
+def test_a_forecast_for_several_devices_is_that_of_one_of_them(tiny, data_dir, tmp_path, capsys, strategy):
+    folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    flags = ["--dry_run", "true", "--devices", "2", "--strategy", strategy]
+    assert main(["finetune_lora", *map(str, folders), *flags]) == 0
+    assert ("gathered weights" in capsys.readouterr().out) == (strategy == "fsdp")
+
+
+PARAMETERS = [1_235_814_400, 6_738_415_616, 13_015_864_320, 68_976_648_192]
+
+
+@pytest.mark.parametrize(("name", "parameters"), list(zip(memory_table.SHAPES, PARAMETERS, strict=True)))
+def test_the_shapes_of_the_table_have_the_published_numbers_of_parameters(name, parameters):
+    described = replace(network("bf16-true"), config=memory_table.config(name))
+    weights = sum(weight_bytes(described.outline(), None).values())
+    assert weights == 2 * parameters
+
+
+def test_the_table_has_a_row_for_every_model_and_base(capsys, monkeypatch):
+    monkeypatch.setattr(memory_table, "SHAPES", {"7B (Llama 2)": memory_table.SHAPES["7B (Llama 2)"]})
+    memory_table.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["7B (Llama 2)", base] for base in memory_table.BASES]
+    weights, trained, whole, peak, again, least = (tuple(float(row[column]) for row in rows) for column in range(2, 8))
+    assert weights[0] > 3 * weights[1] > 3 * weights[2]
+    for index, total in enumerate(peak):
+        assert total == pytest.approx(weights[index] + trained[index] + whole[index], abs=0.02)
+        assert least[index] == pytest.approx(total - whole[index] + again[index], abs=0.02)

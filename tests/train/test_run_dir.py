@@ -1,0 +1,225 @@
+"""A disk that fails costs a sentence: what was saved stays, nothing half-written shows, the run goes on."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+import pytest
+from helpers.failing_disk import CODES, failing_disk, refusal
+from hypothesis import settings
+
+from litlora.__main__ import main
+from litlora.utils.files import finish_writing, write_together
+from litlora.utils.manifest import damage
+
+FINETUNE = [
+    "finetune_lora", "--checkpoint_dir", "base", "--data_dir", "data", "--out_dir", "out", "--precision", "32-true",
+    "--train.global_batch_size", "8", "--train.max_steps", "2", "--train.save_interval", "1",
+    "--eval.max_new_tokens", "0", "--eval.initial_validation", "false", "--eval.final_validation", "false",
+]  # fmt: skip
+MERGE = ["merge_lora", "--checkpoint_dir", "adapter", "--base_dir", "base", "--out_dir", "out"]
+EACH = 1 if settings().max_examples > 100 else 7  # of the requests of a training, of which there are many
+PREPARE = ["prepare_json", "--source", "rows.jsonl", "--destination_path", "data"]
+
+
+@pytest.fixture
+def worlds(tiny, data_dir, adapter, tmp_path, monkeypatch):
+    """Return what yields fresh folders, one after the other, in which all is well."""
+
+    def fresh():
+        for number in count():
+            world = tmp_path / str(number)
+            for name, folder in {"base": tiny, "adapter": adapter, "data": data_dir}.items():
+                shutil.copytree(folder, world / name, ignore=shutil.ignore_patterns("tokenized"))
+            rows = [{"prompt": str(n), "completion": "new"} for n in range(20)]
+            (world / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            monkeypatch.chdir(world)
+            yield world
+
+    return fresh()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def requests(command: Sequence[str], world: Path) -> int:
+    """Run a command with which all goes well, and return how often it asks something of the disk."""
+    with failing_disk(world, 0, refusal(0)) as disk:
+        assert main(command) == 0
+    return disk.requests
+
+
+def fails(command: Sequence[str], world: Path, at: int, capsys: pytest.CaptureFixture[str]) -> bool:
+    """Run a command on a disk that fails once; say whether the command fails too, for which one sentence says why."""
+    capsys.readouterr()
+    code = CODES[at % len(CODES)]
+    with failing_disk(world, at, refusal(code)):
+        exit_code = main(command)
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert not [path for path in world.rglob("*") if path.name.endswith(".partial")]
+    if exit_code:
+        assert exit_code == 1
+        assert sentence.startswith("litlora: ")
+        assert os.strerror(code) in sentence
+        assert sentence.endswith(os.strerror(code)) or kept(sentence)
+        assert "out" in sentence or "data" in sentence
+    return exit_code != 0
+
+
+def kept(sentence: str) -> bool:
+    """Say whether a sentence names the checkpoint to go on from, which is whole."""
+    hint = "mend that, and go on with the same command and --resume true"
+    named = re.search(rf"; (out/step-\d{{6}}) is kept: {hint}$", sentence)
+    return named is not None and damage(Path(named[1])) is None
+
+
+def test_training_goes_on_after_any_fault_of_the_disk(worlds, capsys):
+    world = next(worlds)
+    asked = requests(FINETUNE, world)
+    good = contents(world / "out/final")
+    steps = {path.name: set(contents(path)) for path in (world / "out").glob("step-*")}
+    assert asked > 50
+    for at in range(1, asked + 1, EACH):
+        world = next(worlds)
+        if fails(FINETUNE, world, at, capsys) and not Path("out/final").exists():
+            saved = list(Path("out").glob("step-*"))
+            assert all(set(contents(folder)) == steps[folder.name] for folder in saved)
+            if not saved:
+                shutil.rmtree("out", ignore_errors=True)
+            assert main([*FINETUNE, *(["--resume", "true"] if saved else [])]) == 0
+        found = contents(world / "out/final")
+        assert found.keys() == good.keys()
+        assert found["adapter_model.safetensors"] == good["adapter_model.safetensors"]
+        shutil.rmtree(world)
+
+
+def test_merging_leaves_a_whole_checkpoint_or_none(worlds, capsys):
+    world = next(worlds)
+    asked = requests(MERGE, world)
+    good = contents(world / "out")
+    assert asked > 10
+    for at in range(1, asked + 1):
+        world = next(worlds)
+        if fails(MERGE, world, at, capsys) and not Path("out").exists():
+            assert main(MERGE) == 0
+        assert contents(world / "out") == good
+
+
+def test_preparing_again_leaves_the_old_rows_or_the_new_ones(worlds, capsys):
+    world = next(worlds)
+    old = contents(world / "data")
+    asked = requests(PREPARE, world)
+    new = contents(world / "data")
+    assert asked > 10
+    for at in range(1, asked + 1):
+        world = next(worlds)
+        outcomes = (old, new) if fails(PREPARE, world, at, capsys) else (new,)
+        finish_writing(Path("data"))  # as whatever reads the data does first
+        assert contents(world / "data") in outcomes
+
+
+def test_files_that_change_together_do_so_whenever_the_process_is_killed(tmp_path):
+    old, new = {"a": b"1", "b": b"1"}, {"a": b"2", "b": b"2", "c": b"2"}
+    outcomes = []
+    for at in count(1):
+        folder = tmp_path / str(at)
+        write_together(folder, old)
+        if not killed_at(at, folder, new):
+            break
+        finish_writing(folder)
+        visible = {name: content for name, content in contents(folder).items() if not name.startswith(".")}
+        outcomes.append([old, new].index(visible))
+        write_together(folder, new)
+        assert contents(folder) == new
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {0, 1}
+
+
+def killed_at(at: int, folder: Path, new: dict[str, bytes]) -> bool:
+    """Write in a process that ends, as by SIGKILL, at a request to the disk; say whether there were so many."""
+    child = os.fork()
+    if not child:
+        with failing_disk(folder, at, lambda: os._exit(9)):
+            write_together(folder, new)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("size", [0, 100, 10_000])
+def test_merging_on_a_full_disk_is_refused_in_one_sentence(worlds, capsys, size):
+    world = next(worlds)
+    before = contents(world)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert main(MERGE) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("litlora: cannot write ")
+    assert "File too large" in sentence
+    assert contents(world) == before
+
+
+LONG = [*FINETUNE, "--train.max_steps", "40", "--train.epochs", "40"]
+IN_A_SMALL_ROOM = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+
+
+def can_mount() -> bool:
+    mounted = [*IN_A_SMALL_ROOM, "mount -t tmpfs none /mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(mounted, capture_output=True).returncode == 0
+
+
+def run(command: Sequence[str], prefix: Sequence[str] = (), module: str = "litlora") -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "GATE": "go"}
+    line = [*prefix, sys.executable, "-m", module, *command]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def goes_on_from(world: Path, sentence: str) -> None:
+    """Assert that a sentence names a whole checkpoint, from which the run goes on to its end and leaves no remains."""
+    assert kept(sentence), sentence
+    assert all(damage(path) is None for path in world.glob("out/step-*"))
+    (world / "out/.step-000002.1234.partial").mkdir(exist_ok=True)  # as a killed run leaves it
+    assert main([*LONG, "--resume", "true"]) == 0
+    assert not list(world.glob("out/.*.partial"))
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a disk that is small")
+def test_a_disk_that_is_really_full_keeps_the_last_checkpoint(worlds):
+    world = next(worlds)
+    script = 'mkdir out && mount -t tmpfs -o size=600k none out && "$@"; code=$?; cp -a out saved; exit $code'
+    full = run(LONG, [*IN_A_SMALL_ROOM, script, "sh"])
+    _, talk = full.communicate()
+    assert full.returncode == 1
+    (world / "out").rmdir()
+    (world / "saved").rename(world / "out")
+    *_, sentence = talk.splitlines()
+    assert "No space left on device" in sentence
+    goes_on_from(world, sentence)
+
+
+@pytest.mark.skipif(os.getuid() == 0 and shutil.which("setpriv") is None, reason="permissions do not bind root")
+def test_a_permission_that_is_lost_on_the_way_keeps_the_last_checkpoint(worlds):
+    world = next(worlds)
+    without_rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
+    process = run(LONG, without_rights, "tests.helpers.gate")
+    while not (world / "out/step-000003").exists() and process.poll() is None:
+        time.sleep(0.001)
+    (world / "out").chmod(0o500)
+    Path("go").touch()
+    _, talk = process.communicate()
+    (world / "out").chmod(0o700)
+    assert process.returncode == 1
+    *_, sentence = talk.splitlines()
+    assert "Permission denied" in sentence
+    goes_on_from(world, sentence)
