@@ -100,7 +100,7 @@ def gone_on(few, alone, tmp_path_factory) -> Path:
     """Return a folder with a run that one process has begun and two went on with, and what each of these held."""
     folder = tmp_path_factory.mktemp("gone_on")
     shutil.copytree(alone(*SMALL), folder / "out", ignore=shutil.ignore_patterns("final"))
-    started = ["-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "tests/holding.py", folder]
+    started = ["-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "tests/helpers/holding.py", folder]
     flags = [*SMALL, "--strategy", "fsdp", "--resume", "true", "--eval.max_new_tokens", "3"]
     done = run(*map(str, started), *arguments(few, folder / "out", *flags))
     assert done.returncode == 0, done.stderr
@@ -126,7 +126,7 @@ def test_two_machines_make_the_same_adapter_and_send_their_gradients_alone(alone
         listener.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
     place = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
-    script = [str(ROOT / "tests/sending.py"), str(tmp_path)]
+    script = [str(ROOT / "tests/helpers/sending.py"), str(tmp_path)]
     command = ["-m", "torch.distributed.run", *place, *script]
     command += arguments(few, tmp_path / "out", "--num_nodes", 2, *HEAD)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -144,12 +144,18 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
 
 
-jobs = count(os.getpid())
+def is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        return listener.connect_ex(("127.0.0.1", port)) != 0
+
+
+jobs = count(os.getpid() * 7)  # far from those of a test process beside this one
 
 
 def srun(number: int, **more: object) -> list[dict[str, str]]:
     """Return the variables that srun gives to each of so many processes, with a port that follows from the job."""
-    step = {"JOB_ID": next(jobs), "STEP_ID": 0, "STEP_NODELIST": "127.0.0.1", "NODEID": 0}
+    job = next(job for job in jobs if is_free(15000 + job % 10_000))  # the port that Lightning derives from it
+    step = {"JOB_ID": job, "STEP_ID": 0, "STEP_NODELIST": "127.0.0.1", "NODEID": 0}
     step |= {"STEP_NUM_TASKS": number, "STEP_TASKS_PER_NODE": number}
     places = [step | {"PROCID": rank, "LOCALID": rank} for rank in range(number)]
     others = {name: str(value) for name, value in more.items()}
@@ -290,7 +296,7 @@ def start(folder: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
     """Start two processes by one command, which save every step, and return it when they wait before the fourth."""
     command = arguments(few, folder / "out", *HEAD, "--train.save_interval", 1, "--devices", 2, *flags)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(folder / "go")}
-    script = [sys.executable, str(ROOT / "tests/gate.py"), *command]
+    script = [sys.executable, str(ROOT / "tests/helpers/gate.py"), *command]
     parent = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, env=env)
     wait_for(folder / "out/step-000003", parent.pid)
     return parent
@@ -329,8 +335,8 @@ def wait_for_signal(process: int, number: int) -> None:
 
 
 def test_torchrun_ends_all_when_one_is_killed_and_it_is_named(few, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "tests/gate.py")]
-    command += arguments(few, tmp_path / "out", "--train.save_interval", 1)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests/helpers/gate.py"), *arguments(few, tmp_path / "out", "--train.save_interval", 1)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(tmp_path / "go")}
     torchrun = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
     wait_for(tmp_path / "out/step-000003", torchrun.pid)

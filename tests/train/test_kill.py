@@ -104,7 +104,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_unbroken_one(runs, u
 def test_a_process_that_is_killed_can_be_gone_on_with(runs, unbroken, few, tmp_path, number):
     out_dir = tmp_path / "out"
     env = os.environ | {"PYTHONPATH": str(ROOT), "GATE": str(tmp_path / "go"), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "tests/gate.py", *command(few, out_dir)]
+    line = [sys.executable, "tests/helpers/gate.py", *command(few, out_dir)]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
     while not (out_dir / "step-000003").exists() and process.poll() is None:
         time.sleep(0.001)
