@@ -37,42 +37,47 @@ class StoredWeight(Protocol):
         """Return x W^T for a single row x (1, in) on a GPU, without gradients."""
 
 
-def frozen_linear(x: Tensor, weight: Tensor | StoredWeight | HalfWeight) -> Tensor:
-    """Return x W^T (T, out) for x (T, in) and a weight (out, in) that needs no gradient."""
+def frozen_linear(x: Tensor, weight: Tensor | StoredWeight | HalfWeight, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b (T, out) for x (T, in), and a weight (out, in) and bias (out,) that need no gradient."""
     if isinstance(weight, HalfWeight):
-        return weight.product(x)
+        return _add_bias(weight.product(x), bias)
     one_row = x.shape[0] == 1
     if not isinstance(weight, Tensor):
         if one_row and x.is_cuda and not torch.is_grad_enabled():
-            return weight.times_row(x)
+            return _add_bias(weight.times_row(x), bias)
     elif is_packed(weight):
-        return _striped_row_product(x, weight) if one_row else _striped_product(x, weight)
+        return _add_bias(_striped_row_product(x, weight) if one_row else _striped_product(x, weight), bias)
     elif one_row and x.device.type == "cpu" and (torch.compiler.is_compiling() or not _is_narrow(weight, x)):
-        return _row_product(x, weight)
+        return _row_product(x, weight, bias)
     elif not (has_slow_products(x.dtype, x.device) or _is_narrow(weight, x)):
-        return _long_product(x, weight) if _is_long(weight, x) else F.linear(x, weight)
-    out: Tensor = _SlabLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+        return _long_product(x, weight, bias) if _is_long(weight, x) else F.linear(x, weight, bias)
+    out: Tensor = _SlabLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 
-def _long_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T (T, out), computed some outputs at a time."""
-    out: Tensor = _LongLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+def _add_bias(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product.add_(bias)
+
+
+def _long_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b (T, out), computed some outputs at a time."""
+    out: Tensor = _LongLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 
-def _row_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T (1, out) for one row x (1, in) on a CPU, which takes the time to read the weight."""
+def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b (1, out) for one row x (1, in) on a CPU, in the time that it takes to read the weight."""
     if torch.compiler.is_compiling():
         row = x.float()
         # One loop that stores no product, and that does not wait for one sum while it adds to another.
         parts = [(part.float() * row).sum(-1) for part in weight.chunk(SUMS)]
-        return torch.cat(parts).to(x.dtype)[None]
+        return _add_bias(torch.cat(parts), bias).to(x.dtype)[None]
     size, threads = weight.shape, torch.get_num_threads()
     if x.dtype is torch.bfloat16 or size[0] % threads:
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     # F.linear leaves one row to one thread.
-    return torch.bmm(x.expand(threads, 1, -1), weight.view(threads, -1, size[1]).mT).view(1, -1)
+    product = torch.bmm(x.expand(threads, 1, -1), weight.view(threads, -1, size[1]).mT).view(1, -1)
+    return _add_bias(product, bias)
 
 
 def _is_long(weight: Tensor, x: Tensor) -> bool:
@@ -119,22 +124,24 @@ class _SlabLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: StoredWeight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
+        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
         out, wide = x.new_empty(len(x), weight.shape[0]), x.to(arithmetic(x.dtype, x.device))
         for rows in _slabs(weight, x):
-            _product(wide, weight[rows].to(wide.dtype), out[:, rows])
+            part = None if bias is None else bias[rows].to(wide.dtype)
+            _product(wide, weight[rows].to(wide.dtype), part, out[:, rows])
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         dtype, slabs = arithmetic(gradient.dtype, gradient.device), _slabs(ctx.weight, gradient)
         parts = (gradient[:, rows].to(dtype) @ ctx.weight[rows].to(dtype) for rows in slabs)
         total = next(parts)
         for part in parts:
             total = total.float().add_(part)  # a sum in bfloat16 would be rounded once for each slab
-        return total.to(gradient.dtype), None
+        return total.to(gradient.dtype), None, None
 
 
 class _LongLinear(_SlabLinear):
@@ -142,16 +149,18 @@ class _LongLinear(_SlabLinear):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.weight, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.weight, None, None
 
 
-def _product(x: Tensor, slab: Tensor, out: Tensor) -> None:
-    """Write x W^T to its place, rounded if that has another dtype; else nothing lies in memory twice."""
-    if out.dtype is x.dtype:
+def _product(x: Tensor, slab: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write x W^T + b to `out`, rounded if that has another dtype; else nothing lies in memory twice."""
+    if out.dtype is not x.dtype:
+        out.copy_(F.linear(x, slab, bias))
+    elif bias is None:
         torch.mm(x, slab.t(), out=out)
     else:
-        out.copy_(F.linear(x, slab))
+        torch.addmm(bias, x, slab.t(), out=out)
 
 
 def _slabs(weight: StoredWeight, x: Tensor) -> Iterator[slice]:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litlora.cpu.matmul import frozen_linear
 from litlora.errors import LitLoraError
 from litlora.lora.config import LoRAConfig
 from litlora.nn.dropout import Dropout, masked
+from litlora.nn.linear import frozen_linear
 from litlora.nn.nf4 import NF4Linear
 from litlora.utils.resource_limits import bounded
 
@@ -25,7 +25,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear | NF4Linear, *, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
-        self.weight = linear.weight
+        self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False, dtype=torch.float32)
         self.scaling = scaling
@@ -34,7 +34,7 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)  # so that before the first step the model equals its base exactly
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.completed(frozen_linear(x, self.weight), x)
+        return self.completed(frozen_linear(x, self.weight, self.bias), x)
 
     def completed(self, product: Tensor, x: Tensor) -> Tensor:
         """Return the output for x, given its product with the frozen weight, to which the branch is added in place."""

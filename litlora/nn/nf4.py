@@ -12,9 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from litlora.cpu.matmul import frozen_linear
 from litlora.cpu.onednn import arithmetic
 from litlora.errors import LitLoraError
+from litlora.nn.linear import frozen_linear
 
 BLOCK = 64
 """Values that share a scale, which is their largest magnitude."""
@@ -94,15 +94,16 @@ def _without_kernels_of_the_hub() -> Iterator[None]:
 
 
 class NF4Linear(nn.Module):
-    """A linear layer without bias whose weight is frozen and in NF4."""
+    """A frozen linear layer whose weight is in NF4, and its bias, if any, in the dtype of the base."""
 
-    def __init__(self, weight: Tensor, quantization: Quantization) -> None:
+    def __init__(self, weight: Tensor, quantization: Quantization, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = NF4Weight(weight, quantization)
+        self.bias = None if bias is None else nn.Parameter(bias.to(quantization.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.weight)
+        return frozen_linear(x, self.weight, self.bias)
 
 
 class NF4Weight(nn.Module):

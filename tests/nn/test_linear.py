@@ -4,10 +4,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from litlora.cpu import matmul, onednn, weight_layouts
-from litlora.cpu.matmul import SLAB, _SlabLinear, frozen_linear
+from litlora.cpu.matmul import SLAB, _SlabLinear
 from litlora.cpu.weight_layouts import HalfWeight, narrowed, packed
 from litlora.lora.layer import LoRALinear
-from litlora.nn.linear import Joint, Linear
+from litlora.nn.linear import Joint, Linear, frozen_linear
+from litlora.nn.nf4 import NAMES, NF4Linear, Quantization
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -16,9 +17,9 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return x, torch.randn(48, 64).bfloat16().to(dtype), torch.randn(40, 48).bfloat16().to(dtype)
 
 
-def outcome(product, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def outcome(product, dtype: torch.dtype, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, gradient = problem(dtype)
-    y = product(x, weight)
+    y = product(x, weight, None if bias is None else bias.to(dtype))
     y.backward(gradient)
     return y.detach(), x.grad
 
@@ -27,8 +28,9 @@ def outcome(product, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once(slab, monkeypatch):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)  # or float32 is not asked for
     monkeypatch.setattr(matmul, "SLAB", slab)  # a weight of 48 rows is one slab, or two and a part
-    found = outcome(_SlabLinear.apply, torch.bfloat16)
-    exact = outcome(F.linear, torch.float64)
+    bias = torch.linspace(-3, 3, 48).bfloat16()
+    found = outcome(_SlabLinear.apply, torch.bfloat16, bias)
+    exact = outcome(F.linear, torch.float64, bias)
     for ours, reference in zip(found, exact, strict=True):
         assert ours.dtype is torch.bfloat16
         torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=2**-8)
@@ -57,7 +59,10 @@ def test_the_product_is_the_same_by_every_way():
 def test_a_product_of_many_outputs_is_the_same_in_parts(part, monkeypatch):
     monkeypatch.setattr(matmul, "LONG", 48)
     monkeypatch.setattr(matmul, "PART", part)
-    for ours, exact in zip(outcome(frozen_linear, torch.float32), outcome(F.linear, torch.float64), strict=True):
+    bias = torch.randn(48)
+    for ours, exact in zip(
+        outcome(frozen_linear, torch.float32, bias), outcome(F.linear, torch.float64, bias), strict=True
+    ):
         torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
 
 
@@ -68,6 +73,64 @@ def test_a_product_of_many_outputs_is_torch_s_own_in_mixed_precision(monkeypatch
     y, reference = frozen_linear(x, weight), F.linear(x, weight)
     assert y.dtype is torch.bfloat16
     assert torch.equal(y, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("native", [True, False], ids=["bf16 matmul", "no bf16 matmul"])
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_bias_forward_and_backward_equal_torch(dtype, native, rows, monkeypatch):
+    if not native:
+        monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)
+    torch.manual_seed(0)
+    layer = Linear(64, 48, dtype=dtype).requires_grad_(False)
+    x = torch.randn(rows, 64).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    expected = F.linear(exact, layer.weight.double(), layer.bias.double())
+    actual = layer(x)
+    gradient = torch.randn(rows, 48).to(dtype)
+    actual.backward(gradient)
+    expected.backward(gradient.double())
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 2**-8, "rtol": 2**-7}
+    torch.testing.assert_close(actual.double(), expected, **tolerance)
+    torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), actual, **tolerance)
+
+
+def test_bias_that_trains_gets_its_gradient():
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = Linear(8, 3, dtype=dtype)
+        layer.weight.requires_grad_(False)
+        layer(torch.randn(5, 8, dtype=dtype)).sum().backward()
+        assert torch.equal(layer.bias.grad, torch.full((3,), 5.0, dtype=dtype))
+
+
+def test_bias_that_trains_is_refused_where_it_would_get_no_gradient():
+    x, weight, _ = problem(torch.bfloat16)
+    with pytest.raises(AssertionError, match="no gradient"):
+        _SlabLinear.apply(x, weight, torch.zeros(48, dtype=torch.bfloat16, requires_grad=True))
+
+
+@torch.no_grad()
+def test_bias_in_a_compiled_product():
+    torch._dynamo.reset()
+    layer, x = Linear(64, 50), torch.randn(1, 64)
+    torch.testing.assert_close(torch.compile(layer)(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_bias_over_an_nf4_weight(name, rows):
+    torch.manual_seed(0)
+    bias, x = torch.randn(96), torch.randn(rows, 64, requires_grad=True)
+    layer = NF4Linear(torch.randn(96, 64), Quantization(name, torch.float32), bias)
+    assert set(dict(layer.named_parameters())) == {"bias", "weight.packed", "weight.scales"}
+    actual, exact = layer(x), x.detach().requires_grad_()
+    expected = F.linear(exact, layer.weight[:], bias)
+    torch.testing.assert_close(actual, expected)
+    for y in (actual, expected):
+        y.square().sum().backward()
+    torch.testing.assert_close(x.grad, exact.grad)
 
 
 def test_a_weight_that_trains_gets_its_gradient():
@@ -95,7 +158,9 @@ def test_one_row_is_multiplied_as_exactly_as_many(dtype, out_features):
 def test_a_packed_weight_multiplies_as_exactly_as_it_did(dtype, rows, out_features):
     torch.manual_seed(0)
     weight, x = torch.randn(out_features, 600).to(dtype), torch.randn(rows, 600).to(dtype)
-    found, exact = frozen_linear(x, packed(weight).contiguous()), F.linear(x.double(), weight.double())
+    stored, bias = packed(weight).contiguous(), torch.randn(out_features).to(dtype)
+    found, exact = frozen_linear(x, stored), F.linear(x.double(), weight.double())
+    assert torch.equal(frozen_linear(x, stored, bias), found + bias)
     assert found.dtype is dtype
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5 if dtype is torch.float32 else 2**-8)
 
@@ -129,7 +194,8 @@ def test_a_weight_in_half_the_bytes_multiplies_in_float32(monkeypatch, form, row
     torch.manual_seed(0)
     monkeypatch.setattr(weight_layouts, "PACKED", 333 // parts + 1)
     weight, x = torch.randn(333, 600).bfloat16().float(), torch.randn(rows, 600)
-    found, exact = frozen_linear(x, form(weight)), F.linear(x.double(), weight.double())
+    bias = torch.randn(333)
+    found, exact = frozen_linear(x, form(weight), bias), F.linear(x.double(), weight.double(), bias.double())
     assert found.dtype is torch.float32
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
 
@@ -149,9 +215,10 @@ def test_float16_holds_no_weight_that_nothing_brings_up_to_its_numbers(largest):
 
 
 @torch.no_grad()
-def test_a_joint_product_is_that_of_each_layer_with_its_own_branch():
+@pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)], ids=str)
+def test_a_joint_product_is_that_of_each_layer_with_its_own_branch(biases):
     torch.manual_seed(0)
-    layers = [Linear(16, out, bias=False) for out in (12, 4, 4)]
+    layers = [Linear(16, out, bias=has_bias) for out, has_bias in zip((12, 4, 4), biases, strict=True)]
     layers[0], layers[2] = (LoRALinear(layer, rank=2, scaling=3.0, dropout=0.5) for layer in (layers[0], layers[2]))
     for layer in (layers[0], layers[2]):
         nn.init.normal_(layer.lora_B.weight)
@@ -159,6 +226,6 @@ def test_a_joint_product_is_that_of_each_layer_with_its_own_branch():
     expected = [layer.eval()(x) for layer in layers]
     joint = Joint(*layers)
     assert joint.weight.shape == (20, 16)
-    assert all(layer.weight is None for layer in layers)  # or every weight would be there twice
+    assert all(layer.weight is layer.bias is None for layer in layers)  # or every weight would be there twice
     for found, reference in zip(joint(x), expected, strict=True):
         torch.testing.assert_close(found, reference)

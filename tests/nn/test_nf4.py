@@ -13,13 +13,13 @@ from peft import PeftModel
 from transformers import LlamaConfig
 
 from litlora.cpu import matmul
-from litlora.cpu.matmul import frozen_linear
 from litlora.errors import LitLoraError
 from litlora.lora.checkpoint import read_quantization, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, count, lora_parameters
 from litlora.models.checkpoint import block_linears, fingerprint, load_model
 from litlora.models.transformer import GPT, evaluating
+from litlora.nn.linear import frozen_linear
 from litlora.nn.loss import supervised_loss
 from litlora.nn.nf4 import NAMES, NF4Weight, Quantization, import_bitsandbytes
 
@@ -230,7 +230,7 @@ def test_without_bitsandbytes_the_flag_that_needs_it_is_named(monkeypatch):
 
 def test_bitsandbytes_imports_no_code_of_the_hub_and_asks_for_none(tmp_path):
     (tmp_path / "kernels.py").write_text("print('imported')\nget_kernel = print\n")
-    code = "from litlora.quantize import import_bitsandbytes as get; get('the test'); import kernels"
+    code = "from litlora.nn.nf4 import import_bitsandbytes as get; get('the test'); import kernels"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
