@@ -16,7 +16,7 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
 from litlora.lora.checkpoint import find_base, over_4_bits_alone, read_lora_config, read_matrices, read_quantization
-from litlora.lora.layer import add_lora, merged
+from litlora.lora.layer import LoRALinear, add_lora, lora_layers
 from litlora.models.checkpoint import (
     Weights,
     block_linears,
@@ -44,7 +44,7 @@ def merge_adapter(args: MergeLoraArgs) -> None:
     model = check_checkpoint(base_dir)
     quantized = quantized_weights(model, args.checkpoint_dir) if args.dequantized_base else {}
     add_lora(model, lora)
-    adapter = Adapter(read_matrices(model, args.checkpoint_dir, base_dir), lora.scaling, quantized)
+    adapter = Adapter(lora_layers(model), read_matrices(model, args.checkpoint_dir, base_dir), quantized)
     untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
     with whole_directory(args.out_dir) as folder:
         write_weights(folder, base_dir, adapter, untie)
@@ -66,27 +66,25 @@ def quantized_weights(model: GPT, adapter_dir: Path) -> dict[str, Quantization]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The matrices of an adapter, by name, their factor, and what of its base is to be dequantized."""
+    """The layers of an adapter and its tensors, by name, and which weights of its base are to be dequantized."""
 
-    matrices: dict[str, Tensor]
-    scaling: float
+    layers: dict[str, LoRALinear]
+    tensors: dict[str, Tensor]
     quantized: dict[str, Quantization]
 
     def changes(self, weight: str) -> bool:
-        return self._name(weight, "A") in self.matrices
+        return weight.removesuffix(".weight") in self.layers
 
     def merged(self, weight: str, base: Tensor) -> Tensor:
-        """Return the base's tensor of that name with the adapter's product added, where it has one."""
+        """Return the base's tensor of that name, merged with the adapter's where a layer of it is adapted."""
         if weight in self.quantized:
             base = dequantized(base, self.quantized[weight])
         if not self.changes(weight):
             return base
-        a, b = (self.matrices[self._name(weight, matrix)] for matrix in "AB")
-        return merged(base, a, b, self.scaling)
-
-    @staticmethod
-    def _name(weight: str, matrix: str) -> str:
-        return f"{weight.removesuffix('.weight')}.lora_{matrix}.weight"
+        name = weight.removesuffix(".weight")
+        layer = self.layers[name]
+        own = {key: self.tensors[f"{name}.{key}"] for key in layer.adapter_parameters()}
+        return layer.variant.merge(base, own, layer.scaling)
 
 
 def write_weights(folder: Path, base_dir: Path, adapter: Adapter, untie: bool) -> None:

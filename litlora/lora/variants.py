@@ -1,0 +1,75 @@
+"""Variants of LoRA: what an adapter layer trains, what it computes, and how it is merged.
+
+A new variant is a class here and a flag, which `variant_of` reads.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litlora.lora.config import LoRAConfig
+from litlora.lora.low_rank import add_low_rank
+
+A, B = "lora_A.weight", "lora_B.weight"
+
+
+class AdapterLayer(nn.Module):
+    """What a variant works on: a frozen linear layer and its low-rank pair."""
+
+    weight: Any
+    """Frozen, (out, in): a parameter, or a class that stores it otherwise; None once it is part of a joint weight."""
+    bias: Tensor | None
+    lora_A: nn.Linear  # noqa: N815 - PEFT's name
+    lora_B: nn.Linear  # noqa: N815
+    scaling: float
+    dropout: float
+    """Probability with which an element of the low-rank product's input is zeroed in training."""
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+class Variant(ABC):
+    """One kind of adapter layer."""
+
+    names: tuple[str, ...]
+    """PEFT's names of what a layer trains."""
+
+    def parameters(self, layer: AdapterLayer) -> dict[str, nn.Parameter]:
+        """Return what the layer trains, by name."""
+        return {name: layer.get_parameter(name) for name in self.names}
+
+    @abstractmethod
+    def forward(self, layer: AdapterLayer, base_output: Tensor, x: Tensor) -> Tensor:
+        """Return the output (T, out) for x (T, in), given that of the base layer, which may be overwritten."""
+
+    @abstractmethod
+    def merge(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
+        """Return the weight (out, in), in its dtype, of a linear layer that computes the same as the adapter layer.
+
+        `tensors` has what the layer trained, by name. Sums are taken in float32, or small updates would vanish.
+        """
+
+
+class LoRA(Variant):
+    """W x + scaling · B A x (Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
+
+    names = A, B
+
+    def forward(self, layer: AdapterLayer, base_output: Tensor, x: Tensor) -> Tensor:
+        a, b = layer.lora_A.weight, layer.lora_B.weight
+        return add_low_rank(base_output, x, a, b, layer.scaling, layer.active_dropout)
+
+    @torch.no_grad()
+    def merge(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
+        a, b = tensors[A].float(), tensors[B].float()
+        return (weight.float() + scaling * (b @ a)).to(weight.dtype)
+
+
+def variant_of(config: LoRAConfig) -> Variant:
+    """Return the variant that an adapter's configuration names."""
+    return LoRA()
