@@ -1,16 +1,7 @@
-"""What README says of many GPUs on paper is computed, from the bytes that a run sends."""
-
-from pathlib import Path
+"""The scaling table is computed from the bytes that a run sends; test_docs compares it with docs/distributed.md."""
 
 import pytest
 import scaling
-
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_table_of_readme_is_the_computed_one(capsys):
-    scaling.main()
-    assert capsys.readouterr().out in README
 
 
 def test_a_global_batch_is_enough_from_the_one_on_that_is_said():
