@@ -126,7 +126,6 @@ class _SlabLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
         out, wide = x.new_empty(len(x), weight.shape[0]), x.to(arithmetic(x.dtype, x.device))
         for rows in _slabs(weight, x):
             part = None if bias is None else bias[rows].to(wide.dtype)
@@ -136,6 +135,7 @@ class _SlabLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
         dtype, slabs = arithmetic(gradient.dtype, gradient.device), _slabs(ctx.weight, gradient)
         parts = (gradient[:, rows].to(dtype) @ ctx.weight[rows].to(dtype) for rows in slabs)
         total = next(parts)
@@ -150,6 +150,7 @@ class _LongLinear(_SlabLinear):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
         return gradient @ ctx.weight, None, None
 
 
