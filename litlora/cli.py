@@ -11,7 +11,7 @@ from jsonargparse import get_loader
 
 from litlora.args import FinetuneLoraArgs
 from litlora.errors import LitLoraError
-from litlora.utils.files import YAML_FAULTS
+from litlora.utils.files import YAML_ERRORS
 
 CONFIG = "--config"
 OPTIMIZER = "--optimizer"
@@ -89,7 +89,7 @@ def _parse(text: str) -> Any:
     """Read a value as the parser reads those of other flags: 1e-3 is a number, False is no text."""
     try:
         return get_loader("yaml")(text)
-    except YAML_FAULTS:
+    except YAML_ERRORS:
         return text
 
 
@@ -113,7 +113,7 @@ def _check(source: str, text: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         reason = ", ".join(filter(None, [error.context, error.problem]))
         raise LitLoraError(f"{source} line {line} is not valid YAML: {reason}") from error
-    except YAML_FAULTS as error:
+    except YAML_ERRORS as error:
         raise LitLoraError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

@@ -26,7 +26,7 @@ from litlora.data.examples import Example, Turn, write_dataset
 from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT, TemplateStyle
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
-from litlora.utils.files import write_whole
+from litlora.utils.files import write_atomically
 
 SEED = 2026
 VAL_WORDS, VAL_SUMS, TRAIN_SUMS = 28, 24, 360
@@ -383,7 +383,7 @@ def write_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": to_json(tokenizer_config),
     }
-    write_whole({folder / name: content for name, content in contents.items()})
+    write_atomically({folder / name: content for name, content in contents.items()})
 
 
 def to_json(content: dict[str, Any]) -> bytes:

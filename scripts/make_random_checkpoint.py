@@ -18,7 +18,7 @@ from litlora.hub.filenames import CONFIG, INDEX
 from litlora.models.checkpoint import read_hub_config
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
-from litlora.utils.files import whole_directory
+from litlora.utils.files import atomic_directory
 
 SEED = 2026
 STD = 0.02
@@ -27,7 +27,7 @@ SPECIAL = ("bos_token_id", "eos_token_id")
 
 def make(folder: Path, shape: GPTConfig, tokenizer: Path) -> None:
     """Write the checkpoint, of which no more than a block is in memory at one time."""
-    with whole_directory(folder) as partial:
+    with atomic_directory(folder) as partial:
         write_json(partial / CONFIG, hub_config(shape, read_hub_config(tokenizer)))
         write_weights(partial, shape)
         for path in Tokenizer(tokenizer).files:

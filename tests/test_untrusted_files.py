@@ -23,7 +23,7 @@ from litlora.data.batching import Samples
 from litlora.data.chat_template import ChatStyle
 from litlora.data.examples import ALPACA, ANY, Example, Turn, read_file
 from litlora.data.readers import RawFile
-from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, Recipe, find_split, open_splits
+from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, SplitEncoder, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.lora.checkpoint import find_base, load_adapter, load_with_adapter, read_prompt_style
@@ -34,7 +34,7 @@ from litlora.train.resume import RUN, Identity, whole
 from litlora.train.run_dir import METRICS, rows_until
 from litlora.train.train_state import COUNTERS, TENSORS, restore_state
 from litlora.utils import resource_limits
-from litlora.utils.manifest import MANIFEST, damage, write_manifest
+from litlora.utils.manifest import MANIFEST, find_corruption, write_manifest
 
 SPARE = 64_000_000  # bytes that reading may take: what is spoiled are files of less than two million
 CPU = torch.device("cpu")
@@ -124,8 +124,8 @@ def holds(reading: Callable[[], object]) -> None:
     """Assert that reading ends well or in one sentence, in little time and memory."""
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(resource_limits, "MEMORY", SPARE)
-            with resource_limits.bounded():
+            patch.setattr(resource_limits, "MAX_MEMORY", SPARE)
+            with resource_limits.limited_resources():
                 reading()
     except LitLoraError as error:
         assert str(error).strip()
@@ -221,7 +221,7 @@ def test_manifest_and_identity(saved: Path, tmp_path: Path, data: st.DataObject,
     folder = copied(saved, tmp_path)
     (folder / name).write_bytes(data.draw(spoiled_json(saved / name)))
     same = Identity(**json.loads((saved / RUN).read_bytes()))
-    holds(lambda: damage(folder))
+    holds(lambda: find_corruption(folder))
     holds(lambda: same.check(folder))
 
 
@@ -235,20 +235,20 @@ def test_metrics(saved: Path, tmp_path: Path, data: st.DataObject):
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Path) -> Recipe:
-    return Recipe(Tokenizer(tiny), "alpaca", mask_prompt=True)
+def encoder(tiny: Path) -> SplitEncoder:
+    return SplitEncoder(Tokenizer(tiny), "alpaca", mask_prompt=True)
 
 
 @given(data=st.data(), name=st.sampled_from([IDS, OFFSETS, FIRST_LABELS, MANIFEST]), listed=st.booleans())
-def test_tokens(data_dir: Path, tmp_path: Path, recipe: Recipe, data: st.DataObject, name: str, listed: bool):
+def test_tokens(data_dir: Path, tmp_path: Path, encoder: SplitEncoder, data: st.DataObject, name: str, listed: bool):
     shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True)
-    split = find_split(tmp_path / "data/train.jsonl", recipe)
-    open_splits([split], recipe)
+    split = find_split(tmp_path / "data/train.jsonl", encoder)
+    open_splits([split], encoder)
     path = split.folder / name
     path.write_bytes(data.draw(spoiled_json(path) if name == MANIFEST else damaged(path.read_bytes())))
     if listed:
         path.with_name(MANIFEST).write_text(json.dumps(token_cache._digests(split.folder)), encoding="utf-8")
-    holds(lambda: read_all(Samples(open_splits([split], recipe)[0], 512)))
+    holds(lambda: read_all(Samples(open_splits([split], encoder)[0], 512)))
 
 
 def read_all(samples: Samples) -> None:
@@ -346,7 +346,7 @@ def test_tokenizer_settings(base: Path, data: st.DataObject, name: str):
 @given(template=st.lists(st.sampled_from(TEMPLATE_PARTS) | st.text(max_size=5), max_size=8).map("".join))
 def test_chat_template(template: str):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resource_limits, "SECONDS", 0.5)
+        patch.setattr(resource_limits, "MAX_SECONDS", 0.5)
         holds(lambda: ChatStyle(template, "<s>", "</s>").render(CONVERSATION))
 
 

@@ -552,7 +552,7 @@ def test_generate_refuses_what_it_cannot_do(flags, sentence, capsys):
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(command, spoil, sentence, capsys, monkeypatch):
-    monkeypatch.setattr(resource_limits, "SECONDS", 0.3)
+    monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.3)
     spoil()
     check(capsys, command, sentence)
 

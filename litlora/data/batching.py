@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from litlora.args import Precision, TrainArgs
+from litlora.args import TrainArgs
 from litlora.data.encoding import Tokens
-from litlora.nn.backend import backend
+from litlora.nn.backend import Backend
 from litlora.nn.loss import IGNORE_INDEX
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class MicroBatch:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-IDLE = MicroBatch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE_INDEX), (1,))
+DUMMY_MICRO_BATCH = MicroBatch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE_INDEX), (1,))
 """For a rank that has less to do than another: where weights are sharded, all must go through the model as often."""
 
 
@@ -102,7 +102,7 @@ def longest_micro_batch(
     groups = [
         [share[place] for place in group]
         for batch in _promising(samples.lengths, orders, train, ranks)
-        for share in filter(None, deal(batch, samples.lengths[batch].tolist(), ranks))
+        for share in filter(None, split_across_ranks(batch, samples.lengths[batch].tolist(), ranks))
         for group in split(samples.lengths[share].tolist(), train.micro_batch_size, train.micro_batch_tokens)
     ]
     return [samples[number] for number in max(groups, key=lambda group: int(samples.lengths[group].sum()))]
@@ -124,15 +124,15 @@ def _promising(
     return [batch for _, batch in best]
 
 
-def in_file_order(samples: Samples, size: int) -> Iterator[list[Sample]]:
+def sequential_batches(samples: Samples, size: int) -> Iterator[list[Sample]]:
     """Yield the samples of a split as they stand there, in groups of `size`, the last of which may be smaller."""
     for start in range(0, len(samples), size):
         yield [samples[index] for index in range(start, min(start + size, len(samples)))]
 
 
-def deal(items: Sequence[T], lengths: Sequence[int], ranks: int) -> list[list[T]]:
+def split_across_ranks(items: Sequence[T], lengths: Sequence[int], ranks: int) -> list[list[T]]:
     """Deal the samples of a global batch to ranks, by how long they are; the smallest batch leaves some without any."""
-    groups = balance(lengths, ranks, most=len(lengths))
+    groups = balanced_groups(lengths, ranks, most=len(lengths))
     return [[items[index] for index in group] for group in groups]
 
 
@@ -142,27 +142,27 @@ def micro_batches(samples: Sequence[Sample], size: int, max_tokens: int | None) 
     They are balanced: none is much longer than another.
     """
     groups = split([len(sample.tokens) for sample in samples], size, max_tokens)
-    return [join([samples[index] for index in group]) for group in groups]
+    return [pack([samples[index] for index in group]) for group in groups]
 
 
 def split(lengths: Sequence[int], size: int, max_tokens: int | None) -> list[list[int]]:
     """Part the samples of these lengths into micro-batches."""
     if max_tokens is None:
-        return balance(lengths, math.ceil(len(lengths) / size), most=size)
-    return fewest(lengths, max_tokens)
+        return balanced_groups(lengths, math.ceil(len(lengths) / size), most=size)
+    return pack_into_fewest(lengths, max_tokens)
 
 
-def fewest(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def pack_into_fewest(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Part the samples of these lengths, none above `max_tokens`, into the fewest groups that hold at most that."""
     firsts = _first_fit(lengths, max_tokens)
     for count in range(math.ceil(sum(lengths) / max_tokens), len(firsts) + 1):
-        groups = balance(lengths, count, most=len(lengths))
+        groups = balanced_groups(lengths, count, most=len(lengths))
         if all(sum(lengths[index] for index in group) <= max_tokens for group in groups):
             return groups
     return firsts
 
 
-def balance(lengths: Sequence[int], count: int, *, most: int) -> list[list[int]]:
+def balanced_groups(lengths: Sequence[int], count: int, *, most: int) -> list[list[int]]:
     """Part the samples of these lengths into groups of at most `most`, equally long as nearly as can be had at once.
 
     The longest goes first, each to the group that is the shortest so far.
@@ -198,27 +198,26 @@ def _in_order(groups: list[list[int]]) -> list[list[int]]:
     return sorted(sorted(group) for group in groups)
 
 
-def join(samples: Sequence[Sample]) -> MicroBatch:
+def pack(samples: Sequence[Sample]) -> MicroBatch:
     """Lay samples end to end."""
     tokens = torch.cat([sample.tokens for sample in samples])
     labels = torch.cat([sample.labels for sample in samples])
     return MicroBatch(tokens, labels, tuple(len(sample.tokens) for sample in samples))
 
 
-def seeded(micros: Sequence[MicroBatch]) -> list[MicroBatch]:
+def with_dropout_seeds(micros: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Draw a seed for each micro-batch from torch's own generator."""
     seeds = torch.randint(2**62, (len(micros),)).tolist()
     return [replace(micro, seed=seed) for micro, seed in zip(micros, seeds, strict=True)]
 
 
-def suited(micro: MicroBatch, device: torch.device, precision: Precision) -> MicroBatch:
-    """Lay a micro-batch out in the way that costs a device the least; what it teaches stays the same."""
-    its_backend, dtype = backend(device), torch.float32 if precision == "32-true" else torch.bfloat16
-    micro = fold(micro) if its_backend.shares_prefixes else micro
-    return fill(micro, its_backend.pad_multiple(len(micro.tokens), dtype))
+def optimize_layout(micro: MicroBatch, backend: Backend, dtype: torch.dtype) -> MicroBatch:
+    """Arrange a micro-batch in the layout that is cheapest for a backend's matmuls in `dtype`; its loss is the same."""
+    micro = share_prefixes(micro) if backend.shares_prefixes else micro
+    return pad(micro, backend.pad_multiple(len(micro.tokens), dtype))
 
 
-def fold(micro: MicroBatch) -> MicroBatch:
+def share_prefixes(micro: MicroBatch) -> MicroBatch:
     """Leave out of each sample what it begins with like another: alike tokens behind alike ones are computed once.
 
     Samples are sorted, so that those which begin alike are neighbours. A token with a label is always a sample's own.
@@ -227,10 +226,10 @@ def fold(micro: MicroBatch) -> MicroBatch:
     samples = sorted((Sample(*part) for part in parts), key=lambda sample: sample.tokens.tolist())
     shared = (0, *(_alike(*neighbours) for neighbours in pairwise(samples)))
     own = [Sample(sample.tokens[count:], sample.labels[count:]) for sample, count in zip(samples, shared, strict=True)]
-    return replace(join(own), shared=shared)
+    return replace(pack(own), shared=shared)
 
 
-def fill(micro: MicroBatch, multiple: int) -> MicroBatch:
+def pad(micro: MicroBatch, multiple: int) -> MicroBatch:
     """Put tokens without labels, which no others see, behind the last sample, up to a multiple of so many."""
     more = -len(micro.tokens) % multiple
     *others, last = micro.lengths

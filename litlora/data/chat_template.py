@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from litlora.data.examples import Example
 from litlora.errors import LitLoraError
-from litlora.utils.resource_limits import bounded
+from litlora.utils.resource_limits import limited_resources
 
 MAX_BITS = 10_000  # of a number in a chat template
 MAX_RENDERED = 10_000_000  # characters; a chat template that writes more would never end
@@ -41,7 +41,7 @@ class ChatStyle:
                 "tokenizer_config.json), and this one has none; use alpaca, none, or a text with {instruction}"
             )
         try:
-            with bounded():  # constants are folded here
+            with limited_resources():  # constants are folded here
                 self._template = _environment().from_string(chat_template)
         except Exception as error:  # whatever the checkpoint's code may raise
             _refuse(f"has an error: {_said(error)}", error)
@@ -89,7 +89,7 @@ class ChatStyle:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with bounded():
+            with limited_resources():
                 for part in self._template.generate(values, **self._tokens):
                     text += part
                     if len(text) > MAX_RENDERED:

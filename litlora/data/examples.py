@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from litlora.data.readers import RawFile, RowError, jsonl_lines, jsonl_rows, kind, open_file, parse_rows
 from litlora.errors import LitLoraError
-from litlora.utils.files import finish_writing, write_together
+from litlora.utils.files import complete_transaction, write_transaction
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read_examples(path: Path) -> list[Example]:
 
 def open_split(path: Path) -> BufferedReader:
     """Open a prepared split, or say how to prepare it."""
-    finish_writing(path.parent)
+    complete_transaction(path.parent)
     command = f"litlora prepare_json --source FILE --destination_path {path.parent}"
     return open_file(path, if_missing=f"no {path.name} in {path.parent}; prepare one with: {command}")
 
@@ -214,7 +214,7 @@ def write_dataset(
     """Write train.jsonl, val.jsonl and dataset.json, which says where they came from."""
     facts = {**origin, "rows": len(train) + len(val), "train": len(train), "val": len(val)}
     about = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
-    write_together(
+    write_transaction(
         destination,
         {
             "train.jsonl": _to_jsonl(train),

@@ -28,8 +28,8 @@ from litlora.data.examples import ANY, Example, Turn, open_split, read_rows, req
 from litlora.data.readers import jsonl_rows, jsonl_start
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.utils.files import check_writable, digest, read_json, whole_directory
-from litlora.utils.processes import end_with_parent, usable_cores
+from litlora.utils.files import atomic_directory, check_writable, digest, read_json
+from litlora.utils.processes import exit_with_parent, usable_cores
 
 FOLDER = "tokenized"
 FORMAT = 1  # another number for other tokens of the same examples, or for other files
@@ -62,7 +62,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SplitEncoder:
     """All that decides which tokens come out of a split, beside the split itself."""
 
     tokenizer: Tokenizer
@@ -70,7 +70,7 @@ class Recipe:
     mask_prompt: bool
 
     def key(self, path: Path) -> str:
-        """Return a name that is another for every other content of the split and for every other recipe."""
+        """Return a name that is another for every other content of the split and for every other encoder."""
         style = self.tokenizer.prompt_style(self.prompt_style)
         turns = Turn("question", "answer"), Turn("question", "answer", "input")
         looks = [repr(style.render(Example((turn,)))) for turn in turns]  # a template may also write the date
@@ -105,18 +105,18 @@ class Split(NamedTuple):
         return self.path.parent / FOLDER / self.name
 
 
-def find_split(path: Path, recipe: Recipe) -> Split:
+def find_split(path: Path, encoder: SplitEncoder) -> Split:
     """Find out by what name the tokens of a split go, or say how to prepare the split."""
-    return Split(path, f"{path.stem}-{recipe.key(path)}")
+    return Split(path, f"{path.stem}-{encoder.key(path)}")
 
 
-def open_splits(splits: Sequence[Split], recipe: Recipe) -> list[Tokens]:
+def open_splits(splits: Sequence[Split], encoder: SplitEncoder) -> list[Tokens]:
     """Return the tokens of splits of one data folder, made now where no earlier run has left them beside it."""
     missing = [split for split in splits if not _has_tokens(split.folder)]
     if not missing:
         return [_map(split.folder) for split in splits]
     with _home(splits[0].folder.parent) as home:
-        _make({split.path: home / split.name for split in missing}, recipe)
+        _make({split.path: home / split.name for split in missing}, encoder)
         for split in missing:
             _prune(home, split.path.stem)
         return [_map(home / split.name if split in missing else split.folder) for split in splits]
@@ -201,18 +201,18 @@ def _home(folder: Path) -> Iterator[Path]:
             folder.rmdir()  # a refused split leaves nothing behind
 
 
-def _make(targets: Mapping[Path, Path], recipe: Recipe) -> None:
+def _make(targets: Mapping[Path, Path], encoder: SplitEncoder) -> None:
     """Tokenize splits, the smaller first, into folders that appear only when all rows of all of them are right."""
     with ExitStack() as published:
         for path in sorted(targets, key=lambda path: path.stat().st_size):
-            _write(published.enter_context(_unless_another_is_first(targets[path])), _read(path, recipe))
+            _write(published.enter_context(_unless_another_is_first(targets[path])), _read(path, encoder))
 
 
 @contextmanager
 def _unless_another_is_first(folder: Path) -> Iterator[Path]:
     """Lend a folder that becomes `folder`, unless another run has made the same tokens meanwhile."""
     try:
-        with whole_directory(folder) as partial:
+        with atomic_directory(folder) as partial:
             yield partial
     except LitLoraError:
         if not folder.is_dir():
@@ -235,14 +235,14 @@ def _write(folder: Path, pieces: Iterable[Tokens]) -> None:
     (folder / MANIFEST).write_text(json.dumps(_digests(folder)), encoding="utf-8")
 
 
-def _read(path: Path, recipe: Recipe) -> Iterator[Tokens]:
+def _read(path: Path, encoder: SplitEncoder) -> Iterator[Tokens]:
     """Yield the tokens of a split piece by piece; once a row is wrong, only go on to count the wrong ones."""
     lines = rows = 0
     bad: list[str] = []
     size = path.stat().st_size
     jobs = (Job(path, *span, only_check=bool(bad)) for span in _spans(path))
     with tqdm(desc=f"tokenizing {path.name}", total=size, unit="B", unit_scale=True, delay=2) as bar:
-        for piece in _run(jobs, recipe, _processes(size)):
+        for piece in _run(jobs, encoder, _processes(size)):
             bad += [f"{path} line {lines + line}: {fault}" for line, fault in piece.bad]
             lines, rows = lines + piece.lines, rows + piece.rows
             if not bad:
@@ -269,13 +269,13 @@ def _processes(size: int) -> int:
     return 1 if size < SMALL else min(usable_cores(), MOST_PROCESSES)
 
 
-def _run(jobs: Iterable[Job], recipe: Recipe, processes: int) -> Iterator[Piece]:
+def _run(jobs: Iterable[Job], encoder: SplitEncoder, processes: int) -> Iterator[Piece]:
     """Do the jobs, in parallel where that is wanted, and yield their pieces in order."""
     if processes == 1:
-        yield from map(recipe.read, jobs)
+        yield from map(encoder.read, jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads that torch has
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (recipe,))
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (encoder,))
     try:
         yield from _in_order(pool, jobs, waiting=2 * processes)
     except BrokenProcessPool as error:
@@ -295,16 +295,16 @@ def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[Job], waiting: int) -> I
         yield futures.popleft().result()
 
 
-_worker: dict[str, Recipe] = {}  # what a process that tokenizes was started with
+_worker: dict[str, SplitEncoder] = {}  # what a process that tokenizes was started with
 
 
-def _start_worker(recipe: Recipe) -> None:
+def _start_worker(encoder: SplitEncoder) -> None:
     """Make this a process that tokenizes: on one core, until its parent ends it or is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    Thread(target=end_with_parent, daemon=True).start()
-    _worker["recipe"] = recipe
+    Thread(target=exit_with_parent, daemon=True).start()
+    _worker["encoder"] = encoder
 
 
 def _read_in_worker(job: Job) -> Piece:
-    return _worker["recipe"].read(job)
+    return _worker["encoder"].read(job)

@@ -16,7 +16,7 @@ from threading import Thread
 from types import FrameType
 
 from litlora.errors import LitLoraError
-from litlora.utils.processes import end_with_parent, usable_cores
+from litlora.utils.processes import exit_with_parent, usable_cores
 from litlora.utils.signals import SIGNALS
 
 LAST_WORDS = 30.0  # seconds in which the others end by themselves after one has failed
@@ -143,7 +143,7 @@ def _free_port() -> int:
 
 def _run(attempt: Attempt, arguments: Sequence[str], environment: dict[str, str], words: Connection) -> None:
     os.setpgrp()  # Ctrl-C is for the parent, which passes it on once
-    Thread(target=end_with_parent, daemon=True).start()
+    Thread(target=exit_with_parent, daemon=True).start()
     os.environ.update(environment)
     code, sentence = attempt(arguments)
     if sentence is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from litlora.errors import LitLoraError
-from litlora.utils.files import read_json, write_whole
+from litlora.utils.files import read_json, write_atomically
 
 ORIGIN = ".litlora.json"  # a hidden file, since the Hub has no file for this and other tools must not read it
 
@@ -34,4 +34,4 @@ def origin(checkpoint_dir: Path) -> Origin | None:
 def write_origin(checkpoint_dir: Path, source: Origin) -> None:
     """Record where a checkpoint was downloaded from."""
     content = json.dumps(source._asdict(), indent=2) + "\n"
-    write_whole({checkpoint_dir / ORIGIN: content.encode()})
+    write_atomically({checkpoint_dir / ORIGIN: content.encode()})

@@ -18,7 +18,7 @@ from litlora.lora.layer import add_lora, lora_parameters
 from litlora.models.checkpoint import DTYPES, fingerprint, first_three, load_model, open_safetensors
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization, quantization_of
-from litlora.utils.files import YAML_FAULTS, read_json
+from litlora.utils.files import YAML_ERRORS, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -170,7 +170,7 @@ def read_prompt_style(directory: Path) -> str | None:
         return None
     try:
         content = yaml.safe_load(path.read_bytes())
-    except YAML_FAULTS as error:
+    except YAML_ERRORS as error:
         raise LitLoraError(f"{path} is not valid YAML") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt_style"), str):
         raise LitLoraError(f"{path} must hold one key, prompt_style, with a text")

@@ -11,7 +11,7 @@ from litlora.lora.config import LoRAConfig
 from litlora.lora.variants import AdapterLayer, LoRA, Variant, variant_of
 from litlora.nn.linear import frozen_linear
 from litlora.nn.nf4 import NF4Linear, NF4Weight
-from litlora.utils.resource_limits import bounded
+from litlora.utils.resource_limits import limited_resources
 
 
 class LoRALinear(AdapterLayer):
@@ -73,7 +73,7 @@ def adapted_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the names of the linear layers that the config targets, in the model's order."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)]
     try:
-        with bounded():  # a pattern of a few characters can take years
+        with limited_resources():  # a pattern of a few characters can take years
             return [name for name in linears if config.targets(name)]
     except (MemoryError, TimeoutError) as error:
         raise LitLoraError(f"target_modules ({config.target_modules}) cannot be looked for: {error}") from error

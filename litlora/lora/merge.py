@@ -27,7 +27,7 @@ from litlora.models.checkpoint import (
 )
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization, dequantized
-from litlora.utils.files import check_writable, whole_directory
+from litlora.utils.files import atomic_directory, check_writable
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -46,7 +46,7 @@ def merge_adapter(args: MergeLoraArgs) -> None:
     add_lora(model, lora)
     adapter = Adapter(lora_layers(model), read_matrices(model, args.checkpoint_dir, base_dir), quantized)
     untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
-    with whole_directory(args.out_dir) as folder:
+    with atomic_directory(args.out_dir) as folder:
         write_weights(folder, base_dir, adapter, untie)
         write_config(folder, base_dir, untie)
         for path in (*(base_dir / name for name in (GENERATION_CONFIG, *LICENCES)), *Tokenizer(base_dir).files):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from litlora.args import Precision
 from litlora.cpu import attention as cpu_attention
 from litlora.cpu.allocator import configure_for_training
 from litlora.cpu.matmul import SLAB
@@ -194,6 +195,11 @@ def backend(device: torch.device) -> Backend:
 def default_device() -> torch.device:
     """Return the first GPU that torch sees, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype of what the linear layers of a block return at this --precision."""
+    return torch.float32 if precision == "32-true" else torch.bfloat16
 
 
 def disable_cudnn_attention() -> None:

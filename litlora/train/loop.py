@@ -16,19 +16,29 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from litlora.args import FinetuneLoraArgs
-from litlora.data.batching import IDLE, MicroBatch, Sample, Samples, deal, in_file_order, micro_batches, seeded, suited
+from litlora.data.batching import (
+    DUMMY_MICRO_BATCH,
+    MicroBatch,
+    Sample,
+    Samples,
+    micro_batches,
+    optimize_layout,
+    sequential_batches,
+    split_across_ranks,
+    with_dropout_seeds,
+)
 from litlora.distributed.process_group import Ranks
 from litlora.errors import LitLoraError
 from litlora.lora.layer import lora_parameters
 from litlora.models.transformer import GPT, evaluating
-from litlora.nn.backend import WorkerThreads
+from litlora.nn.backend import WorkerThreads, backend, compute_dtype
 from litlora.nn.dropout import drawing_from
 from litlora.nn.loss import supervised_loss
 from litlora.train.metrics import row
 from litlora.train.run_dir import RunFolder
 from litlora.train.schedule import learning_rate, steps, total_steps
 from litlora.train.train_state import Progress, StepResult
-from litlora.utils.signals import Stopping
+from litlora.utils.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Run:
     folder: RunFolder
     answer: Callable[[], str]
     """Gives the model's present answer to the example that is shown at each validation; "" for none."""
-    stopping: Stopping
+    stopping: StopRequest
     ranks: Ranks
     workers: WorkerThreads
 
@@ -67,7 +77,7 @@ def fit(run: Run, progress: Progress) -> None:
                 )
             if progress.val_loss is not None or step % args.train.log_interval == 0:
                 run.folder.log(**row(progress, result, rate))
-            code = run.ranks.highest(run.stopping.code()) if step < total else 0
+            code = run.ranks.highest(run.stopping.exit_code()) if step < total else 0
             if code or step % args.train.save_interval == 0:
                 saved = run.folder.save_step(run.gpt, run.optimizer, progress)
             bar.set_postfix_str(
@@ -75,7 +85,7 @@ def fit(run: Run, progress: Progress) -> None:
             )
             bar.update()
             if code:
-                raise run.stopping.stopped(code, f"after step {step} of {total}, which is saved in {saved}")
+                raise run.stopping.error(code, f"after step {step} of {total}, which is saved in {saved}")
 
 
 def is_out_of_patience(run: Run, progress: Progress) -> bool:
@@ -100,7 +110,7 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
     matrices = list(lora_parameters(run.gpt).values())
     loss = torch.zeros((), device=run.fabric.device)
     there_and_back = partial(loss_and_gradients, run, matrices, supervised)
-    for part, gradients in run.workers.map(there_and_back, seeded(passes(run, batch))):
+    for part, gradients in run.workers.map(there_and_back, with_dropout_seeds(passes(run, batch))):
         loss += part
         for matrix, gradient in zip(matrices, gradients, strict=True):
             matrix.grad = gradient.contiguous() if matrix.grad is None else matrix.grad.add_(gradient)
@@ -124,10 +134,10 @@ def passes(run: Run, batch: Sequence[Sample]) -> list[MicroBatch]:
     The longest comes first: a lane that is done early has a short one left to take.
     """
     train, lengths = run.args.train, [len(sample.tokens) for sample in batch]
-    shares = deal(batch, lengths, run.ranks.count)
+    shares = split_across_ranks(batch, lengths, run.ranks.count)
     dealt = [micro_batches(share, train.micro_batch_size, train.micro_batch_tokens) for share in shares]
     own = sorted(dealt[run.ranks.index], key=lambda micro: -len(micro.tokens))
-    return own + [IDLE] * (max(map(len, dealt)) - len(own))
+    return own + [DUMMY_MICRO_BATCH] * (max(map(len, dealt)) - len(own))
 
 
 def draw_apart(run: Run, step: int) -> None:
@@ -149,7 +159,7 @@ def not_finite(fault: str, batch: Sequence[Sample]) -> LitLoraError:
 
 def summed_loss(run: Run, micro: MicroBatch) -> Tensor:
     """Return the sum of the losses of a micro-batch's supervised tokens; training and validation share it."""
-    micro = suited(micro, run.fabric.device, run.args.precision)
+    micro = optimize_layout(micro, backend(run.fabric.device), compute_dtype(run.args.precision))
     tokens, labels = run.fabric.to_device((micro.tokens, micro.labels))
     with run.fabric.autocast(), drawing_from(torch.Generator().manual_seed(micro.seed)):
         return supervised_loss(run.gpt(tokens, micro.lengths, shared=micro.shared), run.gpt.lm_head, labels)
@@ -175,13 +185,13 @@ def loss_alone(run: Run, micro: MicroBatch) -> tuple[float, int]:
 def validate(run: Run) -> float:
     """Return the mean loss over the supervised tokens of the validation split, or of its first micro-batches."""
     train, total, supervised = run.args.train, 0.0, 0
-    groups = in_file_order(run.val, train.global_batch_size)
+    groups = sequential_batches(run.val, train.global_batch_size)
     batches = chain.from_iterable(
         micro_batches(group, train.micro_batch_size, train.micro_batch_tokens) for group in groups
     )
     with evaluating(run.gpt):
         in_turn = [islice(batches, run.args.eval.max_iters)] * run.ranks.count
-        own = (dealt[run.ranks.index] for dealt in zip_longest(*in_turn, fillvalue=IDLE))
+        own = (dealt[run.ranks.index] for dealt in zip_longest(*in_turn, fillvalue=DUMMY_MICRO_BATCH))
         for loss, tokens in run.workers.map(partial(loss_alone, run), own):
             total += loss
             supervised += tokens

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from litlora.args import FinetuneLoraArgs, TrainArgs
-from litlora.data.batching import Sample, Samples, join, longest_micro_batch, suited
+from litlora.data.batching import Sample, Samples, longest_micro_batch, optimize_layout, pack
 from litlora.distributed.process_group import Ranks
 from litlora.errors import LitLoraError, is_shortage
 from litlora.lora.layer import lora_parameters
@@ -44,7 +44,7 @@ def longest_ahead(samples: Samples, args: FinetuneLoraArgs, ranks: int, done: in
 
 def load_of(samples: Sequence[Sample], network: Network, activation_checkpointing: bool, at_once: int = 1) -> Load:
     """Describe so many micro-batches of these samples."""
-    micro = suited(join(samples), network.device, network.precision)
+    micro = optimize_layout(pack(samples), network.backend, network.dtype)
     return Load(micro.lengths, micro.supervised, activation_checkpointing, micro.shared, at_once)
 
 
@@ -72,7 +72,7 @@ def fits(run: Run, samples: Sequence[Sample]) -> bool:
     """Tell whether there is memory for samples to go forward and back, in as many lanes as they would in a step."""
     there_and_back = partial(loss_and_gradients, run, list(lora_parameters(run.gpt).values()), 1)
     try:
-        for _ in run.workers.map(there_and_back, [join(samples)] * workers_of(run, samples)):
+        for _ in run.workers.map(there_and_back, [pack(samples)] * workers_of(run, samples)):
             pass
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):

@@ -14,7 +14,7 @@ from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, lora_parameters
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
-from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend
+from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend, compute_dtype
 from litlora.nn.linear import Linear
 from litlora.nn.loss import CHUNK, scored_at_once
 from litlora.nn.nf4 import BLOCK as NF4_BLOCK
@@ -53,7 +53,7 @@ class Network:
     @property
     def dtype(self) -> torch.dtype:
         """Of a value that a linear layer of a block returns."""
-        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+        return compute_dtype(self.precision)
 
     @property
     def product(self) -> int:

@@ -11,7 +11,7 @@ from litlora.args import FinetuneLoraArgs, plain
 from litlora.errors import LitLoraError
 from litlora.train.train_state import COUNTERS
 from litlora.utils.files import read_json
-from litlora.utils.manifest import damage
+from litlora.utils.manifest import find_corruption
 
 RUN = "run.json"
 BASE = "the base's weights"
@@ -90,7 +90,7 @@ def whole(checkpoint: Path) -> Path:
     """Return the checkpoint that --resume names, if it is one and not damaged."""
     if not (checkpoint / COUNTERS).is_file():
         raise no_checkpoint(checkpoint)
-    if fault := damage(checkpoint):
+    if fault := find_corruption(checkpoint):
         raise LitLoraError(f"--resume: {checkpoint} is damaged ({fault}); name another, or pass --resume true")
     return checkpoint
 
@@ -98,7 +98,7 @@ def whole(checkpoint: Path) -> Path:
 def newest_whole(checkpoints: Sequence[Path]) -> Path:
     """Return the last checkpoint that is not damaged, and say which ones are."""
     for checkpoint in reversed(checkpoints):
-        fault = damage(checkpoint)
+        fault = find_corruption(checkpoint)
         if fault is None:
             return checkpoint
         sys.stderr.write(f"{checkpoint} is damaged and left out: {fault}\n")

@@ -23,7 +23,7 @@ from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.train.resume import BASE, Identity, newest_whole, whole
 from litlora.train.train_state import Progress, write_state
-from litlora.utils.files import failure_said, whole_directory, write_whole
+from litlora.utils.files import atomic_directory, reporting_write_errors, write_atomically
 from litlora.utils.manifest import write_manifest
 
 METRICS = "metrics.csv"
@@ -103,7 +103,7 @@ class RunFolder:
         if not self._is_own(start):
             remove(self.final)
         settings = plain(dataclasses.replace(self.args, resume=False, overwrite=False))
-        write_whole(
+        write_atomically(
             {
                 self.path / "hyperparameters.yaml": yaml.safe_dump(settings, sort_keys=False).encode(),
                 self.metrics: "".join(f"{row}\n" for row in rows_until(start, step)).encode(),
@@ -113,13 +113,13 @@ class RunFolder:
     def log(self, **values: float | None) -> None:
         """Append a row to metrics.csv, at once, so that a killed run keeps its log."""
         path = self.metrics
-        with self._kept_said(), failure_said(path), path.open("a", newline="", encoding="utf-8") as file:
+        with self._kept_said(), reporting_write_errors(path), path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
 
     def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
         """Save the adapter and all that an exact continuation needs, and return its folder."""
         path = self.step(progress)
-        with self._kept_said(), whole_directory(path) as folder:
+        with self._kept_said(), atomic_directory(path) as folder:
             self._write_adapter(folder, model)
             write_state(folder, optimizer, progress)
             self.identity.write(folder)
@@ -147,7 +147,7 @@ class RunFolder:
     def save_final(self, model: nn.Module, report: dict[str, Any]) -> Path:
         """Save the adapter with the report of the run, and return its folder."""
         remove(self.final)
-        with self._kept_said(), whole_directory(self.final) as folder:
+        with self._kept_said(), atomic_directory(self.final) as folder:
             self._write_adapter(folder, model)
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         return self.final
@@ -198,7 +198,7 @@ def remove(path: Path) -> None:
     """Remove a file or folder, if it is there, so that a folder is never seen in part."""
     if not path.exists():
         return
-    with failure_said(path):
+    with reporting_write_errors(path):
         doomed = path.with_name(f".{path.name.strip('.')}.{token_hex(4)}.partial")
         path.rename(doomed)
         shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()

@@ -20,7 +20,7 @@ from litlora.data.batching import Samples, epoch_order, micro_batches
 from litlora.data.encoding import Tokens
 from litlora.data.examples import Example, read_example
 from litlora.data.prompt_styles import PromptStyle
-from litlora.data.token_cache import Recipe, Split, find_split, open_splits
+from litlora.data.token_cache import Split, SplitEncoder, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.distributed.fsdp import load_sharded
 from litlora.distributed.launcher import find_place
@@ -47,7 +47,7 @@ from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.schedule import orders, total_steps
 from litlora.train.train_state import Progress, restore_state
 from litlora.utils.locks import locked
-from litlora.utils.signals import Stopping
+from litlora.utils.signals import StopRequest
 
 FISHER_EXAMPLES = 32
 """Examples that measure the Fisher information; eight times as many gave no lower loss."""
@@ -55,7 +55,7 @@ FISHER_EXAMPLES = 32
 
 def finetune(args: FinetuneLoraArgs) -> None:
     """Fine-tune a checkpoint with LoRA."""
-    stopping = Stopping(args.train.max_time)
+    stopping = StopRequest(args.train.max_time)
     place = find_place(args.devices, args.num_nodes)
     with one_voice(place):
         # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
@@ -68,7 +68,7 @@ def finetune(args: FinetuneLoraArgs) -> None:
             train_adapter(args, stopping, fabric, ranks)
 
 
-def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ranks: Ranks) -> None:
+def train_adapter(args: FinetuneLoraArgs, stopping: StopRequest, fabric: Fabric, ranks: Ranks) -> None:
     """Train in a folder that is the first rank's own."""
     config = check_checkpoint(args.checkpoint_dir).config
     tokenizer = Tokenizer(args.checkpoint_dir)
@@ -77,8 +77,8 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     check_optimizer(args.optimizer, args.train.learning_rate, fabric.device)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
-    recipe = Recipe(tokenizer, args.prompt_style, args.mask_prompt)
-    splits = [find_split(args.data_dir / f"{name}.jsonl", recipe) for name in ("train", "val")]
+    encoder = SplitEncoder(tokenizer, args.prompt_style, args.mask_prompt)
+    splits = [find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val")]
     read = contents(args, splits)
     ranks.require_same(read)
     kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
@@ -86,7 +86,7 @@ def train_adapter(args: FinetuneLoraArgs, stopping: Stopping, fabric: Fabric, ra
     start = ranks.from_first(folder.check)
     shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
     with ranks.first_ahead():
-        opened = open_splits(splits, recipe)
+        opened = open_splits(splits, encoder)
     named = {split.path.name: tokens for split, tokens in zip(splits, opened, strict=True)}
     require_embedded(named, tokenizer, config)
     train, val = (samples_of(name, tokens, limit, args.train.micro_batch_tokens) for name, tokens in named.items())
@@ -119,7 +119,7 @@ def carry_out(run: Run, progress: Progress, start: Path | None) -> None:
     with shortage_said(progress, run.args.train):
         if run.folder.lora.makes_up and start is None:
             initialize_adapter(run)
-        with run.stopping.heeding_signals():
+        with run.stopping.handling_signals():
             fit(run, progress)
         final = run.folder.save_final(run.gpt, report(run.gpt, progress, take_best(run.gpt, progress)))
     say(f"adapter in {final}")

@@ -1,1 +1,1 @@
-"""What any package may need and what knows nothing of models: files, locks, limits, signals, processes."""
+"""What every package may use and what knows nothing of models: files, locks, limits, signals, processes."""

@@ -1,4 +1,4 @@
-"""Files and folders that are written atomically, and JSON that is read with care."""
+"""Files and folders that are written atomically, and JSON that is read with validation."""
 
 import fcntl
 import glob
@@ -19,11 +19,11 @@ import yaml
 
 from litlora.errors import LitLoraError
 
-# As which PyYAML refuses a text; all but the first where a value is not of the kind that its tag says.
-YAML_FAULTS = (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-BLOCK = 4_000_000  # bytes of a file that are hashed at one time
-DIGEST_THREADS = 8
-TOGETHER = ".together"  # folder of files that are whole and wait for their names
+# What PyYAML raises for an invalid text; all but the first where a value does not match its tag.
+YAML_ERRORS = (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+HASH_CHUNK = 4_000_000  # bytes
+HASH_THREADS = 8
+PENDING = ".pending"  # folder of complete files that wait to be moved to their final names
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,29 +40,29 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def digest(file: BufferedReader) -> str:
-    """Return a hash of a file's content, which all cores compute together."""
-    starts = range(0, os.fstat(file.fileno()).st_size, BLOCK)
-    with ThreadPoolExecutor(DIGEST_THREADS) as pool:
-        parts = pool.map(lambda start: sha256(os.pread(file.fileno(), BLOCK, start)).digest(), starts)
-        return sha256(b"".join(parts)).hexdigest()
+    """Return a hash of a file's content, computed chunk by chunk in several threads."""
+    starts = range(0, os.fstat(file.fileno()).st_size, HASH_CHUNK)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        chunks = pool.map(lambda start: sha256(os.pread(file.fileno(), HASH_CHUNK, start)).digest(), starts)
+        return sha256(b"".join(chunks)).hexdigest()
 
 
-def write_whole(contents: Mapping[Path, bytes]) -> None:
-    """Write files that get their names in this order, and only once all of them are safe on the disk."""
+def write_atomically(contents: Mapping[Path, bytes]) -> None:
+    """Write files under temporary names, sync all of them, then rename them in this order."""
     with ExitStack() as cleanup:
         partials = {path: _stage(path, content, cleanup) for path, content in contents.items()}
         for path, partial in partials.items():
-            with failure_said(path):
+            with reporting_write_errors(path):
                 partial.replace(path)
                 sync(path.parent)
 
 
 def _stage(path: Path, content: bytes, cleanup: ExitStack) -> Path:
-    """Write `content` beside `path`, under a name that `cleanup` removes if it is still there."""
+    """Write and sync `content` beside `path`, under a temporary name that `cleanup` removes."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with failure_said(path.parent):
+    with reporting_write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with failure_said(path), partial.open("wb") as file:
+    with reporting_write_errors(path), partial.open("wb") as file:
         cleanup.callback(partial.unlink, missing_ok=True)
         file.write(content)
         file.flush()
@@ -70,43 +70,47 @@ def _stage(path: Path, content: bytes, cleanup: ExitStack) -> Path:
     return partial
 
 
-def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files of a folder that change at one moment, whatever happens: from then on `finish_writing` moves them."""
-    with failure_said(folder):
+def write_transaction(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files of a folder as one transaction.
+
+    It commits when the folder of pending files gets its name; if the process is killed after that,
+    `complete_transaction` moves the files that are left.
+    """
+    with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    finish_writing(folder)
-    for orphan in folder.glob(f".{TOGETHER}.*"):  # of a process that was killed
+    complete_transaction(folder)
+    for orphan in folder.glob(f".{PENDING}.*"):  # of a killed process
         shutil.rmtree(orphan, ignore_errors=True)
-    with whole_directory(folder / TOGETHER) as staging:
+    with atomic_directory(folder / PENDING) as staging:
         for name, content in contents.items():
-            with failure_said(folder / name):
+            with reporting_write_errors(folder / name):
                 (staging / name).write_bytes(content)
-    finish_writing(folder)
+    complete_transaction(folder)
 
 
-def finish_writing(folder: Path) -> None:
-    """Give their names to files that `write_together` wrote but, since it was killed, did not move."""
-    staging = folder / TOGETHER
+def complete_transaction(folder: Path) -> None:
+    """Move files to their final names that an interrupted `write_transaction` committed but did not move."""
+    staging = folder / PENDING
     if not staging.is_dir():
         return
     for path in [folder / staged.name for staged in staging.iterdir()]:
-        with failure_said(path), suppress(FileNotFoundError):  # another process moves them too
+        with reporting_write_errors(path), suppress(FileNotFoundError):  # another process moves them too
             (staging / path.name).replace(path)
-    with failure_said(folder), suppress(FileNotFoundError):
+    with reporting_write_errors(folder), suppress(FileNotFoundError):
         sync(folder)
         staging.rmdir()
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """Lend a folder beside `path` that takes its name once the block ends well, and vanishes otherwise.
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that is renamed to `path` on success and removed on failure.
 
-    What a killed process has left of it vanishes with the next attempt. Raises LitLoraError when it cannot be written,
-    or when `path` is there already and holds something.
+    Leftovers of a killed process are removed by the next attempt. Raises LitLoraError if the folder cannot be written,
+    or if `path` exists and is not empty.
     """
-    _remove_remains(path)
-    with failure_said(path), ExitStack() as cleanup:
-        partial = _own_folder(path, cleanup)
+    _remove_leftovers(path)
+    with reporting_write_errors(path), ExitStack() as cleanup:
+        partial = _temporary_folder(path, cleanup)
         yield partial
         for file in partial.iterdir():
             sync(file)
@@ -115,43 +119,43 @@ def whole_directory(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
-def _own_folder(path: Path, cleanup: ExitStack) -> Path:
-    """Make a folder beside `path`, and hold it until `cleanup` removes it if it is still there.
+def _temporary_folder(path: Path, cleanup: ExitStack) -> Path:
+    """Create a folder beside `path`, locked until `cleanup` removes it.
 
-    Until it is held, another process may take it for remains: then there is another.
+    Before it is locked, another process may remove it as a leftover: then create another one.
     """
     while True:
         folder = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
         folder.mkdir(parents=True)
         cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         with suppress(FileNotFoundError):
-            cleanup.enter_context(_held(folder, waits=True))
+            cleanup.enter_context(_folder_lock(folder, wait=True))
             if folder.exists():
                 return folder
 
 
-def _remove_remains(path: Path) -> None:
-    """Remove the folders that `whole_directory` has made for `path` and that nobody holds any more."""
-    for remains in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with suppress(OSError), _held(remains) as is_ours:
-            if is_ours:
-                shutil.rmtree(remains)
+def _remove_leftovers(path: Path) -> None:
+    """Remove the folders that `atomic_directory` created for `path` and that no process has locked."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), _folder_lock(leftover) as acquired:
+            if acquired:
+                shutil.rmtree(leftover)
 
 
 @contextmanager
-def _held(folder: Path, *, waits: bool = False) -> Iterator[bool]:
-    """Hold a folder until the process lets go or ends, and tell whether it could be held.
+def _folder_lock(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a folder until the block or the process ends; yield whether that worked.
 
-    It cannot where another process does so, unless this one waits for that, nor on the disks of some networks.
+    It fails if another process holds the lock and `wait` is false, and on some network file systems.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield _lock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, operation: int) -> bool:
+def _flock(descriptor: int, operation: int) -> bool:
     try:
         fcntl.flock(descriptor, operation)
     except OSError:
@@ -160,7 +164,7 @@ def _lock(descriptor: int, operation: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the renames in a folder, outlast a power cut."""
+    """Flush a file's content, or the renames in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -169,8 +173,8 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def failure_said(path: Path) -> Iterator[None]:
-    """Say which file could not be written, and why."""
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a LitLoraError that names the file and the reason."""
     try:
         yield
     except OSError as error:
@@ -178,7 +182,7 @@ def failure_said(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Refuse a folder in which nothing could be written; nothing is left behind."""
+    """Refuse a folder that is not writable, without creating it."""
     try:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         with tempfile.TemporaryFile(dir=existing):

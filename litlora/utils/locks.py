@@ -1,4 +1,4 @@
-"""A folder that only one process at a time may work in."""
+"""A lock that gives one process at a time a folder."""
 
 import fcntl
 import os
@@ -14,27 +14,26 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Make a folder this process's own, or refuse it when it is another's; one that stays empty vanishes again.
+    """Create and lock a folder, or refuse it if another process holds the lock; remove it again if it stays empty.
 
-    The kernel gives the lock back however the process ends, so that a file which is left by a killed one locks nobody
-    out.
+    The kernel releases the lock however the process ends, so the lock file of a killed process blocks nobody.
     """
     check_writable(folder, flag)
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    descriptor = _take(folder / LOCK, flag)
+    created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    descriptor = _acquire(folder / LOCK, flag)
     try:
         yield
     finally:
-        with suppress(OSError):  # a folder that is no longer writable keeps the file, which locks nobody out
+        with suppress(OSError):  # in a folder that is no longer writable the lock file stays, which blocks nobody
             (folder / LOCK).unlink(missing_ok=True)
-        for path in made:
-            with suppress(OSError):  # it holds something
+        for path in created:
+            with suppress(OSError):  # not empty
                 path.rmdir()
         os.close(descriptor)
 
 
-def _take(path: Path, flag: str) -> int:
-    """Lock a file and return its descriptor; where its last owner has just removed it, lock another."""
+def _acquire(path: Path, flag: str) -> int:
+    """Lock a file and return its descriptor; retry if its previous owner has just removed it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -49,4 +48,4 @@ def _take(path: Path, flag: str) -> int:
         if os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
     os.close(descriptor)
-    return _take(path, flag)
+    return _acquire(path, flag)

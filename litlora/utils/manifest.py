@@ -1,4 +1,4 @@
-"""A folder's manifest: size and hash of every file, by which a corrupt folder is found."""
+"""The manifest of a folder: size and hash of every file, by which a corrupt folder is detected."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """List the files of a folder, all of which must be there by now."""
+    """Record size and hash of the files that a folder holds now."""
     entries = {path.name: _entry(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
-def damage(folder: Path) -> str | None:
-    """Say what is wrong with a folder, or nothing if all is as the manifest says."""
+def find_corruption(folder: Path) -> str | None:
+    """Compare a folder with its manifest; return the first difference, or None if it is intact."""
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
     try:
@@ -26,7 +26,7 @@ def damage(folder: Path) -> str | None:
             if not path.is_file():
                 return f"{name} is missing"
             if _entry(path) != entry:
-                return f"{name} is not as it was written"
+                return f"{name} differs from its entry in {MANIFEST}"
     except (LitLoraError, OSError) as error:
         return str(error)
     return None

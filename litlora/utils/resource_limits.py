@@ -1,4 +1,4 @@
-"""Time and memory limits for untrusted input: chat templates, patterns."""
+"""Time and memory limits for code that comes with untrusted files: chat templates, regular expressions."""
 
 import resource
 import signal
@@ -10,45 +10,46 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-SECONDS = 10.0
-MEMORY = 1_000_000_000  # bytes, beyond what the process has
+MAX_SECONDS = 10.0
+MAX_MEMORY = 1_000_000_000  # bytes beyond what the process already has
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Raise TimeoutError or MemoryError where the block takes too much; only the main thread can be held to it."""
+def limited_resources() -> Iterator[None]:
+    """Raise TimeoutError or MemoryError if the block exceeds its limits; works in the main thread only."""
     with ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            stack.enter_context(_time())
-            stack.enter_context(_memory())
+            stack.enter_context(_limited_time())
+            stack.enter_context(_limited_memory())
         yield
 
 
 @contextmanager
-def _time() -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, _too_late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)  # again, for Python drops what a finalizer raises
+def _limited_time() -> Iterator[None]:
+    previous = signal.signal(signal.SIGALRM, _time_out)
+    # Repeated, because Python drops an exception that a signal handler raises inside a finalizer
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, MAX_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
-def _too_late(number: int, frame: FrameType | None) -> NoReturn:
-    raise TimeoutError(f"it takes more than {SECONDS:g} seconds")
+def _time_out(number: int, frame: FrameType | None) -> NoReturn:
+    raise TimeoutError(f"it takes more than {MAX_SECONDS:g} seconds")
 
 
 @contextmanager
-def _memory() -> Iterator[None]:
-    """Bound the address space, which nothing but Linux tells."""
+def _limited_memory() -> Iterator[None]:
+    """Limit the address space, whose current size only Linux reports."""
     if sys.platform != "linux":
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most = pages * resource.getpagesize() + MEMORY
-    limits = [limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY]
+    desired = pages * resource.getpagesize() + MAX_MEMORY
+    limits = [limit for limit in (desired, soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield

@@ -9,12 +9,12 @@ from types import FrameType
 from litlora.errors import StoppedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-OUT_OF_TIME = 124  # as of timeout(1)
-SIGNALLED = 128  # and the signal's number
+TIMED_OUT = 124  # the exit code of timeout(1)
+SIGNALLED = 128  # plus the signal's number, as in a shell
 
 
-class Stopping:
-    """Whether the run has been told to stop; its time counts from here on."""
+class StopRequest:
+    """Whether a signal or the time limit asks the run to stop; the time counts from construction."""
 
     def __init__(self, max_time: float | None) -> None:
         self._max_time = max_time
@@ -22,31 +22,31 @@ class Stopping:
         self._signal: signal.Signals | None = None
 
     @contextmanager
-    def heeding_signals(self) -> Iterator[None]:
-        """Take the first SIGINT or SIGTERM as a request; the second does what it does elsewhere, at once."""
-        before = {number: signal.signal(number, self._request) for number in SIGNALS}
+    def handling_signals(self) -> Iterator[None]:
+        """Record the first SIGINT or SIGTERM as a request; the second ends the process at once, as by default."""
+        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _request(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         self._signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def code(self) -> int:
-        """Return the exit code of what asks the run to stop; 0 if nothing does."""
+    def exit_code(self) -> int:
+        """Return the exit code for the reason to stop; 0 if there is none."""
         if self._signal is not None:
             return SIGNALLED + self._signal
         is_late = self._deadline is not None and time.monotonic() >= self._deadline
-        return OUT_OF_TIME if is_late else 0
+        return TIMED_OUT if is_late else 0
 
-    def stopped(self, code: int, where: str) -> StoppedError:
-        """Return what ends the run, for the reason that this process or another has the code of."""
+    def error(self, code: int, position: str) -> StoppedError:
+        """Return the error that ends the run at `position`; `code` may come from another rank."""
         by = f"by {signal.Signals(code - SIGNALLED).name}" if code > SIGNALLED else self._after_time()
-        return StoppedError(f"stopped {by} {where}; go on with the same command and --resume true", code)
+        return StoppedError(f"stopped {by} {position}; resume with the same command and --resume true", code)
 
     def _after_time(self) -> str:
         return f"after --train.max_time ({self._max_time:g} seconds)"

@@ -13,12 +13,11 @@ TRAINING = """
 import random, sys
 from pathlib import Path
 import torch
-from litlora.data.batching import Sample
-from litlora.data.batching import join
-from litlora.data.batching import suited
+from litlora.data.batching import Sample, optimize_layout, pack
 from litlora.models.checkpoint import load_model
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora
+from litlora.nn.backend import backend
 from litlora.nn.loss import supervised_loss
 
 cpu = torch.device("cpu")
@@ -27,7 +26,7 @@ add_lora(gpt, LoRAConfig(2, 2, 0.1, ("q_proj", "down_proj")))
 random.seed(1)
 for number in range(60):
     tokens = [torch.randint(300, (random.randrange(20, 100),)) for _ in range(4)]
-    micro = suited(join([Sample(some, some) for some in tokens]), cpu, "bf16-true")
+    micro = optimize_layout(pack([Sample(some, some) for some in tokens]), backend(cpu), torch.bfloat16)
     supervised_loss(gpt(micro.tokens, micro.lengths, shared=micro.shared), gpt.lm_head, micro.labels).backward()
 """
 

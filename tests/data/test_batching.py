@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 
 from litlora.args import TrainArgs
 from litlora.data.batching import (
-    IDLE,
+    DUMMY_MICRO_BATCH,
     Sample,
     Samples,
-    deal,
     epoch_order,
-    fill,
-    fold,
-    in_file_order,
-    join,
     longest_micro_batch,
     micro_batches,
-    seeded,
+    pack,
+    pad,
+    sequential_batches,
+    share_prefixes,
+    split_across_ranks,
+    with_dropout_seeds,
 )
 from litlora.data.encoding import Tokens, encode
 from litlora.data.examples import Example, Turn
@@ -100,7 +100,7 @@ def test_examples_that_are_not_dropped_stay_what_they_are(tokenizer):
 
 
 def test_a_micro_batch_holds_its_samples_end_to_end_without_padding():
-    micro = join(of_lengths(1, 2, 3))
+    micro = pack(of_lengths(1, 2, 3))
     assert micro.tokens.tolist() == [0, 1, 1, 2, 2, 2]
     assert micro.lengths == (1, 2, 3)
 
@@ -115,7 +115,7 @@ def masked(tokens: list[int], prompt: int) -> Sample:
 @given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(1, 9)), min_size=1))
 def test_of_samples_that_begin_alike_what_they_share_is_there_once(drawn):
     samples = [masked(tokens, min(prompt, len(tokens))) for tokens, prompt in drawn]
-    folded = fold(join(samples))
+    folded = share_prefixes(pack(samples))
     seen: list[tuple[int, int]] = []
     found, start = [], 0
     for shared, own in zip(folded.shared, folded.lengths, strict=True):
@@ -132,16 +132,16 @@ def test_of_samples_that_begin_alike_what_they_share_is_there_once(drawn):
 
 def test_tokens_with_a_label_are_not_shared_and_all_before_them_are():
     alike = [masked([5, 6, 8, 9], 3), masked([5, 6, 8, 9], 4), masked([5, 6, 8, 9], 1)]
-    assert sorted(fold(join(alike)).shared) == [0, 0, 3]
-    assert sum(fold(join([masked([5, 6, 8, n], 3) for n in range(4)])).lengths) == 4 + 3 * 2
+    assert sorted(share_prefixes(pack(alike)).shared) == [0, 0, 3]
+    assert sum(share_prefixes(pack([masked([5, 6, 8, n], 3) for n in range(4)])).lengths) == 4 + 3 * 2
 
 
 def test_a_micro_batch_is_filled_up_with_tokens_without_labels():
-    filled = fill(join(of_lengths(3, 8)), 4)
+    filled = pad(pack(of_lengths(3, 8)), 4)
     assert filled.lengths == (3, 9)
     assert filled.tokens.tolist() == [0, 0, 0, *[1] * 8, 0]
     assert filled.supervised == 11
-    assert fill(filled, 4).lengths == filled.lengths
+    assert pad(filled, 4).lengths == filled.lengths
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
@@ -201,7 +201,7 @@ def test_the_order_of_an_epoch_follows_from_seed_and_epoch_alone():
 
 
 def test_a_split_may_be_read_in_the_order_of_its_file():
-    groups = list(in_file_order(numbered(5), 2))
+    groups = list(sequential_batches(numbered(5), 2))
     assert [[int(sample.tokens[0]) for sample in group] for group in groups] == [[0, 1], [2, 3], [4]]
 
 
@@ -216,17 +216,17 @@ def test_the_longest_micro_batch_of_all_epochs_is_found_without_reading_them(siz
     sizes = [
         sum(micro.lengths)
         for batch in batches
-        for share in deal([samples[number] for number in batch], samples.lengths[batch].tolist(), ranks)
+        for share in split_across_ranks([samples[number] for number in batch], samples.lengths[batch].tolist(), ranks)
         for micro in micro_batches(share, size, max_tokens)
     ]
     train = TrainArgs(micro_batch_size=size, micro_batch_tokens=max_tokens)
-    assert len(join(longest_micro_batch(samples, orders, train, ranks)).tokens) == max(sizes)
+    assert len(pack(longest_micro_batch(samples, orders, train, ranks)).tokens) == max(sizes)
 
 
 def test_each_micro_batch_has_a_seed_of_its_own_that_follows_from_torchs():
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append([micro.seed for micro in seeded([IDLE] * 5)])
+        drawn.append([micro.seed for micro in with_dropout_seeds([DUMMY_MICRO_BATCH] * 5)])
     assert drawn[0] == drawn[1]
     assert len({*drawn[0], *drawn[2]}) == 10

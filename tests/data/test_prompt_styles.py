@@ -284,7 +284,7 @@ def test_a_template_with_a_syntax_error_is_refused_in_one_sentence():
     ],
 )
 def test_a_chat_template_can_neither_reach_out_nor_exhaust_the_machine(template, monkeypatch):
-    monkeypatch.setattr(resource_limits, "SECONDS", 0.3)
+    monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.3)
     with pytest.raises(LitLoraError, match="--prompt_style chat: the checkpoint's chat template ") as refused:
         ChatStyle(template, "<s>", "</s>").prompt("Hello")
     assert len(str(refused.value)) < 400

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers.reference import hugging_face, with_peft
 from torch.nn.utils.rnn import pad_sequence
 
-from litlora.data.batching import MicroBatch, Sample, fill, fold, join
+from litlora.data.batching import MicroBatch, Sample, pack, pad, share_prefixes
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, count, lora_parameters
@@ -184,7 +184,7 @@ def check_equals_padded_peft(
 @pytest.mark.parametrize("switches", [("query", "value"), SWITCHES], ids=["two", "six"])
 def test_loss_and_gradients_of_a_batch_equal_those_of_peft(checkpoint, switches, tmp_path, device):
     samples = [Sample(*pair) for pair in zip(*batch(), strict=True)]
-    micro = join([Sample(sample.tokens.to(device), sample.labels.to(device)) for sample in samples])
+    micro = pack([Sample(sample.tokens.to(device), sample.labels.to(device)) for sample in samples])
     check_equals_padded_peft(checkpoint, switches, samples, micro, tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_loss_and_gradients_of_samples_that_begin_alike_equal_those_of_peft(chec
     for row in labels:
         row[:-10] = IGNORE_INDEX
     samples = [Sample(*pair) for pair in zip(tokens, labels, strict=True)]
-    micro = fill(fold(join(samples)), 16)
+    micro = pad(share_prefixes(pack(samples)), 16)
     assert len(micro.tokens) == 64 < sum(map(len, tokens))
     check_equals_padded_peft(checkpoint, switches, samples, micro, tmp_path)
 
@@ -206,7 +206,7 @@ def test_loss_and_gradients_of_samples_that_begin_alike_equal_those_of_peft(chec
 def test_loss_and_gradients_of_each_example_among_others_equal_those_of_peft_with_padding(checkpoint, number, tmp_path):
     labels = [row if n == number else torch.full_like(row, IGNORE_INDEX) for n, row in enumerate(batch()[1])]
     samples = [Sample(*pair) for pair in zip(batch()[0], labels, strict=True)]
-    check_equals_padded_peft(checkpoint, SWITCHES, samples, join(samples), tmp_path)
+    check_equals_padded_peft(checkpoint, SWITCHES, samples, pack(samples), tmp_path)
 
 
 @pytest.mark.parametrize("switches", COMBINATIONS, ids="+".join)

@@ -18,7 +18,7 @@ from benchmarks.measuring import DisagreementError, Measurement, compare, measur
 from benchmarks.table import section
 from transformers import AutoModelForCausalLM
 
-from litlora.data.batching import Samples, join
+from litlora.data.batching import Samples, pack
 from litlora.data.encoding import encode
 from litlora.data.examples import read_examples
 from litlora.data.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def test_litlora_trains_on_the_rows_in_the_order_of_the_file(work, quantized):
     nf4 = Quantization("bnb.nf4", torch.float32) if quantized else None
     base = load_model(work / "checkpoint", torch.float32, torch.device("cpu"), nf4)
     with torch.no_grad():
-        batches = [join(samples[:4]), join(samples[4:])]
+        batches = [pack(samples[:4]), pack(samples[4:])]
         sums = [supervised_loss(base(b.tokens, b.lengths), base.lm_head, b.labels) for b in batches]
     losses = [loss.item() / batch.supervised for loss, batch in zip(sums, batches, strict=True)]
     assert found.losses[0] == pytest.approx(losses[0], rel=1e-5)  # of the base, since the adapter is untrained

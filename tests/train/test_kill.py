@@ -119,7 +119,7 @@ def test_a_process_that_is_killed_can_be_gone_on_with(runs, unbroken, few, tmp_p
         said = (
             rf"litlora: stopped by {number.name} after step (\d+) of {STEPS}, which is saved in {out_dir}/step-0000\d\d"
         )
-        assert re.fullmatch(rf"{said}; go on with the same command and --resume true", sentence)
+        assert re.fullmatch(rf"{said}; resume with the same command and --resume true", sentence)
     runs.start([*command(few, out_dir), "--resume", "true"])
     assert runs.wait() == 0, runs.stderr.read_text()
     assert_same_result(out_dir, unbroken[0])

@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_left_out_for_the_newest_whole_one(stopped, caps
 
 def test_a_damaged_checkpoint_that_is_named_is_refused(stopped, capsys):
     flip(Path("out/step-000002", WEIGHTS))
-    fault = f"is damaged ({WEIGHTS} is not as it was written); name another, or pass --resume true"
+    fault = f"is damaged ({WEIGHTS} differs from its entry in manifest.json); name another, or pass --resume true"
     assert refusal(capsys, "--resume", "out/step-000002") == f"litlora: --resume: out/step-000002 {fault}\n"
 
 
@@ -257,7 +257,8 @@ def test_a_run_out_of_time_saves_and_can_be_gone_on_with(world, capsys):
     assert run("--train.save_interval", 9) == 0
     assert run("--train.save_interval", 9, "--train.max_time", 0.001, out="parts") == 124
     said = "litlora: stopped after --train.max_time (0.001 seconds) after step 1 of 4, which is saved in "
-    assert capsys.readouterr().err.endswith(f"{said}parts/step-000001; go on with the same command and --resume true\n")
+    hint = "resume with the same command and --resume true"
+    assert capsys.readouterr().err.endswith(f"{said}parts/step-000001; {hint}\n")
     assert run("--train.save_interval", 9, "--resume", "true", out="parts") == 0
     assert same("out/final", "parts/final")
 

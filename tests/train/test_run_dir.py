@@ -17,8 +17,8 @@ from helpers.failing_disk import CODES, failing_disk, refusal
 from hypothesis import settings
 
 from litlora.__main__ import main
-from litlora.utils.files import finish_writing, write_together
-from litlora.utils.manifest import damage
+from litlora.utils.files import complete_transaction, write_transaction
+from litlora.utils.manifest import find_corruption
 
 FINETUNE = [
     "finetune_lora", "--checkpoint_dir", "base", "--data_dir", "data", "--out_dir", "out", "--precision", "32-true",
@@ -79,7 +79,7 @@ def kept(sentence: str) -> bool:
     """Say whether a sentence names the checkpoint to go on from, which is whole."""
     hint = "mend that, and go on with the same command and --resume true"
     named = re.search(rf"; (out/step-\d{{6}}) is kept: {hint}$", sentence)
-    return named is not None and damage(Path(named[1])) is None
+    return named is not None and find_corruption(Path(named[1])) is None
 
 
 def test_training_goes_on_after_any_fault_of_the_disk(worlds, capsys):
@@ -123,7 +123,7 @@ def test_preparing_again_leaves_the_old_rows_or_the_new_ones(worlds, capsys):
     for at in range(1, asked + 1):
         world = next(worlds)
         outcomes = (old, new) if fails(PREPARE, world, at, capsys) else (new,)
-        finish_writing(Path("data"))  # as whatever reads the data does first
+        complete_transaction(Path("data"))  # as whatever reads the data does first
         assert contents(world / "data") in outcomes
 
 
@@ -132,13 +132,13 @@ def test_files_that_change_together_do_so_whenever_the_process_is_killed(tmp_pat
     outcomes = []
     for at in count(1):
         folder = tmp_path / str(at)
-        write_together(folder, old)
+        write_transaction(folder, old)
         if not killed_at(at, folder, new):
             break
-        finish_writing(folder)
+        complete_transaction(folder)
         visible = {name: content for name, content in contents(folder).items() if not name.startswith(".")}
         outcomes.append([old, new].index(visible))
-        write_together(folder, new)
+        write_transaction(folder, new)
         assert contents(folder) == new
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {0, 1}
@@ -149,7 +149,7 @@ def killed_at(at: int, folder: Path, new: dict[str, bytes]) -> bool:
     child = os.fork()
     if not child:
         with failing_disk(folder, at, lambda: os._exit(9)):
-            write_together(folder, new)
+            write_transaction(folder, new)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
@@ -188,7 +188,7 @@ def run(command: Sequence[str], prefix: Sequence[str] = (), module: str = "litlo
 def goes_on_from(world: Path, sentence: str) -> None:
     """Assert that a sentence names a whole checkpoint, from which the run goes on to its end and leaves no remains."""
     assert kept(sentence), sentence
-    assert all(damage(path) is None for path in world.glob("out/step-*"))
+    assert all(find_corruption(path) is None for path in world.glob("out/step-*"))
     (world / "out/.step-000002.1234.partial").mkdir(exist_ok=True)  # as a killed run leaves it
     assert main([*LONG, "--resume", "true"]) == 0
     assert not list(world.glob("out/.*.partial"))

@@ -7,7 +7,7 @@ from litlora.errors import LitLoraError
 from litlora.utils.locks import LOCK, locked
 
 
-def test_a_folder_that_is_in_use_is_refused_until_it_is_free(tmp_path):
+def test_locked_folder_is_refused_until_released(tmp_path):
     for _ in range(2):
         with locked(tmp_path, "--out_dir"):
             with pytest.raises(LitLoraError) as refused, locked(tmp_path, "--out_dir"):
@@ -18,13 +18,13 @@ def test_a_folder_that_is_in_use_is_refused_until_it_is_free(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_stays_empty_vanishes_with_those_made_for_it(tmp_path):
+def test_empty_folder_is_removed_with_the_parents_created_for_it(tmp_path):
     with locked(tmp_path / "a/b/c", "--out_dir"):
-        (tmp_path / "a/kept").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["a", "kept"]
+        (tmp_path / "a/file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
 
 
-def test_what_a_killed_process_has_locked_is_free(tmp_path):
+def test_lock_of_a_killed_process_is_released(tmp_path):
     code = """if True:
         import os, pathlib, signal, sys
         from litlora.utils.locks import locked

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from litlora.utils import resource_limits
-from litlora.utils.resource_limits import bounded
+from litlora.utils.resource_limits import limited_resources
 
 
-def test_a_block_without_end_is_ended(monkeypatch):
-    monkeypatch.setattr(resource_limits, "SECONDS", 0.05)
-    with pytest.raises(TimeoutError, match=r"it takes more than 0\.05 seconds"), bounded():
+def test_endless_block_times_out(monkeypatch):
+    monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.05)
+    with pytest.raises(TimeoutError, match=r"it takes more than 0\.05 seconds"), limited_resources():
         while True:
             pass
 
@@ -23,32 +23,33 @@ class Endless:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_block_is_ended_even_if_a_finalizer_takes_the_first_alarm(monkeypatch):
-    monkeypatch.setattr(resource_limits, "SECONDS", 0.05)
-    with pytest.raises(TimeoutError), bounded():
+def test_timeout_survives_a_finalizer(monkeypatch):
+    """Python drops the TimeoutError that is raised inside a finalizer; the next alarm raises another one."""
+    monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.05)
+    with pytest.raises(TimeoutError), limited_resources():
         Endless()
         while True:
             pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of the address space")
-def test_a_block_that_takes_more_memory_than_it_may_is_ended():
-    with pytest.raises(MemoryError), bounded():
-        bytes(2 * resource_limits.MEMORY)
+def test_block_above_the_memory_limit_fails():
+    with pytest.raises(MemoryError), limited_resources():
+        bytes(2 * resource_limits.MAX_MEMORY)
 
 
-def test_afterwards_nothing_is_bounded():
+def test_limits_are_restored():
     before = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
-    with bounded():
+    with limited_resources():
         pass
     assert (signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def test_another_thread_is_left_alone():
-    def enter() -> bool:
-        with bounded():
+def test_only_the_main_thread_is_limited():
+    def timer_is_off() -> bool:
+        with limited_resources():
             return signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(enter).result()
+        assert pool.submit(timer_is_off).result()
