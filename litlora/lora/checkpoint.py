@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.lora.config import LoRAConfig
-from litlora.lora.layer import add_lora, lora_parameters
+from litlora.lora.layer import add_lora, freeze_adapter, lora_parameters
 from litlora.models.checkpoint import DTYPES, fingerprint, first_three, load_model, open_safetensors
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization, quantization_of
@@ -28,7 +28,7 @@ PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
 # PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
-BASE, QUANTIZATION, START, MAKES_UP = "auto_mapping", "quantization_config", "lora_init", "fisher"
+BASE, QUANTIZATION, INIT = "auto_mapping", "quantization_config", "lora_init"
 # Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
 IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
 WITHOUT_EFFECT = {
@@ -56,9 +56,9 @@ def write_adapter(
 
     `base_sha256` is the fingerprint of the base.
     """
-    quantization, start = quantization_of(model), {START: MAKES_UP} if lora.makes_up else {}
+    quantization, init = quantization_of(model), {INIT: lora.init} if lora.requires_quantized_base else {}
     config = {
-        BASE: None if quantization is None else {QUANTIZATION: quantization.hub, **start},
+        BASE: None if quantization is None else {QUANTIZATION: quantization.hub, **init},
         "base_model_name_or_path": str(base_dir.resolve()),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -103,7 +103,7 @@ def read_lora_config(adapter_dir: Path) -> LoRAConfig:
         lora_dropout=0.0,  # acts in training only
         target_modules=_target_modules(path, config.get("target_modules")),
         use_rslora=config.get("use_rslora") is True,
-        makes_up=_of_base(config, START) == MAKES_UP,
+        init=str(_of_base(config, INIT) or LoRAConfig.init),
     )
     _check_rank(path, lora.r)
     return lora
@@ -199,23 +199,24 @@ def load_with_adapter(
     device: torch.device,
     quantization: Quantization | None = None,
 ) -> GPT:
-    """Load the model of a base, with an adapter if there is one."""
+    """Load the model of a base for inference, with an adapter if there is one."""
     model = load_model(base_dir, dtype, device, quantization)
     if adapter_dir is not None:
         load_adapter(model, adapter_dir, base_dir)
+        freeze_adapter(model)
     return model
 
 
-def over_4_bits_alone(adapter_dir: Path) -> str:
-    """Say of an adapter that makes up for what 4 bits lose that nothing is lost elsewhere."""
-    return f"{adapter_dir} makes up for what 4 bits lose of its base (--lora_init fisher), and fits no other"
+def requires_nf4(adapter_dir: Path) -> str:
+    """Return why an adapter that was initialized to compensate for a quantization error needs that base."""
+    return f"{adapter_dir} compensates for the 4-bit quantization of its base (--lora_init fisher)"
 
 
 def load_adapter(model: GPT, adapter_dir: Path, base_dir: Path) -> None:
     """Add an adapter to the model of its base, strictly."""
     lora = read_lora_config(adapter_dir)
-    if lora.makes_up and quantization_of(model) is None:
-        raise LitLoraError(f"{over_4_bits_alone(adapter_dir)}: pass --quantize bnb.nf4, or leave the flag out")
+    if lora.requires_quantized_base and quantization_of(model) is None:
+        raise LitLoraError(f"{requires_nf4(adapter_dir)}: pass --quantize bnb.nf4, or leave the flag out")
     add_lora(model, lora)
     load_matrices(model, adapter_dir, base_dir)
 

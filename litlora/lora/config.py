@@ -17,7 +17,7 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Shape, reach and kind of an adapter; the names of what PEFT has as well are those of adapter_config.json."""
+    """The settings of an adapter; those that PEFT has as well are named as in adapter_config.json."""
 
     r: int
     lora_alpha: float
@@ -25,13 +25,18 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str
     """Last parts of layer names, or a regular expression for whole names."""
     use_rslora: bool = False
-    makes_up: bool = False
-    """Whether the adapter began with what 4 bits lose of its base: it then fits no base but in 4 bits."""
+    init: str = "zero"
+    """How the adapter was initialized, as --lora_init names it."""
 
     @property
     def scaling(self) -> float:
         """Factor of the low-rank branch: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def requires_quantized_base(self) -> bool:
+        """Tell whether the adapter compensates for a quantization error, which no other base has."""
+        return self.init == "fisher"
 
     def targets(self, name: str) -> bool:
         """Tell whether the layer of this name is adapted."""

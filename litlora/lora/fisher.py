@@ -1,8 +1,8 @@
-"""An adapter that begins by making up for what 4 bits lose of its base, where the loss feels it.
+"""Initialization that compensates for the quantization error of the base, weighted by the Fisher information.
 
-How much it feels an error of a layer's weight is the Fisher information, taken as the Kronecker product of the second
-moments of the layer's inputs and of its output's gradients (K-FAC, Martens and Grosse 2015, arXiv 1503.05671). LQ-LoRA
-(Guo et al. 2024, arXiv 2311.12023) weighs the error by the same information, of which it takes the diagonal.
+The Fisher information of a layer's weight is approximated by the Kronecker product of the second moments of the layer's
+inputs and of its output gradients (K-FAC, Martens and Grosse 2015, arXiv 1503.05671). LQ-LoRA (Guo et al. 2024, arXiv
+2311.12023) weights the error by the same information, of which it takes the diagonal.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,15 +19,15 @@ from litlora.lora.layer import LoRALinear
 from litlora.models.checkpoint import Weights
 from litlora.nn.nf4 import NF4Weight, dequantized
 
-WIDEST = 1024
-"""How many channels a side of a layer has at most for the products of all pairs of them to be kept, not the squares."""
+MAX_FULL_MOMENT = 1024
+"""Channels up to which all second moments of a side are recorded; beyond, only the diagonal is."""
 DAMPING = 0.01
-"""How much every direction counts at least, as a share of what is usual."""
+"""Share of the mean second moment that is added for every channel."""
 ITERATIONS = 4
-"""Of the randomized decomposition, which then leaves less than 1 % more than the best there is."""
+"""Power iterations of the randomized SVD, whose error is then less than 1 % above the optimum."""
 
 Moments = dict[str, Tensor]
-"""By the name of a layer: the products (n, n) of the channels of vectors that were seen there, or the squares (n,)."""
+"""By the name of a layer: second moments (n, n) of the vectors recorded there, or their diagonal (n,)."""
 
 
 @torch.no_grad()
@@ -36,36 +36,35 @@ def initialize_from_fisher(
 ) -> None:
     """Initialize new LoRA layers over NF4 to compensate for their quantization error, as far as their rank allows.
 
-    `backward` runs forward and backward over some examples; `broadcast` gives all ranks what the first has.
+    `backward` runs forward and backward over some examples; `broadcast` gives all ranks the first rank's tensor.
     """
-    with observing(layers) as (inputs, gradients):
+    with recording(layers) as (inputs, gradients):
         backward()
     for name, layer in layers.items():
         if not (inputs[name].isfinite().all() and gradients[name].isfinite().all()):
-            raise LitLoraError(f"--lora_init fisher: {name} sees numbers that are NaN or infinite: {DAMAGED}")
+            raise LitLoraError(
+                f"--lora_init fisher: {name} has inputs or gradients that are NaN or infinite: {DAMAGED}"
+            )
         weight = base.once(f"{name}.weight").to(layer.weight.device).float()
         assert isinstance(layer.weight, NF4Weight)
-        lost = weight - dequantized(weight, layer.weight.quantization)
-        begin_with(layer, lost, Side.of(inputs.pop(name)), Side.of(gradients.pop(name)))
-        for matrix in (layer.lora_A.weight, layer.lora_B.weight):
-            broadcast(matrix)
-
-
-def is_over_4_bits(layer: nn.Module) -> bool:
-    return isinstance(layer, LoRALinear) and isinstance(layer.weight, NF4Weight)
+        error = weight - dequantized(weight, layer.weight.quantization)
+        fit_low_rank(layer, error, Metric.of(inputs.pop(name)), Metric.of(gradients.pop(name)))
+        layer.variant.init(layer)
+        for parameter in layer.adapter_parameters().values():
+            broadcast(parameter)
 
 
 @contextmanager
-def observing(layers: Mapping[str, nn.Module]) -> Iterator[tuple[Moments, Moments]]:
-    """Add up, inside the block, the moments of what goes into each layer and of the gradients that come back to it."""
+def recording(layers: Mapping[str, nn.Module]) -> Iterator[tuple[Moments, Moments]]:
+    """Record, inside the block, the second moments of each layer's inputs and output gradients."""
     inputs: Moments = {}
     gradients: Moments = {}
 
-    def see(name: str, _layer: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+    def record(name: str, _layer: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
         add_moment(inputs, name, arguments[0])
         output.register_hook(partial(add_moment, gradients, name))  # type: ignore[no-untyped-call]
 
-    handles = [layer.register_forward_hook(partial(see, name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(record, name)) for name, layer in layers.items()]
     try:
         yield inputs, gradients
     finally:
@@ -75,51 +74,51 @@ def observing(layers: Mapping[str, nn.Module]) -> Iterator[tuple[Moments, Moment
 
 @torch.no_grad()
 def add_moment(moments: Moments, name: str, vectors: Tensor) -> None:
-    """Add the moment of some vectors (T, n) to what is there."""
-    wide = vectors.float()
-    moment = wide.t() @ wide if wide.shape[1] <= WIDEST else wide.square().sum(dim=0)
+    """Add the second moments of vectors (T, n) to those recorded under this name."""
+    rows = vectors.float()
+    moment = rows.t() @ rows if rows.shape[1] <= MAX_FULL_MOMENT else rows.square().sum(dim=0)
     moments[name] = moments[name].add_(moment) if name in moments else moment
 
 
 @dataclass(frozen=True)
-class Side:
-    """How much errors along one side of a weight count."""
+class Metric:
+    """How much errors along one side of a weight change the loss."""
 
     root: Tensor
-    """Of the moment: its Cholesky factor (n, n), or the roots of the squares (n,), where what is usual is 1."""
+    """Of the normalized second moments: their Cholesky factor (n, n), or the square roots of their diagonal (n,)."""
 
     @classmethod
     def of(cls, moment: Tensor) -> Self:
-        """Damp a moment, so that no direction counts for nothing because the examples did not show it."""
-        squares = moment.diagonal() if moment.dim() == 2 else moment
-        usual = squares.mean().clamp(min=torch.finfo(squares.dtype).tiny)
+        """Normalize and damp second moments, so that a channel that no example uses still counts a little."""
+        diagonal = moment.diagonal() if moment.dim() == 2 else moment
+        mean = diagonal.mean().clamp(min=torch.finfo(diagonal.dtype).tiny)
         if moment.dim() == 1:
-            return cls((moment / usual + DAMPING).sqrt())
+            return cls((moment / mean + DAMPING).sqrt())
         damping = DAMPING * torch.eye(len(moment), device=moment.device)
-        return cls(torch.linalg.cholesky(moment / usual + damping))
+        return cls(torch.linalg.cholesky(moment / mean + damping))
 
-    def weighed(self, rows: Tensor) -> Tensor:
-        """Return rows (m, n) whose lengths are what they count."""
+    def apply(self, rows: Tensor) -> Tensor:
+        """Return rows (m, n) whose Euclidean lengths are their lengths in this metric."""
         return rows @ self.root if self.root.dim() == 2 else rows * self.root
 
-    def unweighed(self, rows: Tensor) -> Tensor:
-        """Undo `weighed`."""
+    def invert(self, rows: Tensor) -> Tensor:
+        """Undo `apply`."""
         if self.root.dim() == 1:
             return rows / self.root
         out: Tensor = torch.linalg.solve_triangular(self.root, rows, upper=False, left=False)
         return out
 
 
-def begin_with(layer: LoRALinear, lost: Tensor, inputs: Side, gradients: Side) -> None:
-    """Give a layer's branch the product that comes nearest to a matrix (out, in), measured along both of its sides.
+def fit_low_rank(layer: LoRALinear, error: Tensor, inputs: Metric, gradients: Metric) -> None:
+    """Set the layer's B A to the best approximation of an error (out, in), in the metrics of both of its sides.
 
-    What a rank has beyond that of the matrix stays as it was.
+    Rows and columns beyond the rank of the error stay as they are.
     """
-    weighed = gradients.weighed(inputs.weighed(lost).t()).t()
-    rank = min(layer.lora_A.out_features, *lost.shape)
-    u, s, v = (t[..., :rank] for t in torch.svd_lowrank(weighed, min(2 * rank, *lost.shape), ITERATIONS))
+    weighted = gradients.apply(inputs.apply(error).t()).t()
+    rank = min(layer.lora_A.out_features, *error.shape)
+    u, s, v = (t[..., :rank] for t in torch.svd_lowrank(weighted, min(2 * rank, *error.shape), ITERATIONS))
     signs = v.gather(0, v.abs().argmax(dim=0, keepdim=True)).sign()
-    u, v = u * signs, v * signs  # or rounding would decide which way a direction points
-    root = (s / layer.scaling).sqrt()  # which both matrices get alike
-    layer.lora_B.weight[:, :rank] = gradients.unweighed((u * root).t()).t()
-    layer.lora_A.weight[:rank] = inputs.unweighed((v * root).t())
+    u, v = u * signs, v * signs  # or rounding would decide the direction of singular vectors
+    root = (s / layer.scaling).sqrt()  # both matrices get the same share of a singular value
+    layer.lora_B.weight[:, :rank] = gradients.invert((u * root).t()).t()
+    layer.lora_A.weight[:rank] = inputs.invert((v * root).t())

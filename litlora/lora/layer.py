@@ -40,6 +40,7 @@ class LoRALinear(AdapterLayer):
         nn.init.zeros_(self.lora_B.weight)  # so that before the first step the model equals its base exactly
         for matrix in (self.lora_A, self.lora_B):
             matrix.to(device or linear.weight.device)  # after drawing, so that a seed gives the same start everywhere
+        self.variant.init(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.completed(frozen_linear(x, self.weight, self.bias), x)
@@ -88,6 +89,12 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what the adapter layers train, by the layer's name and PEFT's: `<layer>.lora_A.weight` and so on."""
     layers = lora_layers(model).items()
     return {f"{name}.{key}": p for name, layer in layers for key, p in layer.adapter_parameters().items()}
+
+
+def freeze_adapter(model: nn.Module) -> None:
+    """Prepare adapter layers for inference alone."""
+    for layer in lora_layers(model).values():
+        layer.variant.freeze(layer)
 
 
 def count(model: nn.Module, *, trainable: bool) -> int:

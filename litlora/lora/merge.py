@@ -15,7 +15,7 @@ from litlora.args import MergeLoraArgs
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
-from litlora.lora.checkpoint import find_base, over_4_bits_alone, read_lora_config, read_matrices, read_quantization
+from litlora.lora.checkpoint import find_base, read_lora_config, read_matrices, read_quantization, requires_nf4
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers
 from litlora.models.checkpoint import (
     Weights,
@@ -35,8 +35,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def merge_adapter(args: MergeLoraArgs) -> None:
     """Merge an adapter into its base and write the result as a checkpoint."""
     lora = read_lora_config(args.checkpoint_dir)
-    if lora.makes_up and not args.dequantized_base:
-        raise LitLoraError(f"{over_4_bits_alone(args.checkpoint_dir)}: pass --dequantized_base true")
+    if lora.requires_quantized_base and not args.dequantized_base:
+        raise LitLoraError(f"{requires_nf4(args.checkpoint_dir)}: pass --dequantized_base true")
     base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
     check_writable(args.out_dir, "--out_dir")
     if args.out_dir.exists():

@@ -44,6 +44,14 @@ class Variant(ABC):
         return {name: layer.get_parameter(name) for name in self.names}
 
     @abstractmethod
+    def init(self, layer: AdapterLayer) -> None:
+        """Add, or set again, what a layer trains beside A and B, given these and the frozen weight."""
+
+    @abstractmethod
+    def freeze(self, layer: AdapterLayer) -> None:
+        """Compute what stays constant once a layer no longer trains; its weight may then be stored elsewhere."""
+
+    @abstractmethod
     def forward(self, layer: AdapterLayer, base_output: Tensor, x: Tensor) -> Tensor:
         """Return the output (T, out) for x (T, in), given that of the base layer, which may be overwritten."""
 
@@ -59,6 +67,12 @@ class LoRA(Variant):
     """W x + scaling · B A x (Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
 
     names = A, B
+
+    def init(self, layer: AdapterLayer) -> None:
+        """There is nothing beside A and B."""
+
+    def freeze(self, layer: AdapterLayer) -> None:
+        """There is nothing to compute from A and B."""
 
     def forward(self, layer: AdapterLayer, base_output: Tensor, x: Tensor) -> Tensor:
         a, b = layer.lora_A.weight, layer.lora_B.weight

@@ -30,8 +30,8 @@ from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
 from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
-from litlora.lora.fisher import initialize_from_fisher, is_over_4_bits
-from litlora.lora.layer import add_lora, count, lora_parameters
+from litlora.lora.init import INITIALIZERS, Calibration
+from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
 from litlora.models.checkpoint import Weights, check_checkpoint, fingerprint, load_model
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT, evaluating
@@ -117,7 +117,7 @@ def carry_out(run: Run, progress: Progress, start: Path | None) -> None:
     check_memory(run, progress.step)
     run.folder.open(start, progress.step)
     with shortage_said(progress, run.args.train):
-        if run.folder.lora.makes_up and start is None:
+        if start is None:
             initialize_adapter(run)
         with run.stopping.handling_signals():
             fit(run, progress)
@@ -126,11 +126,10 @@ def carry_out(run: Run, progress: Progress, start: Path | None) -> None:
 
 
 def initialize_adapter(run: Run) -> None:
-    """Initialize a new adapter to compensate for the quantization error of its base (--lora_init fisher)."""
-    layers = {name: layer for name, layer in run.gpt.named_modules() if is_over_4_bits(layer)}
-    initialize_from_fisher(
-        layers, Weights(run.args.checkpoint_dir), partial(backward_over_some, run), run.ranks.as_first
-    )
+    """Initialize a new adapter as --lora_init says."""
+    weights = Weights(run.args.checkpoint_dir)
+    calibration = Calibration(weights, partial(backward_over_some, run), run.ranks.as_first)
+    INITIALIZERS[run.folder.lora.init](lora_layers(run.gpt), calibration)
 
 
 @torch.enable_grad()
@@ -173,8 +172,7 @@ def contents(args: FinetuneLoraArgs, splits: Sequence[Split]) -> dict[str, str]:
 
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
     targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
-    makes_up = args.lora_init == "fisher"
-    return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets, makes_up=makes_up)
+    return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets, init=args.lora_init)
 
 
 def sequence_limit(asked: int | None, positions: int) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from litlora.__main__ import main
 from litlora.lora.checkpoint import load_with_adapter, read_lora_config
-from litlora.lora.fisher import Moments, Side, add_moment, begin_with, observing
+from litlora.lora.fisher import Metric, Moments, add_moment, fit_low_rank, recording
 from litlora.lora.layer import LoRALinear
 from litlora.models.checkpoint import Weights, load_model
 from litlora.nn.nf4 import Quantization, dequantized
@@ -26,86 +26,86 @@ def layer_of(rank: int, scaling: float) -> LoRALinear:
     return LoRALinear(nn.Linear(24, 40, bias=False), rank=rank, scaling=scaling, dropout=0.0).requires_grad_(False)
 
 
-def branch(layer: LoRALinear) -> torch.Tensor:
+def product(layer: LoRALinear) -> torch.Tensor:
     return layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
 
 
 @pytest.fixture
 def wide(monkeypatch):
-    """Take sides of more than 30 channels for wide."""
-    monkeypatch.setattr("litlora.lora.fisher.WIDEST", 30)
+    """Record only the diagonal of sides with more than 30 channels."""
+    monkeypatch.setattr("litlora.lora.fisher.MAX_FULL_MOMENT", 30)
 
 
-def seen(vectors: torch.Tensor) -> Side:
+def metric(vectors: torch.Tensor) -> Metric:
     moments: Moments = {}
     add_moment(moments, "layer", vectors)
-    return Side.of(moments["layer"])
+    return Metric.of(moments["layer"])
 
 
 def vectors(count: int, channels: int) -> torch.Tensor:
-    """Make vectors up whose channels are unlike in size and correlated."""
+    """Return random vectors whose channels are correlated and differ in scale."""
     return torch.randn(count, channels) @ torch.randn(channels, channels) * torch.randn(channels).exp()
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    usual = moment.diagonal().mean()
-    return moment / usual + 0.01 * torch.eye(len(moment))
+    mean = moment.diagonal().mean()
+    return moment / mean + 0.01 * torch.eye(len(moment))
 
 
-def felt(error: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+def loss_change(error: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """The second-order change of a loss by an error of a weight, whose Fisher information is a Kronecker product."""
     return (error.T @ gradients @ error @ inputs).trace()
 
 
 @pytest.mark.parametrize("scaling", [0.5, 2.0])
-def test_no_product_of_the_rank_leaves_less_for_the_loss_to_feel(scaling):
+def test_low_rank_product_is_optimal_in_the_fisher_metric(scaling):
     layer, rank = layer_of(6, scaling), 6
-    lost, x, g = torch.randn(40, 24), vectors(200, 24), vectors(200, 40)
-    begin_with(layer, lost, seen(x), seen(g))
+    error, x, g = torch.randn(40, 24), vectors(200, 24), vectors(200, 40)
+    fit_low_rank(layer, error, metric(x), metric(g))
     inputs, gradients = damped(x.T @ x).double(), damped(g.T @ g).double()
     roots = [torch.linalg.cholesky(moment) for moment in (gradients, inputs)]
-    least = torch.linalg.svdvals(roots[0].T @ lost.double() @ roots[1])[rank:].square().sum()  # Eckart and Young 1936
-    left = felt((lost - branch(layer)).double(), inputs, gradients)
+    least = torch.linalg.svdvals(roots[0].T @ error.double() @ roots[1])[rank:].square().sum()  # Eckart and Young 1936
+    left = loss_change((error - product(layer)).double(), inputs, gradients)
     assert least * 0.999 < left < least * 1.01
 
 
-def test_along_a_wide_side_channels_count_by_their_size_alone(wide):
+def test_wide_side_uses_the_diagonal(wide):
     layer, rank = layer_of(6, 1.0), 6
-    lost, x, g = torch.randn(40, 24), vectors(200, 24), vectors(200, 40)
-    begin_with(layer, lost, seen(x), seen(g))
+    error, x, g = torch.randn(40, 24), vectors(200, 24), vectors(200, 40)
+    fit_low_rank(layer, error, metric(x), metric(g))
     inputs, gradients = damped(x.T @ x).double(), damped((g.T @ g).diagonal().diag()).double()
-    weighed = gradients.sqrt() @ lost.double() @ torch.linalg.cholesky(inputs)
-    least = torch.linalg.svdvals(weighed)[rank:].square().sum()
-    left = felt((lost - branch(layer)).double(), inputs, gradients)
+    weighted = gradients.sqrt() @ error.double() @ torch.linalg.cholesky(inputs)
+    least = torch.linalg.svdvals(weighted)[rank:].square().sum()
+    left = loss_change((error - product(layer)).double(), inputs, gradients)
     assert least * 0.999 < left < least * 1.01
 
 
-def test_a_rank_beyond_that_of_the_weight_makes_up_for_all_and_leaves_the_rest_to_learn():
-    layer, lost = layer_of(30, 0.7), torch.randn(40, 24)
-    begin_with(layer, lost, seen(torch.randn(50, 24)), seen(torch.randn(50, 40)))
-    torch.testing.assert_close(branch(layer), lost, atol=1e-4, rtol=1e-4)
+def test_rank_beyond_the_weight_reproduces_the_error_and_leaves_the_rest():
+    layer, error = layer_of(30, 0.7), torch.randn(40, 24)
+    fit_low_rank(layer, error, metric(torch.randn(50, 24)), metric(torch.randn(50, 40)))
+    torch.testing.assert_close(product(layer), error, atol=1e-4, rtol=1e-4)
     assert layer.lora_A.weight[24:].any()
     assert not layer.lora_B.weight[:, 24:].any()
 
 
-def test_the_signs_of_directions_are_not_left_to_chance():
+def test_signs_of_singular_vectors_are_fixed():
     layer = layer_of(12, 1.0)
-    begin_with(layer, torch.randn(40, 24), Side(torch.ones(24)), Side(torch.ones(40)))
+    fit_low_rank(layer, torch.randn(40, 24), Metric(torch.ones(24)), Metric(torch.ones(40)))
     directions = layer.lora_A.weight
     assert directions.abs().amax(dim=1).equal(directions.amax(dim=1))
 
 
-def test_channels_that_no_example_uses_do_not_count():
+def test_unused_channels_give_finite_numbers():
     layer, used = layer_of(4, 1.0), torch.tensor([0.0] * 12 + [1.0] * 12)
     for factor in (used, 0 * used):
-        begin_with(layer, torch.randn(40, 24), seen(torch.randn(50, 24) * factor), seen(torch.zeros(50, 40)))
-        assert branch(layer).isfinite().all()
+        fit_low_rank(layer, torch.randn(40, 24), metric(torch.randn(50, 24) * factor), metric(torch.zeros(50, 40)))
+        assert product(layer).isfinite().all()
 
 
-def test_moments_are_those_of_all_inputs_and_gradients_inside_the_block_and_of_none_behind_it(wide):
+def test_recording_ends_with_its_block(wide):
     layer, parts = layer_of(4, 1.0), [(torch.randn(n, 24), torch.randn(n, 40)) for n in (5, 3, 2)]
     layer.lora_A.requires_grad_(True)
-    with observing({"layer": layer}) as (inputs, gradients):
+    with recording({"layer": layer}) as (inputs, gradients):
         for x, gradient in parts[:2]:
             layer(x).backward(gradient)
     layer(parts[2][0]).backward(parts[2][1])
@@ -132,22 +132,22 @@ def distance(model: nn.Module, other: nn.Module) -> float:
     return float((one - two).norm())
 
 
-def test_an_adapter_begins_between_the_base_in_4_bits_and_the_whole_one(base, data_dir, tmp_path):
-    still = ["--train.max_steps", 1, "--train.learning_rate", 1e-12, "--lora_init", "fisher"]
+def test_higher_rank_starts_nearer_to_the_unquantized_base(base, data_dir, tmp_path):
+    untrained = ["--train.max_steps", 1, "--train.learning_rate", 1e-12, "--lora_init", "fisher"]
     whole = load_model(base, torch.float32, CPU)
-    lost = distance(load_model(base, torch.float32, CPU, NF4), whole)
-    left = [lost]
+    initial = distance(load_model(base, torch.float32, CPU, NF4), whole)
+    left = [initial]
     for rank in (4, 16, 256):
-        adapter = finetune(base, data_dir, tmp_path / str(rank), *still, "--lora_r", rank)
+        adapter = finetune(base, data_dir, tmp_path / str(rank), *untrained, "--lora_r", rank)
         left.append(distance(load_with_adapter(base, adapter, torch.float32, CPU, NF4), whole))
     assert left == sorted(left, reverse=True)
-    assert left[-1] < lost / 100
+    assert left[-1] < initial / 100
 
 
-def test_the_adapter_remembers_it_and_goes_on_a_model_of_peft(base, data_dir, tmp_path):
+def test_fisher_adapter_records_it_and_loads_in_peft(base, data_dir, tmp_path):
     flags = ["--train.max_steps", 2, "--train.global_batch_size", 4, "--lora_init", "fisher"]
     adapter = finetune(base, data_dir, tmp_path / "run", *flags)
-    assert read_lora_config(adapter).makes_up
+    assert read_lora_config(adapter).init == "fisher"
     ours = load_with_adapter(base, adapter, torch.float32, CPU, NF4)
     theirs = PeftModel.from_pretrained(in_4_bits(base, NF4, CPU), adapter, is_trainable=True)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_the_adapter_remembers_it_and_goes_on_a_model_of_peft(base, data_dir, tm
         torch.testing.assert_close(ours.lm_head(ours(TOKENS, [len(TOKENS)])), expected, atol=1e-4, rtol=0)
 
 
-def test_the_same_command_begins_with_the_same_adapter_and_a_resumed_run_goes_on_with_its_own(base, data_dir, tmp_path):
+def test_fisher_is_deterministic_and_resumes(base, data_dir, tmp_path):
     flags = ["--train.global_batch_size", 4, "--train.epochs", 1, "--lora_init", "fisher", "--train.save_interval", 2]
     once, again = (finetune(base, data_dir, tmp_path / name, *flags) for name in ("once", "again"))
     step = next(path for path in once.parent.glob("step-*"))
@@ -164,15 +164,15 @@ def test_the_same_command_begins_with_the_same_adapter_and_a_resumed_run_goes_on
     assert contents[0] == contents[1] == contents[2]
 
 
-def test_what_the_whole_base_has_not_lost_is_not_added_to_it(base, data_dir, tmp_path, capsys):
+def test_fisher_adapter_is_refused_on_an_unquantized_base(base, data_dir, tmp_path, capsys):
     adapter = finetune(base, data_dir, tmp_path / "run", "--train.max_steps", 1, "--lora_init", "fisher")
-    said = f"litlora: {adapter} makes up for what 4 bits lose of its base (--lora_init fisher), and fits no other"
+    reason = f"litlora: {adapter} compensates for the 4-bit quantization of its base (--lora_init fisher)"
     capsys.readouterr()
     merge = ["merge_lora", "--checkpoint_dir", str(adapter), "--out_dir", str(tmp_path / "merged")]
     assert main(merge) == 1
-    assert capsys.readouterr().err == f"{said}: pass --dequantized_base true\n"
+    assert capsys.readouterr().err == f"{reason}: pass --dequantized_base true\n"
     assert main(["generate", "--checkpoint_dir", str(adapter), "--prompt", "a", "--quantize", "none"]) == 1
-    assert capsys.readouterr().err == f"{said}: pass --quantize bnb.nf4, or leave the flag out\n"
+    assert capsys.readouterr().err == f"{reason}: pass --quantize bnb.nf4, or leave the flag out\n"
     assert main([*merge, "--dequantized_base", "true"]) == 0
     name = "model.layers.0.mlp.up_proj"
     a, b = (load_file(adapter / "adapter_model.safetensors")[f"base_model.model.{name}.lora_{m}.weight"] for m in "AB")
