@@ -1,13 +1,10 @@
 import os
-import signal
-import time
-from collections.abc import Sequence
 
 import pytest
-import torch
+from helpers.ranks import attempt, tell_threads
 
 from litlora.distributed import launcher
-from litlora.distributed.launcher import LEFT_ALONE, Place, find_place, heed_srun, start
+from litlora.distributed.launcher import Place, find_place, heed_srun, start
 from litlora.distributed.process_group import _view
 from litlora.errors import LitLoraError
 
@@ -59,18 +56,6 @@ def test_fewer_gpus_than_processes_are_refused(srun):
             _view(place, gpus)
 
 
-def attempt(ends: Sequence[str]) -> tuple[int, str | None]:
-    """Be a rank that ends as the word for it says."""
-    end = ends[int(os.environ["RANK"])]
-    if end == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    while end == "hangs":
-        time.sleep(1)
-    if end == "says why":
-        return 4, f"of rank {os.environ['RANK']}"
-    return {"ends well": 0, "ends": 5, "is left alone": LEFT_ALONE}[end], None
-
-
 HINT = "go on with the same command and --resume true"
 KILLED = "rank 1 was killed by SIGKILL: was there too little memory? Go on with the same command and --resume true"
 HUNG = f"rank 1 has shown no sign of life, and the others have ended: {HINT}"
@@ -94,7 +79,7 @@ ALONE = f"all ranks have lost the contact to one another: {HINT}"
     ],
 )
 def test_whatever_becomes_of_the_processes_one_sentence_says_why(monkeypatch, ends, sentence, code):
-    monkeypatch.setattr(launcher, "LAST_WORDS", 5 if "hangs" in ends else 60)
+    monkeypatch.setattr(launcher, "LAST_WORDS", 0.1 if "hangs" in ends else 60)
     with pytest.raises(LitLoraError) as failed:
         start(attempt, ends, 2)
     assert str(failed.value) == sentence
@@ -109,10 +94,6 @@ def test_a_process_that_is_started_here_knows_that_it_is_watched(monkeypatch):
     assert not find_place(1, 1).is_watched
     monkeypatch.setattr(os, "environ", os.environ | launcher._environment(1, 2, 1))
     assert find_place(2, 1) == Place(1, 2, 2, is_watched=True)
-
-
-def tell_threads(arguments: Sequence[str]) -> tuple[int, str | None]:
-    return 1, f"{torch.get_num_threads()} threads"
 
 
 @pytest.mark.parametrize(("asked", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("2", 2)])
