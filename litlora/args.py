@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-from jsonargparse.typing import SecretStr
+from typing import Any, ClassVar, Literal
 
 from litlora.errors import LitLoraError
 
@@ -12,6 +10,26 @@ Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Start = Literal["zero", "fisher"]
+
+
+MASK = "**********"
+
+
+class SecretStr:
+    """A token, which shows itself in no message, log or file."""
+
+    def __init__(self, value: str) -> None:
+        if value == MASK:
+            fault = "is printed in place of a token: give the token itself, or leave the setting out"
+            raise LitLoraError(f"--access_token ({MASK}) {fault}", exit_code=2)
+        self._value = value
+
+    def get_secret_value(self) -> str:
+        """Return the token itself."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return MASK
 
 
 def require(condition: bool, flag: str, value: object, need: str) -> None:
@@ -30,6 +48,15 @@ def plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True)
+class CommandArgs:
+    """What --help shows of a command beside its summary and its flags."""
+
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Titles of groups of flags, and patterns of the names in each."""
+    examples: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -124,8 +151,13 @@ class EvalArgs:
 
 
 @dataclass(frozen=True)
-class DownloadArgs:
+class DownloadArgs(CommandArgs):
     """Fetch a checkpoint from the Hugging Face Hub."""
+
+    examples: ClassVar = (
+        "litlora download meta-llama/Llama-3.2-1B",
+        "litlora download mistralai/Mistral-7B-v0.3 --checkpoint_root /data/checkpoints",
+    )
 
     repo_id: str
     """Which repository, as ORG/NAME."""
@@ -140,7 +172,7 @@ class DownloadArgs:
 
 
 @dataclass(frozen=True)
-class PrepareArgs:
+class PrepareArgs(CommandArgs):
     """What the preparation of every data set shares."""
 
     destination_path: Path
@@ -162,6 +194,11 @@ class PrepareArgs:
 class PrepareAlpacaArgs(PrepareArgs):
     """Prepare the cleaned Alpaca archive, or another file with its keys, for fine-tuning."""
 
+    examples: ClassVar = (
+        "litlora prepare_alpaca",
+        "litlora prepare_alpaca --source rows.json --destination_path data/rows",
+    )
+
     destination_path: Path = Path("data/alpaca")
     source: str = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
     val_split_fraction: float = 0.03865  # 2,000 of the archive's 51,759 rows, as in Lit-GPT
@@ -170,6 +207,11 @@ class PrepareAlpacaArgs(PrepareArgs):
 @dataclass(frozen=True)
 class PrepareLimaArgs(PrepareArgs):
     """Prepare LIMA, or another file in its format, for fine-tuning."""
+
+    examples: ClassVar = (
+        "litlora prepare_lima",
+        "litlora prepare_lima --include_multiturn_conversations true",
+    )
 
     destination_path: Path = Path("data/lima")
     source: str = "GAIR/lima"
@@ -185,14 +227,33 @@ class PrepareLimaArgs(PrepareArgs):
 class PrepareJsonArgs(PrepareArgs):
     """Prepare a .json, .jsonl or .csv file of your own for fine-tuning."""
 
+    examples: ClassVar = (
+        "litlora prepare_json --source rows.csv --destination_path data/rows",
+        "litlora prepare_json --source rows.jsonl --destination_path data/rows --val_split_fraction 0.05",
+    )
+
     destination_path: Path
     source: str
     val_split_fraction: float = 0.1
 
 
 @dataclass(frozen=True)
-class FinetuneLoraArgs:
+class FinetuneLoraArgs(CommandArgs):
     """Fine-tune a checkpoint with LoRA."""
+
+    groups: ClassVar = {
+        "data": ("data_dir", "prompt_style", "mask_prompt"),
+        "LoRA": ("lora_*",),
+        "quantization": ("precision", "quantize"),
+        "training": ("train.*", "optimizer"),
+        "evaluation": ("eval.*",),
+        "devices": ("devices", "num_nodes", "strategy"),
+        "run": ("*",),
+    }
+    examples: ClassVar = (
+        "litlora finetune_lora checkpoints/ORG/NAME --data_dir data/alpaca --out_dir out/alpaca",
+        "litlora finetune_lora checkpoints/ORG/NAME --data_dir data/alpaca --quantize bnb.nf4 --train.epochs 3",
+    )
 
     checkpoint_dir: Path
     """Folder of the base: config.json, *.safetensors and tokenizer files, as the Hub serves them."""
@@ -295,8 +356,13 @@ class FinetuneLoraArgs:
 
 
 @dataclass(frozen=True)
-class GenerateArgs:
+class GenerateArgs(CommandArgs):
     """Answer a prompt with a checkpoint, or with an adapter on its base."""
+
+    examples: ClassVar = (
+        'litlora generate checkpoints/ORG/NAME --prompt "Once upon a time"',
+        'litlora generate out/alpaca/final --prompt "Name three primary colors." --temperature 0',
+    )
 
     checkpoint_dir: Path
     """Folder of a checkpoint or of an adapter."""
@@ -335,8 +401,13 @@ class GenerateArgs:
 
 
 @dataclass(frozen=True)
-class MergeLoraArgs:
+class MergeLoraArgs(CommandArgs):
     """Merge an adapter into its base and write the result as a checkpoint."""
+
+    examples: ClassVar = (
+        "litlora merge_lora out/alpaca/final --out_dir out/merged",
+        "litlora merge_lora out/alpaca/final --base_dir checkpoints/ORG/NAME --out_dir out/merged",
+    )
 
     checkpoint_dir: Path
     """Folder of the adapter."""
@@ -346,3 +417,14 @@ class MergeLoraArgs:
     """Folder of the base; by default the one that the adapter names."""
     dequantized_base: bool = False
     """Merge into the base's weights as they are in 4 bits, for an adapter that was trained on these."""
+
+
+COMMANDS: dict[str, type[CommandArgs]] = {
+    "download": DownloadArgs,
+    "prepare_alpaca": PrepareAlpacaArgs,
+    "prepare_lima": PrepareLimaArgs,
+    "prepare_json": PrepareJsonArgs,
+    "finetune_lora": FinetuneLoraArgs,
+    "generate": GenerateArgs,
+    "merge_lora": MergeLoraArgs,
+}

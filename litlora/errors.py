@@ -13,6 +13,13 @@ class LitLoraError(Exception):
         self.exit_code = exit_code
 
 
+class UsageError(LitLoraError):
+    """An unknown flag or key, or a value of another type."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)
+
+
 class StoppedError(LitLoraError):
     """A run that was told to stop before its end, and how to go on with it."""
 

@@ -1,11 +1,13 @@
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from litlora.__main__ import COMMANDS, build_parser, main
-from litlora.cli import in_order
+from litlora.__main__ import main
+from litlora.args import COMMANDS, FinetuneLoraArgs
+from litlora.cli.parser import Call, parse
 
 NEEDED = ["--checkpoint_dir", "base", "--data_dir", "data"]
 TOKEN = "hf_sEcReTsEcReTsEcReT"
@@ -23,9 +25,16 @@ def write(text: str, name: str = "run.yaml") -> str:
     return name
 
 
-def settings(*flags: str) -> Any:
-    """Return what finetune_lora is told by these flags."""
-    return build_parser().parse_args(in_order(["finetune_lora", *NEEDED, *flags])).finetune_lora
+def args_of(*arguments: str) -> Any:
+    """Return the arguments that a command line gives its command."""
+    call = parse(arguments)
+    assert isinstance(call, Call)
+    return call.args
+
+
+def settings(*flags: str) -> FinetuneLoraArgs:
+    """Return the arguments of finetune_lora with these flags."""
+    return args_of("finetune_lora", *NEEDED, *flags)
 
 
 @pytest.mark.parametrize(
@@ -40,29 +49,29 @@ def settings(*flags: str) -> Any:
 )
 def test_a_flag_beats_the_file_wherever_it_stands(flags):
     write("lora_r: 3\nlora_alpha: 7\ntrain:\n  epochs: 2\n")
-    found = settings(*flags)
-    assert (found.lora_r, found.lora_alpha, found.train.epochs) == (5, 7, 2)
+    args = settings(*flags)
+    assert (args.lora_r, args.lora_alpha, args.train.epochs) == (5, 7, 2)
 
 
 def test_a_config_before_the_command_counts_too():
     write("lora_r: 3\n")
-    arguments = in_order(["--config", "run.yaml", "finetune_lora", *NEEDED])
-    assert build_parser().parse_args(arguments).finetune_lora.lora_r == 3
+    assert args_of("--config", "run.yaml", "finetune_lora", *NEEDED).lora_r == 3
+    assert args_of("--config=run.yaml", "finetune_lora", *NEEDED).lora_r == 3
 
 
 def test_a_flag_of_a_group_leaves_the_rest_of_the_group_in_the_file():
     write("train:\n  epochs: 2\n  max_steps: 9\n")
-    found = settings("--train.epochs", "4", "--config", "run.yaml")
-    assert (found.train.epochs, found.train.max_steps) == (4, 9)
+    args = settings("--train.epochs", "4", "--config", "run.yaml")
+    assert (args.train.epochs, args.train.max_steps) == (4, 9)
 
 
 def test_of_several_files_the_last_wins():
     files = ["--config", write("lora_r: 3\nlora_alpha: 7\n", "a.yaml"), "--config", write("lora_r: 4\n", "b.yaml")]
-    found = settings(*files)
-    assert (found.lora_r, found.lora_alpha) == (4, 7)
+    args = settings(*files)
+    assert (args.lora_r, args.lora_alpha) == (4, 7)
 
 
-@pytest.mark.parametrize("text", ["", "# lora_r: 3\n"])
+@pytest.mark.parametrize("text", ["", "# lora_r: 3\n", "train:\n  # epochs: 3\n"])
 def test_a_file_without_settings_changes_nothing(text):
     assert settings("--config", write(text)) == settings()
 
@@ -100,8 +109,8 @@ def test_an_optimizer_is_the_same_in_every_spelling_and_over_every_file(text, fl
     ("text", "optimizer"),
     [
         ("optimizer: SGD", "SGD"),
-        ("optimizer: {class_path: SGD, init_args: {lr: 1e-3, momentum: 1}}",
-         {"class_path": "SGD", "init_args": {"lr": 0.001, "momentum": 1}}),
+        ("optimizer: {class_path: SGD, init_args: {dampening: 1e-3, momentum: 1}}",
+         {"class_path": "SGD", "init_args": {"dampening": 0.001, "momentum": 1}}),
         ("lora_r: 4", "AdamW"),
     ],
 )  # fmt: skip
@@ -111,19 +120,18 @@ def test_an_optimizer_in_the_file_is_a_name_or_a_mapping(text, optimizer):
 
 def test_optimizer_flags_go_on_top_of_the_file_as_the_parser_reads_its_numbers():
     text = "optimizer:\n  class_path: torch.optim.AdamW\n  init_args:\n    eps: 1e-7\n    betas: [0.9, 0.99]\n"
-    found = settings("--optimizer.init_args.weight_decay", "1e-2", "--config", write(text)).optimizer
-    assert found["init_args"] == {"eps": 1e-7, "betas": [0.9, 0.99], "weight_decay": 1e-2}
+    optimizer = settings("--optimizer.init_args.weight_decay", "1e-2", "--config", write(text)).optimizer
+    assert optimizer["init_args"] == {"eps": 1e-7, "betas": [0.9, 0.99], "weight_decay": 1e-2}
 
 
 def test_optimizer_flags_without_a_name_are_for_the_default():
-    found = settings("--optimizer.init_args.weight_decay", "0.1").optimizer
-    assert found == {"class_path": "AdamW", "init_args": {"weight_decay": 0.1}}
+    optimizer = settings("--optimizer.init_args.weight_decay", "0.1").optimizer
+    assert optimizer == {"class_path": "AdamW", "init_args": {"weight_decay": 0.1}}
 
 
 def test_a_prompt_with_an_equals_sign_or_the_word_config_stays_whole():
     for prompt in ("a=b", "--config is a flag", "optimizer=1", "{instruction}", "123", "yes", " a\nb: c"):
-        arguments = in_order(["generate", "--checkpoint_dir", "base", f"--prompt={prompt}"])
-        assert build_parser().parse_args(arguments).generate.prompt == prompt
+        assert args_of("generate", "--checkpoint_dir", "base", f"--prompt={prompt}").prompt == prompt
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -140,17 +148,15 @@ def test_print_config_is_a_config_again(command, capsys):
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as done:
-        main([*arguments, "--print_config"])
-    assert done.value.code == 0
+    assert main([*arguments, "--print_config"]) == 0
     return capsys.readouterr().out
 
 
 def test_print_config_holds_every_setting(capsys):
-    found = yaml.safe_load(printed(capsys, "finetune_lora", *NEEDED))
-    assert found["train"]["max_steps"] is None
-    assert found["optimizer"] == "AdamW"
-    assert found.keys() == COMMANDS["finetune_lora"].__dataclass_fields__.keys()
+    config = yaml.safe_load(printed(capsys, "finetune_lora", *NEEDED))
+    assert config["train"]["max_steps"] is None
+    assert config["optimizer"] == "AdamW"
+    assert config.keys() == {field.name for field in fields(FinetuneLoraArgs)}
 
 
 @pytest.mark.parametrize(
@@ -182,10 +188,7 @@ def test_an_access_token_is_never_shown(arguments, capsys, monkeypatch):
     write(f"access_token: {TOKEN}\naccess_token: {TOKEN}\n", "twice.yaml")
     write(f"access_token: {TOKEN}: {TOKEN}\n", "broken.yaml")
     write(f"repo_id: a/b\naccess_token: [{TOKEN}]\n", "list.yaml")
-    try:
-        assert main(arguments) == 1
-    except SystemExit as done:
-        assert done.code in (0, 2)
-    said = capsys.readouterr()
-    assert said.out + said.err
-    assert TOKEN not in said.out + said.err
+    main(arguments)
+    printed = capsys.readouterr()
+    assert printed.out + printed.err
+    assert TOKEN not in printed.out + printed.err

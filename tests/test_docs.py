@@ -19,7 +19,10 @@ from torch.distributed.run import get_args_parser as get_torchrun_parser
 from transformers import LlamaConfig
 
 import litlora
-from litlora.__main__ import COMMANDS, build_parser, main
+from litlora.__main__ import main
+from litlora.args import COMMANDS
+from litlora.cli.help import command_help
+from litlora.cli.parser import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -125,7 +128,7 @@ def test_flags_are_those_of_a_parser():
     helps = (
         build_benchmark_parser().format_help()
         + get_torchrun_parser().format_help()
-        + "".join(build_parser()._subcommands_action._name_parser_map[name].format_help() for name in COMMANDS)
+        + "".join(command_help(name) for name in COMMANDS)
     )
     known = set(re.findall(r"--[\w.]+", helps)) | FLAGS_OF_OTHERS
     for page in [*PAGES, ROOT / "CHANGELOG.md"]:
@@ -137,7 +140,7 @@ def test_flags_are_those_of_a_parser():
 def test_yaml_examples_parse(tmp_path):
     for _, block in of_language("yaml"):
         (tmp_path / "config.yaml").write_text(block.text, encoding="utf-8")
-        build_parser().parse_args(["finetune_lora", "--config", str(tmp_path / "config.yaml")])
+        parse(["finetune_lora", "--config", str(tmp_path / "config.yaml"), "--print_config"])
 
 
 @pytest.mark.parametrize("page", named(PAGES))
@@ -169,17 +172,16 @@ CONFIGS = named(sorted((ROOT / "config_hub").rglob("*.yaml")))
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_parses_and_repeats_no_default(name):
-    path, parser = CONFIGS[name], build_parser()
-    command = path.parent.name
-    parsed = parser.parse_args([command, "--config", str(path)])[command]
-    defaults = parser.parse_args([command, "--checkpoint_dir", "x", "--data_dir", "x"])[command]
-    for key in leaves(yaml.safe_load(path.read_text(encoding="utf-8"))):
+    path = CONFIGS[name]
+    configs = (parse([path.parent.name, *flags, "--print_config"]) for flags in (["--config", str(path)], []))
+    parsed, defaults = (dict(leaves(yaml.safe_load(config))) for config in configs)
+    for key, _ in leaves(yaml.safe_load(path.read_text(encoding="utf-8"))):
         assert parsed[key] != defaults[key], f"{key} is the default"
 
 
-def leaves(node: dict, prefix: str = "") -> Iterator[str]:
+def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in node.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield prefix + key, value

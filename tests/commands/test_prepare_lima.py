@@ -2,9 +2,8 @@ import json
 
 import pytest
 from helpers.hub_server import reachable_hub
-from jsonargparse.typing import SecretStr
 
-from litlora.args import PrepareLimaArgs
+from litlora.args import PrepareLimaArgs, SecretStr
 from litlora.commands.prepare_lima import prepare_lima
 from litlora.data.examples import Example, Turn, read_examples
 from litlora.errors import LitLoraError

@@ -1,0 +1,209 @@
+"""The parser: words of a command line to the arguments of one command, or to the text that they ask for."""
+
+import json
+import re
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litlora import __version__
+from litlora.args import COMMANDS, SecretStr
+from litlora.cli.config_files import Schema, parse_value, read_config, read_text
+from litlora.cli.help import command_help, overview, positional_of
+from litlora.cli.settings import Given, Setting, build, convert, join, members, sections_of, settings_of
+from litlora.cli.suggestions import near_flag, nearest
+from litlora.errors import LitLoraError, UsageError
+
+FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
+CONFIG, OPTIMIZER = "--config", "--optimizer"
+HELP, PRINT_CONFIG, VERSION = ("-h", "--help"), "--print_config", "--version"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command and its arguments."""
+
+    command: str
+    args: Any
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words behind a command, sorted by what they are."""
+
+    flags: list[tuple[str, str | None]] = field(default_factory=list)
+    positional: list[str] = field(default_factory=list)
+    switches: set[str] = field(default_factory=set)
+
+
+def parse(arguments: Sequence[str]) -> Call | str:
+    """Return what is to be called, or the help, version or settings that are to be printed in its place."""
+    command, rest = _find_command(arguments)
+    if command is None:
+        return f"litlora {__version__}" if VERSION in arguments else overview()
+    words, kind = _sort(rest), COMMANDS[command]
+    if words.switches & set(HELP):
+        return command_help(command)
+    try:
+        settings = settings_of(kind)
+        values = _values(command, words, settings)
+        if PRINT_CONFIG in words.switches:
+            return _as_yaml(settings, values)
+        _require(settings, values)
+    except UsageError as error:
+        raise error if str(error).endswith("?") else UsageError(f"{error}; see litlora {command} --help") from error
+    return Call(command, build(kind, values))
+
+
+def _find_command(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Part the command from its words, among which a --config before it counts as well."""
+    before: list[str] = []
+    words = deque(arguments)
+    while words and words[0].partition("=")[0] == CONFIG:
+        before.append(words.popleft())
+        if "=" not in before[-1] and words:
+            before.append(words.popleft())
+    if not words:
+        raise UsageError(f"name a command: {join(list(COMMANDS), 'or')}; see litlora --help")
+    command = words.popleft()
+    if command in COMMANDS:
+        return command, [*before, *words]
+    if command in (*HELP, VERSION):
+        return None, []
+    near = nearest(command, COMMANDS)
+    hint = f"did you mean {near}?" if near else f"there are {join(list(COMMANDS), 'and')}"
+    what = "the command comes before its flags" if FLAG.fullmatch(command) else "there is no such command"
+    raise UsageError(f"{what}: {hint}")
+
+
+def _sort(words: Sequence[str]) -> Words:
+    """Sort words into flags with their values, positional ones and switches, which have no value."""
+    found, queue = Words(), deque(words)
+    while queue:
+        word = queue.popleft()
+        flag, equals, value = word.partition("=")
+        if word in (*HELP, PRINT_CONFIG):
+            found.switches.add(word)
+        elif not FLAG.fullmatch(word):
+            found.positional.append(word)
+        elif equals:
+            found.flags.append((flag, value))
+        else:
+            found.flags.append((flag, queue.popleft() if queue and not FLAG.fullmatch(queue[0]) else None))
+    return found
+
+
+def _values(command: str, words: Words, settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return the values of all settings that are given: files first, so that a flag beats them wherever it stands."""
+    sections = sections_of(COMMANDS[command])
+    _refuse_unknown(words, [*settings, *sections])
+    flags = _with_positional(command, words)
+    schema = Schema(settings, sections)
+    given: dict[str, Given] = {}
+    for flag, path in _take(flags, [CONFIG]):
+        given |= read_config(f"{flag} {path}", path, schema)
+    for flag, text in _take(flags, [f"--{section}" for section in sections]):
+        read = read_text if text.lstrip().startswith("{") else read_config
+        given |= read(f"{flag} {text}", text, schema, flag.removeprefix("--"))
+    given |= _given_by_flags(flags, settings)
+    values = {name: convert(settings[name], value) for name, value in given.items()}
+    return _with_optimizer(values, settings, [pair for pair in flags if pair[0].split(".")[0] == OPTIMIZER])
+
+
+def _refuse_unknown(words: Words, known: Collection[str]) -> None:
+    """Name all unknown flags in one line, but none of their values: one of them may be a token."""
+    faults = []
+    for flag, _ in words.flags:
+        name = flag.removeprefix("--")
+        is_optimizer = flag.startswith(f"{OPTIMIZER}.") and "optimizer" in known
+        if name not in known and flag != CONFIG and not is_optimizer:
+            near = near_flag(flag, known)
+            faults.append(f"unrecognized {flag}: did you mean {near}?" if near else f"unrecognized {flag}")
+    if faults:
+        raise UsageError("; ".join(faults))
+
+
+def _with_positional(command: str, words: Words) -> list[tuple[str, str | None]]:
+    """Return the flags and the positional argument as one of them: CHECKPOINT is short for --checkpoint_dir."""
+    if not words.positional:
+        return words.flags
+    stray = f"{len(words.positional)} words stand without a flag"
+    if (positional := positional_of(command)) is None:
+        raise UsageError(f"{command} has flags only, but {stray}")
+    flag, metavar = positional
+    if len(words.positional) > 1:
+        raise UsageError(f"{command} takes one {metavar}, but {stray}")
+    value = words.positional[0]
+    if others := {given for name, given in words.flags if name == flag} - {value}:
+        raise UsageError(f"{metavar} ({value}) and {flag} ({others.pop()}) are the same setting: give one of them")
+    return [*words.flags, (flag, value)]
+
+
+def _take(flags: Sequence[tuple[str, str | None]], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    for flag, value in flags:
+        if flag in names and value is None:
+            raise UsageError(f"{flag} needs a value")
+        if flag in names and value is not None:
+            yield flag, value
+
+
+def _given_by_flags(flags: Sequence[tuple[str, str | None]], settings: Mapping[str, Setting]) -> dict[str, Given]:
+    given = {}
+    for flag, text in flags:
+        name = flag.removeprefix("--")
+        if name not in settings or flag == OPTIMIZER:
+            continue
+        if text is None and bool not in members(settings[name].type):
+            raise UsageError(f"{flag} needs a value")
+        text = "true" if text is None else text
+        given[name] = Given(flag, text, parse_value(text))
+    return given
+
+
+def _with_optimizer(
+    values: dict[str, Any], settings: Mapping[str, Setting], flags: Sequence[tuple[str, str | None]]
+) -> dict[str, Any]:
+    """Return the values with the --optimizer flags applied on top of what the files say."""
+    if not flags:
+        return values
+    optimizer: Any = values.get("optimizer", settings["optimizer"].default)
+    for flag, text in flags:
+        if text is None:
+            raise UsageError(f"{flag} needs a value")
+        optimizer = _changed_optimizer(optimizer, flag, text)
+    return values | {"optimizer": optimizer}
+
+
+def _changed_optimizer(optimizer: Any, flag: str, text: str) -> Any:
+    parts: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else dict(optimizer)
+    match flag.removeprefix(OPTIMIZER).split(".", 2)[1:]:
+        case []:
+            return value if isinstance(value := parse_value(text), dict) else text
+        case ["class_path"]:
+            return parts | {"class_path": text}
+        case ["init_args", name]:
+            init_args: dict[str, Any] = parts.get("init_args") or {}
+            return parts | {"init_args": init_args | {name: parse_value(text)}}
+        case _:
+            raise LitLoraError(f"{flag} is not a setting: there are class_path and init_args.NAME")
+
+
+def _require(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:
+    missing = [f"--{name}" for name, setting in settings.items() if setting.is_required and name not in values]
+    if missing:
+        raise UsageError(f"missing {join(missing, 'and')}")
+
+
+def _as_yaml(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> str:
+    """Return all settings as a YAML file, what is required but missing as null."""
+    tree: dict[str, Any] = {}
+    for name, setting in settings.items():
+        section, _, key = name.rpartition(".")
+        value = values.get(name, None if setting.is_required else setting.default)
+        branch = tree.setdefault(section, {}) if section else tree
+        branch[key] = str(value) if isinstance(value, Path | SecretStr) else value
+    return yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False, allow_unicode=True).rstrip("\n")
