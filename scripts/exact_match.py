@@ -11,6 +11,7 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
 from litlora.lora.checkpoint import find_base, load_with_adapter
+from litlora.models.checkpoint import Checkpoint
 
 STYLE = "alpaca"  # before and after fine-tuning, so that only the weights differ
 MAX_NEW_TOKENS = 16  # twice the longest answer
@@ -18,8 +19,8 @@ MAX_NEW_TOKENS = 16  # twice the longest answer
 
 def answers(directory: Path, turns: list[Turn]) -> Iterator[str]:
     """Yield the likeliest answer of a checkpoint, or of an adapter on its base, to each turn; … where it never ends."""
-    base, adapter = find_base(directory, None)
-    model = load_with_adapter(base, adapter, torch.float32, torch.device("cpu"))
+    base_dir, adapter = find_base(directory, None)
+    model = load_with_adapter(Checkpoint.open(base_dir), adapter, torch.float32, torch.device("cpu"))
     tokenizer = Tokenizer(directory)
     style = tokenizer.prompt_style(STYLE)
     for turn in turns:

@@ -28,7 +28,7 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.lora.checkpoint import find_base, load_adapter, load_with_adapter, read_prompt_style
 from litlora.lora.layer import lora_parameters
-from litlora.models.checkpoint import check_checkpoint, load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.train.optimizers import build_optimizer
 from litlora.train.resume import RUN, Identity, whole
 from litlora.train.run_dir import METRICS, rows_until
@@ -141,13 +141,13 @@ def base(tiny: Path, tmp_path: Path) -> Path:
 @given(data=st.data())
 def test_config(base: Path, tiny: Path, data: st.DataObject):
     (base / "config.json").write_bytes(data.draw(spoiled_json(tiny / "config.json")))
-    holds(lambda: check_checkpoint(base))
+    holds(lambda: Checkpoint.open(base))
 
 
 @given(data=st.data())
 def test_weights(base: Path, tiny: Path, data: st.DataObject):
     (base / "model.safetensors").write_bytes(data.draw(spoiled_safetensors(tiny / "model.safetensors")))
-    holds(lambda: load_model(base, torch.float32, CPU))
+    holds(lambda: Checkpoint.open(base).load(torch.float32, CPU))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,12 @@ def test_index(sharded: Path, tmp_path: Path, data: st.DataObject):
     folder = Path(shutil.copytree(sharded, tmp_path / "sharded", dirs_exist_ok=True))
     path = folder / "model.safetensors.index.json"
     path.write_bytes(data.draw(spoiled_json(sharded / path.name)))
-    holds(lambda: load_model(folder, torch.float32, CPU))
+    holds(lambda: Checkpoint.open(folder).load(torch.float32, CPU))
+
+
+def load_either(folder: Path, base_dir: Path | None) -> None:
+    base, adapter = find_base(folder, base_dir)
+    load_with_adapter(Checkpoint.open(base), adapter, torch.float32, CPU)
 
 
 @given(data=st.data())
@@ -168,7 +173,7 @@ def test_adapter_config(tiny: Path, adapter: Path, tmp_path: Path, data: st.Data
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter", dirs_exist_ok=True))
     (folder / "adapter_config.json").write_bytes(data.draw(spoiled_json(adapter / "adapter_config.json")))
     given_base = data.draw(st.sampled_from([None, tiny]))
-    holds(lambda: load_with_adapter(*find_base(folder, given_base), torch.float32, CPU))
+    holds(lambda: load_either(folder, given_base))
 
 
 @given(data=st.data())
@@ -176,7 +181,7 @@ def test_adapter_weights(tiny: Path, adapter: Path, tmp_path: Path, data: st.Dat
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter", dirs_exist_ok=True))
     path = folder / "adapter_model.safetensors"
     path.write_bytes(data.draw(spoiled_safetensors(adapter / path.name)))
-    holds(lambda: load_with_adapter(tiny, folder, torch.float32, CPU))
+    holds(lambda: load_with_adapter(Checkpoint.open(tiny), folder, torch.float32, CPU))
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +202,8 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 
 def restored(tiny: Path, folder: Path) -> int:
     """Go on from a checkpoint, and return at which step."""
-    gpt = load_model(tiny, torch.float32, CPU)
-    load_adapter(gpt, whole(folder), tiny)
+    gpt = Checkpoint.open(tiny).load(torch.float32, CPU)
+    load_adapter(gpt, whole(folder), Checkpoint.open(tiny))
     return restore_state(folder, build_optimizer("AdamW", lora_parameters(gpt).values(), 1e-3)).step
 
 

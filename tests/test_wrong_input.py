@@ -30,10 +30,10 @@ SHAPE = (
     '{"prompt": "...", "completion": "..."} or '
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 )
-ANOTHER_MODEL = "take config.json and weights of one and the same model"
+ANOTHER_MODEL = "use config.json and weights of the same model"
 WEIGHTS, SHARD = "base/model.safetensors", "sharded/model-00002-of-00006.safetensors"
 INDEX = "sharded/model.safetensors.index.json"
-CUT = "is cut or not a safetensors file; replace it with a whole copy"
+CUT = "is truncated or not a safetensors file; replace it with an intact copy"
 STYLES = "must be alpaca, none, chat, or a text with {instruction} and, if wanted, {input}"
 
 
@@ -118,11 +118,11 @@ def case(name: str, spoil: Spoil, *rest: object) -> object:
         case("file", lambda: (remove("base"), write("base")),
              "there is no checkpoint folder base; fetch one with: litlora download --repo_id ORG/NAME"),
         case("empty", lambda: (remove("base"), Path("base").mkdir()),
-             "base has no config.json, so it is not a checkpoint as the Hub serves them: "
-             "name the folder that has it beside the weights"),
+             "base has no config.json, so it is not a checkpoint of the Hub: "
+             "pass the folder that has it beside the weights"),
         case("no config", lambda: remove("base/config.json"),
-             "base has no config.json, so it is not a checkpoint as the Hub serves them: "
-             "name the folder that has it beside the weights"),
+             "base has no config.json, so it is not a checkpoint of the Hub: "
+             "pass the folder that has it beside the weights"),
         case("empty config", lambda: write("base/config.json"),
              "base/config.json is not valid JSON: Expecting value: line 1 column 1 (char 0)"),
         case("config of a list", lambda: write("base/config.json", "[]"),
@@ -142,16 +142,17 @@ def case(name: str, spoil: Spoil, *rest: object) -> object:
              f"{WEIGHTS} {CUT}"),
         case("header of a wrong shape", lie, f"{WEIGHTS} {CUT}"),
         case("tensor of another shape", lambda: weigh(model__norm__weight=torch.ones(33)),
-             f"base: model.norm.weight has the shape (33,), but config.json means (32,); {ANOTHER_MODEL}"),
+             f"base: model.norm.weight has the shape (33,), but config.json implies (32,); {ANOTHER_MODEL}"),
         case("tensor too many", lambda: weigh(model__layers__2__mlp__up_proj__weight=torch.ones(48, 32)),
-             "base: the weights have model.layers.2.mlp.up_proj.weight, of which config.json says nothing; "
+             "base: the weights have model.layers.2.mlp.up_proj.weight, which the model of config.json does not have; "
              f"{ANOTHER_MODEL}"),
         case("tensor whose name writes to the terminal", lambda: weigh(**{"\x1b[2J\n": torch.ones(1)}),
-             f"base: the weights have \\x1b[2J\\n, of which config.json says nothing; {ANOTHER_MODEL}"),
+             f"base: the weights have \\x1b[2J\\n, which the model of config.json does not have; {ANOTHER_MODEL}"),
         case("tensor too few", lambda: weigh(model__norm__weight=None),
              f"base: the weights lack model.norm.weight; {ANOTHER_MODEL}"),
         case("layers without end", lambda: change("base/config.json", num_hidden_layers=1_000_000),
-             f'base: config.json has "num_hidden_layers": 1000000, but the weights are 21 tensors; {ANOTHER_MODEL}'),
+             'base: config.json has "num_hidden_layers": 1000000, but the weights have only 21 tensors; '
+             f"{ANOTHER_MODEL}"),
         case("size beyond any model", lambda: change("base/config.json", hidden_size=2**40),
              'base: config.json has "hidden_size": 1099511627776, which litlora does not support: '
              "it must be at most 1048576"),
@@ -178,17 +179,17 @@ def test_a_checkpoint_that_is_none_is_refused(spoil, sentence, capsys):
     ("spoil", "sentence"),
     [
         case("missing", lambda: remove(SHARD),
-             f"{INDEX} names model-00002-of-00006.safetensors, which sharded does not hold; download it again"),
+             f"{INDEX} lists model-00002-of-00006.safetensors, missing from sharded; download it again"),
         case("elsewhere", lambda: (write("x"), point("../x")),
-             f"{INDEX} names ../x, which sharded does not hold; download it again"),
+             f"{INDEX} lists ../x, missing from sharded; download it again"),
         case("absolute", lambda: point("/etc/passwd"),
-             f"{INDEX} names /etc/passwd, which sharded does not hold; download it again"),
+             f"{INDEX} lists /etc/passwd, missing from sharded; download it again"),
         case("pickled", lambda: (write("sharded/x.bin"), point("x.bin")),
-             f"{INDEX} names x.bin, which sharded does not hold; download it again"),
+             f"{INDEX} lists x.bin, missing from sharded; download it again"),
         case("very long name", lambda: point("x" * 300),
-             f"{INDEX} names {'x' * 300}, which sharded does not hold; download it again"),
+             f"{INDEX} lists {'x' * 300}, missing from sharded; download it again"),
         case("cut", lambda: os.truncate(SHARD, 5_000), f"{SHARD} {CUT}"),
-        case("empty index", lambda: write(INDEX, "{}"), f"{INDEX} has no weight_map that names its files"),
+        case("empty index", lambda: write(INDEX, "{}"), f"{INDEX} has no weight_map that lists its files"),
         case("no index", lambda: remove(INDEX),
              "sharded has no safetensors weights (expected model.safetensors); "
              "fetch a repository that has them with: litlora download --repo_id ORG/NAME"),

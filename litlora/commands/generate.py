@@ -11,7 +11,7 @@ from litlora.generation.compile import compile_step, lay_out
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate as stream_tokens
 from litlora.lora.checkpoint import find_base, load_with_adapter, read_prompt_style, read_quantization
-from litlora.models.checkpoint import load_config
+from litlora.models.checkpoint import Checkpoint
 from litlora.nn.backend import backend, default_device, disable_cudnn_attention
 from litlora.nn.nf4 import Quantization
 
@@ -22,19 +22,19 @@ WORTH_LAYING_OUT = 128
 def generate(args: GenerateArgs) -> None:
     """Answer a prompt with a checkpoint, or with an adapter on its base."""
     base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
-    config = load_config(base_dir)
-    tokenizer = Tokenizer(base_dir)
+    base = Checkpoint.open(base_dir)
+    tokenizer = Tokenizer(base.dir, base.hub_config)
     style = tokenizer.prompt_style(args.prompt_style or read_prompt_style(args.checkpoint_dir) or "none")
     prompt = tokenizer.encode(style.prompt(read_prompt(args.prompt)), style.add_special_tokens).ids
-    check_length(len(prompt), args.max_new_tokens, config.max_position_embeddings)
-    config.check_ids("the prompt", max(prompt, default=0))
+    check_length(len(prompt), args.max_new_tokens, base.config.max_position_embeddings)
+    base.config.check_ids("the prompt", max(prompt, default=0))
 
     device = default_device()
     dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))
     if args.compile and quantization:
         raise LitLoraError(f"--compile does not go with a base in 4 bits ({quantization.name}): leave one of them out")
     disable_cudnn_attention()
-    model = load_with_adapter(base_dir, adapter_dir, dtype, device, quantization)
+    model = load_with_adapter(base, adapter_dir, dtype, device, quantization)
     if args.compile:
         compile_step(model)
     elif not backend(device).decodes_repacked or args.max_new_tokens * args.num_samples >= WORTH_LAYING_OUT:

@@ -49,10 +49,11 @@ class Encodings(NamedTuple):
 class Tokenizer:
     """A checkpoint's tokenizer, which gives the ids that transformers gives for the same folder."""
 
-    def __init__(self, checkpoint_dir: Path) -> None:
+    def __init__(self, checkpoint_dir: Path, hub_config: dict[str, Any] | None = None) -> None:
+        """Read the tokenizer's files; config.json too, unless its content is given."""
         with _misfit_said(checkpoint_dir):
             settings = _read_settings(checkpoint_dir)
-            config = _read_json(checkpoint_dir / "config.json")
+            config = _read_json(checkpoint_dir / "config.json") if hub_config is None else hub_config
             self._backend = _read_backend(checkpoint_dir, settings, config)
             self.files = tuple(path for name in TOKENIZER_FILES if (path := checkpoint_dir / name).is_file())
             self.chat_template = _chat_template(checkpoint_dir, settings)

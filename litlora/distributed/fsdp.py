@@ -1,7 +1,6 @@
 """Sharded base weights (FSDP2): every device holds a shard and gathers one block at a time."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
@@ -13,26 +12,26 @@ from torch.distributed.tensor import DTensor
 
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
-from litlora.models.checkpoint import fill, read_parts
+from litlora.models.checkpoint import Checkpoint, assign
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization
 
 
 def load_sharded(
-    checkpoint_dir: Path, dtype: torch.dtype, quantization: Quantization | None, lora: LoRAConfig, fabric: Fabric
+    checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization | None, lora: LoRAConfig, fabric: Fabric
 ) -> GPT:
     """Load a model of which every device has a part of each frozen weight, with an adapter that each has as a whole.
 
     What becomes of the adapter (its gradients, its optimizer, its files) is the same as without sharding.
     """
     mesh = _mesh(fabric)
-    gpt, parts = read_parts(checkpoint_dir, dtype, fabric.device, quantization, partial(_part, mesh=mesh))
+    gpt, parts = checkpoint.load_shards(dtype, fabric.device, quantization, partial(_part, mesh=mesh))
     add_lora(gpt, lora, fabric.device)
     adapter = set(lora_parameters(gpt).values())
     for module in (*gpt.model.layers, gpt):
         fully_shard(module, mesh=mesh, ignored_params=adapter)
     own = gpt.state_dict()
-    fill(gpt, {name: _placed(part, own[name]) for name, part in parts.items()})
+    assign(gpt, {name: _placed(part, own[name]) for name, part in parts.items()})
     return gpt
 
 

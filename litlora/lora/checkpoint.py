@@ -15,8 +15,9 @@ from torch import Tensor
 from litlora.errors import LitLoraError
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, freeze_adapter, lora_parameters
-from litlora.models.checkpoint import DTYPES, fingerprint, first_three, load_model, open_safetensors
+from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT
+from litlora.models.weights import DTYPES, first_three, open_safetensors
 from litlora.nn.nf4 import Quantization, quantization_of
 from litlora.utils.files import YAML_ERRORS, read_json
 
@@ -193,16 +194,16 @@ def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None
 
 
 def load_with_adapter(
-    base_dir: Path,
+    base: Checkpoint,
     adapter_dir: Path | None,
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None = None,
 ) -> GPT:
     """Load the model of a base for inference, with an adapter if there is one."""
-    model = load_model(base_dir, dtype, device, quantization)
+    model = base.load(dtype, device, quantization)
     if adapter_dir is not None:
-        load_adapter(model, adapter_dir, base_dir)
+        load_adapter(model, adapter_dir, base)
         freeze_adapter(model)
     return model
 
@@ -212,33 +213,33 @@ def requires_nf4(adapter_dir: Path) -> str:
     return f"{adapter_dir} compensates for the 4-bit quantization of its base (--lora_init fisher)"
 
 
-def load_adapter(model: GPT, adapter_dir: Path, base_dir: Path) -> None:
+def load_adapter(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:
     """Add an adapter to the model of its base, strictly."""
     lora = read_lora_config(adapter_dir)
     if lora.requires_quantized_base and quantization_of(model) is None:
         raise LitLoraError(f"{requires_nf4(adapter_dir)}: pass --quantize bnb.nf4, or leave the flag out")
     add_lora(model, lora)
-    load_matrices(model, adapter_dir, base_dir)
+    load_matrices(model, adapter_dir, base)
 
 
-def load_matrices(model: GPT, adapter_dir: Path, base_dir: Path) -> None:
+def load_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:
     """Fill the matrices of a model with LoRA from an adapter's."""
-    matrices = read_matrices(model, adapter_dir, base_dir)
+    matrices = read_matrices(model, adapter_dir, base)
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():
             parameter.copy_(matrices[name])
 
 
-def read_matrices(model: GPT, adapter_dir: Path, base_dir: Path) -> dict[str, Tensor]:
+def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, Tensor]:
     """Read the matrices of an adapter, which must be exactly those of the model with LoRA, in name and shape."""
     handle = open_safetensors(adapter_dir / WEIGHTS)
     trained_on = (handle.metadata() or {}).get(FINGERPRINT)
-    if trained_on is not None and trained_on != fingerprint(base_dir):
+    if trained_on is not None and trained_on != base.fingerprint():
         hint = "name its own with --base_dir"
-        raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base_dir}; {hint}")
+        raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base.dir}; {hint}")
     expected = {PREFIX + name: parameter.shape for name, parameter in lora_parameters(model).items()}
     found = {name for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118
-    misfit = f"the adapter {adapter_dir} does not fit the base {base_dir}"
+    misfit = f"the adapter {adapter_dir} does not fit the base {base.dir}"
     if found != set(expected) or not found:
         others = sorted(name.removeprefix(PREFIX) for name in found ^ set(expected))
         raise LitLoraError(f"{misfit}: they differ in {first_three(others) or 'every layer'}")

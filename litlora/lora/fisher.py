@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from litlora.errors import DAMAGED, LitLoraError
 from litlora.lora.layer import LoRALinear
-from litlora.models.checkpoint import Weights
+from litlora.models.weights import Weights
 from litlora.nn.nf4 import NF4Weight, dequantized
 
 MAX_FULL_MOMENT = 1024
@@ -45,7 +45,7 @@ def initialize_from_fisher(
             raise LitLoraError(
                 f"--lora_init fisher: {name} has inputs or gradients that are NaN or infinite: {DAMAGED}"
             )
-        weight = base.once(f"{name}.weight").to(layer.weight.device).float()
+        weight = base[f"{name}.weight"].to(layer.weight.device).float()
         assert isinstance(layer.weight, NF4Weight)
         error = weight - dequantized(weight, layer.weight.quantization)
         fit_low_rank(layer, error, Metric.of(inputs.pop(name)), Metric.of(gradients.pop(name)))

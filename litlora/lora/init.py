@@ -7,7 +7,7 @@ from torch import Tensor
 
 from litlora.lora.fisher import initialize_from_fisher
 from litlora.lora.layer import LoRALinear
-from litlora.models.checkpoint import Weights
+from litlora.models.weights import Weights
 from litlora.nn.nf4 import NF4Weight
 
 

@@ -17,19 +17,10 @@ from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
 from litlora.lora.checkpoint import find_base, read_lora_config, read_matrices, read_quantization, requires_nf4
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers
-from litlora.models.checkpoint import (
-    Weights,
-    block_linears,
-    check_checkpoint,
-    open_safetensors,
-    read_hub_config,
-    weight_files,
-)
+from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint, block_linears
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization, dequantized
 from litlora.utils.files import atomic_directory, check_writable
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def merge_adapter(args: MergeLoraArgs) -> None:
@@ -41,15 +32,19 @@ def merge_adapter(args: MergeLoraArgs) -> None:
     check_writable(args.out_dir, "--out_dir")
     if args.out_dir.exists():
         raise LitLoraError(f"--out_dir ({args.out_dir}) is there already: choose another, or remove it")
-    model = check_checkpoint(base_dir)
+    base = Checkpoint.open(base_dir)
+    model = base.outline()
     quantized = quantized_weights(model, args.checkpoint_dir) if args.dequantized_base else {}
     add_lora(model, lora)
-    adapter = Adapter(lora_layers(model), read_matrices(model, args.checkpoint_dir, base_dir), quantized)
+    adapter = Adapter(lora_layers(model), read_matrices(model, args.checkpoint_dir, base), quantized)
     untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
     with atomic_directory(args.out_dir) as folder:
-        write_weights(folder, base_dir, adapter, untie)
-        write_config(folder, base_dir, untie)
-        for path in (*(base_dir / name for name in (GENERATION_CONFIG, *LICENCES)), *Tokenizer(base_dir).files):
+        write_weights(folder, base, adapter, untie)
+        write_config(folder, base, untie)
+        for path in (
+            *(base_dir / name for name in (GENERATION_CONFIG, *LICENCES)),
+            *Tokenizer(base_dir, base.hub_config).files,
+        ):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     sys.stderr.write(f"merged checkpoint in {args.out_dir}\n")
@@ -87,14 +82,13 @@ class Adapter:
         return layer.variant.merge(base, own, layer.scaling)
 
 
-def write_weights(folder: Path, base_dir: Path, adapter: Adapter, untie: bool) -> None:
+def write_weights(folder: Path, base: Checkpoint, adapter: Adapter, untie: bool) -> None:
     """Write the merged weights file by file as the base has them, so that one file is in memory at a time."""
     weight_map: dict[str, str] = {}
     total_size = 0
-    for path in weight_files(base_dir):
-        handle = open_safetensors(path)
-        tensors = {name: adapter.merged(name, handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
-        if untie and EMBEDDING in tensors and HEAD not in Weights(base_dir):
+    for path in base.weights.files:
+        tensors = {name: adapter.merged(name, tensor) for name, tensor in base.weights.in_file(path).items()}
+        if untie and EMBEDDING in tensors and HEAD not in base.weights:
             tensors[HEAD] = adapter.merged(HEAD, tensors[EMBEDDING])
         save_tensors(tensors, folder / path.name)
         weight_map |= dict.fromkeys(tensors, path.name)
@@ -111,10 +105,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise LitLoraError(f"cannot write {path.name} of the merged checkpoint: {error}") from error
 
 
-def write_config(folder: Path, base_dir: Path, untie: bool) -> None:
+def write_config(folder: Path, base: Checkpoint, untie: bool) -> None:
     """Write the base's config; a head that was tied to the embedding and is changed is a tensor of its own now."""
-    config = read_hub_config(base_dir)
-    write_json(folder / CONFIG, config | {"tie_word_embeddings": False} if untie else config)
+    untied = {"tie_word_embeddings": False} if untie else {}
+    write_json(folder / CONFIG, base.hub_config | untied)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
-from litlora.models.checkpoint import Weights, check_checkpoint, fingerprint, load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT, evaluating
 from litlora.nn.backend import backend
@@ -70,8 +70,9 @@ def finetune(args: FinetuneLoraArgs) -> None:
 
 def train_adapter(args: FinetuneLoraArgs, stopping: StopRequest, fabric: Fabric, ranks: Ranks) -> None:
     """Train in a folder that is the first rank's own."""
-    config = check_checkpoint(args.checkpoint_dir).config
-    tokenizer = Tokenizer(args.checkpoint_dir)
+    checkpoint = Checkpoint.open(args.checkpoint_dir)
+    config = checkpoint.config
+    tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     style = tokenizer.prompt_style(args.prompt_style)
     limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)
     check_optimizer(args.optimizer, args.train.learning_rate, fabric.device)
@@ -79,7 +80,7 @@ def train_adapter(args: FinetuneLoraArgs, stopping: StopRequest, fabric: Fabric,
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, args.prompt_style, args.mask_prompt)
     splits = [find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val")]
-    read = contents(args, splits)
+    read = contents(checkpoint, splits)
     ranks.require_same(read)
     kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
     folder = kind(args, lora_config(args), tokenizer.files, Identity.of(args, read))
@@ -96,10 +97,10 @@ def train_adapter(args: FinetuneLoraArgs, stopping: StopRequest, fabric: Fabric,
     if args.dry_run:
         sys.stdout.write(forecast(args, network, train))
         return
-    gpt = build_model(args, folder.lora, fabric, sharded=must_shard(args, network, train, ranks))
+    gpt = build_model(args, checkpoint, folder.lora, fabric, sharded=must_shard(args, network, train, ranks))
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
     _, optimizer = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
-    progress = go_on(folder, start, gpt, optimizer)
+    progress = go_on(checkpoint, start, gpt, optimizer)
 
     answer = partial(
         sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens, OneChoice(ranks=ranks)
@@ -108,27 +109,26 @@ def train_adapter(args: FinetuneLoraArgs, stopping: StopRequest, fabric: Fabric,
     count = 1 if isinstance(gpt, FSDPModule) else its_backend.workers(args.train.parallel_micro_batches)
     workers = its_backend.worker_pool(count)
     run = Run(fabric, gpt, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping, ranks, workers)
-    carry_out(run, progress, start)
+    carry_out(run, checkpoint, progress, start)
 
 
-def carry_out(run: Run, progress: Progress, start: Path | None) -> None:
+def carry_out(run: Run, checkpoint: Checkpoint, progress: Progress, start: Path | None) -> None:
     """Train from where a run stands to its end, and leave what comes of it in its folder."""
     say_plan(run)
     check_memory(run, progress.step)
     run.folder.open(start, progress.step)
     with shortage_said(progress, run.args.train):
         if start is None:
-            initialize_adapter(run)
+            initialize_adapter(run, checkpoint)
         with run.stopping.handling_signals():
             fit(run, progress)
         final = run.folder.save_final(run.gpt, report(run.gpt, progress, take_best(run.gpt, progress)))
     say(f"adapter in {final}")
 
 
-def initialize_adapter(run: Run) -> None:
+def initialize_adapter(run: Run, checkpoint: Checkpoint) -> None:
     """Initialize a new adapter as --lora_init says."""
-    weights = Weights(run.args.checkpoint_dir)
-    calibration = Calibration(weights, partial(backward_over_some, run), run.ranks.as_first)
+    calibration = Calibration(checkpoint.weights, partial(backward_over_some, run), run.ranks.as_first)
     INITIALIZERS[run.folder.lora.init](lora_layers(run.gpt), calibration)
 
 
@@ -150,24 +150,26 @@ def require_embedded(tokens: Mapping[str, Tokens], tokenizer: Tokenizer, config:
             config.check_ids(name, split.highest())
 
 
-def build_model(args: FinetuneLoraArgs, lora: LoRAConfig, fabric: Fabric, *, sharded: bool) -> GPT:
+def build_model(
+    args: FinetuneLoraArgs, checkpoint: Checkpoint, lora: LoRAConfig, fabric: Fabric, *, sharded: bool
+) -> GPT:
     """Load the base, whole or this device's part of it, with a new adapter."""
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
     if sharded:
-        gpt = load_sharded(args.checkpoint_dir, dtype, quantization, lora, fabric)
+        gpt = load_sharded(checkpoint, dtype, quantization, lora, fabric)
     else:
-        gpt = load_model(args.checkpoint_dir, dtype, fabric.device, quantization)
+        gpt = checkpoint.load(dtype, fabric.device, quantization)
         add_lora(gpt, lora)
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
     backend(fabric.device).prepare_for_training()
     return gpt
 
 
-def contents(args: FinetuneLoraArgs, splits: Sequence[Split]) -> dict[str, str]:
+def contents(checkpoint: Checkpoint, splits: Sequence[Split]) -> dict[str, str]:
     """Return the hashes of what a run reads: the base's weights, and the tokens of each split."""
     tokens = {f"the rows or the tokenizer of {split.path.name}": split.name for split in splits}
-    return {BASE: fingerprint(args.checkpoint_dir)} | tokens
+    return {BASE: checkpoint.fingerprint()} | tokens
 
 
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
@@ -199,11 +201,11 @@ def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | 
     return samples
 
 
-def go_on(folder: RunFolder, start: Path | None, gpt: GPT, optimizer: Optimizer) -> Progress:
+def go_on(checkpoint: Checkpoint, start: Path | None, gpt: GPT, optimizer: Optimizer) -> Progress:
     """Put the adapter and the training state to where the checkpoint stands that the run starts from, if any."""
     if start is None:
         return Progress()
-    load_matrices(gpt, start, folder.args.checkpoint_dir)
+    load_matrices(gpt, start, checkpoint)
     return restore_state(start, optimizer)
 
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from benchmarks.jobs import Job, Products, serve
-from litlora.models.checkpoint import load_config
-from litlora.models.transformer import GPT
+from litlora.models.checkpoint import Checkpoint
 
 TOKENS = (512, 1024, 2048)  # about what a micro-batch holds
 SECONDS = 0.25  # for each shape, and each way
@@ -17,8 +16,7 @@ SECONDS = 0.25  # for each shape, and each way
 
 def products(job: Job) -> Products:
     """Time all shapes of the model's products, and keep the best rate."""
-    with torch.device("meta"):
-        gpt = GPT(load_config(job.checkpoint))
+    gpt = Checkpoint.open(job.checkpoint).outline()
     head = gpt.lm_head.weight.numel()
     linear = [module.weight.shape for module in gpt.modules() if isinstance(module, nn.Linear)]
     dtype = torch.bfloat16 if job.precision == "bf16-true" else torch.float32

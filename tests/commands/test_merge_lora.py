@@ -12,7 +12,8 @@ from litlora.__main__ import main
 from litlora.lora.checkpoint import load_with_adapter, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
-from litlora.models.checkpoint import Weights, fingerprint, load_model
+from litlora.models.checkpoint import Checkpoint
+from litlora.models.weights import Weights
 from litlora.nn.nf4 import NAMES, Quantization
 
 ALL = tuple(module for modules in TARGET_MODULES.values() for module in modules)
@@ -25,12 +26,12 @@ def make_adapter(
     """Write an adapter whose B is not zero, as if trained."""
     torch.manual_seed(0)
     config = LoRAConfig(4, 8, 0.0, targets)
-    model = load_model(checkpoint, torch.float32, torch.device("cpu"), quantization)
+    model = Checkpoint.open(checkpoint).load(torch.float32, torch.device("cpu"), quantization)
     add_lora(model, config)
     for parameter in lora_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
     folder.mkdir()
-    write_adapter(folder, model, config, checkpoint, fingerprint(checkpoint), "alpaca")
+    write_adapter(folder, model, config, checkpoint, Checkpoint.open(checkpoint).fingerprint(), "alpaca")
     return folder
 
 
@@ -50,7 +51,7 @@ def test_the_merged_folder_loads_in_transformers_with_the_logits_of_base_and_ada
     merged = merge(adapter, tmp_path / "merged")
     expected = logits(with_peft(checkpoint, adapter))
     torch.testing.assert_close(logits(hugging_face(merged)), expected, atol=1e-5, rtol=2e-6)
-    ours = load_model(merged, torch.float32, torch.device("cpu"))
+    ours = Checkpoint.open(merged).load(torch.float32, torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(ours.lm_head(ours(TOKENS, [len(TOKENS)])), expected, atol=1e-5, rtol=2e-6)
     assert (expected - logits(hugging_face(checkpoint))).abs().max() > 0.1
@@ -103,7 +104,7 @@ def test_the_sum_is_taken_in_float32_and_stored_in_the_dtype_of_the_base(make_ch
 def test_a_merge_into_the_dequantized_base_is_the_network_that_was_trained(checkpoint, name, targets, tmp_path):
     quantization = Quantization(name, torch.float32)
     adapter = make_adapter(tmp_path / "adapter", checkpoint, targets, quantization)
-    trained = load_with_adapter(checkpoint, adapter, torch.float32, torch.device("cpu"), quantization)
+    trained = load_with_adapter(Checkpoint.open(checkpoint), adapter, torch.float32, torch.device("cpu"), quantization)
     with torch.no_grad():
         expected = trained.lm_head(trained(TOKENS, [len(TOKENS)]))
     merged = hugging_face(merge(adapter, tmp_path / "merged", "--dequantized_base", "true"))

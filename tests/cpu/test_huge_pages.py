@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from litlora.cpu.huge_pages import ALIGNMENT, settle
-from litlora.models.checkpoint import load_model
+from litlora.models.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_weights_that_lie_end_to_end_are_what_they_were(tiny, dtype):
-    model, tokens = load_model(tiny, dtype, torch.device("cpu")), torch.tensor([5, 6, 7])
+    model, tokens = Checkpoint.open(tiny).load(dtype, torch.device("cpu")), torch.tensor([5, 6, 7])
     expected = model(tokens, [3])
     settle(model.parameters())
     assert torch.equal(model(tokens, [3]), expected)

@@ -14,14 +14,14 @@ import random, sys
 from pathlib import Path
 import torch
 from litlora.data.batching import Sample, optimize_layout, pack
-from litlora.models.checkpoint import load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora
 from litlora.nn.backend import backend
 from litlora.nn.loss import supervised_loss
 
 cpu = torch.device("cpu")
-gpt = load_model(Path(sys.argv[1]), torch.bfloat16, cpu)
+gpt = Checkpoint.open(Path(sys.argv[1])).load(torch.bfloat16, cpu)
 add_lora(gpt, LoRAConfig(2, 2, 0.1, ("q_proj", "down_proj")))
 random.seed(1)
 for number in range(60):

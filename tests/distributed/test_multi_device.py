@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from litlora.__main__ import main
 from litlora.distributed.launcher import LEFT_ALONE
-from litlora.models.checkpoint import load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import Quantization
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_a_run_of_one_device_goes_on_with_a_base_dealt_to_two(alone, gone_on):
 
 def test_each_device_holds_its_part_of_a_sharded_base_and_no_more(gone_on):
     quantization = Quantization("bnb.nf4-dq", torch.float32)
-    base = load_model(ROOT / "checkpoints/pico", torch.float32, torch.device("cpu"), quantization)
+    base = Checkpoint.open(ROOT / "checkpoints/pico").load(torch.float32, torch.device("cpu"), quantization)
     whole = sum(weight.nbytes for weight in base.parameters())
     held = [int((gone_on / rank).read_text()) for rank in "01"]
     assert sum(held) == whole

@@ -12,7 +12,7 @@ from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate, next_logits
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
-from litlora.models.checkpoint import load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT, evaluating
 
@@ -113,7 +113,7 @@ def adapted(
     targets: tuple[str, ...] | str = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head"),
 ) -> GPT:
     """Return a model with an adapter that changes what it says."""
-    model = load_model(checkpoint, dtype, device)
+    model = Checkpoint.open(checkpoint).load(dtype, device)
     add_lora(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=targets))
     for name, matrix in lora_parameters(model).items():
         if ".lora_B." in name:

@@ -12,7 +12,7 @@ from litlora.errors import LitLoraError
 from litlora.lora.checkpoint import load_adapter, read_lora_config, read_prompt_style, write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
-from litlora.models.checkpoint import fingerprint, load_model
+from litlora.models.checkpoint import Checkpoint
 
 TOKENS = torch.arange(7, 30)
 
@@ -20,10 +20,10 @@ TOKENS = torch.arange(7, 30)
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
-    model = load_model(tiny, torch.float32, torch.device("cpu"))
+    model = Checkpoint.open(tiny).load(torch.float32, torch.device("cpu"))
     config = LoRAConfig(4, 8, 0.1, ("q_proj", "v_proj"))
     add_lora(model, config)
-    write_adapter(folder, model, config, tiny, fingerprint(tiny), "Q: {instruction}\nA:")
+    write_adapter(folder, model, config, tiny, Checkpoint.open(tiny).fingerprint(), "Q: {instruction}\nA:")
     return folder
 
 
@@ -38,8 +38,8 @@ def change_config(folder: Path, **keys: object) -> None:
 
 
 def open_on(base: Path, adapter: Path) -> torch.nn.Module:
-    model = load_model(base, torch.float32, torch.device("cpu"))
-    load_adapter(model, adapter, base)
+    model = Checkpoint.open(base).load(torch.float32, torch.device("cpu"))
+    load_adapter(model, adapter, Checkpoint.open(base))
     return model
 
 

@@ -12,7 +12,8 @@ from litlora.__main__ import main
 from litlora.lora.checkpoint import load_with_adapter, read_lora_config
 from litlora.lora.fisher import Metric, Moments, add_moment, fit_low_rank, recording
 from litlora.lora.layer import LoRALinear
-from litlora.models.checkpoint import Weights, load_model
+from litlora.models.checkpoint import Checkpoint
+from litlora.models.weights import Weights
 from litlora.nn.nf4 import Quantization, dequantized
 
 CPU = torch.device("cpu")
@@ -134,12 +135,12 @@ def distance(model: nn.Module, other: nn.Module) -> float:
 
 def test_higher_rank_starts_nearer_to_the_unquantized_base(base, data_dir, tmp_path):
     untrained = ["--train.max_steps", 1, "--train.learning_rate", 1e-12, "--lora_init", "fisher"]
-    whole = load_model(base, torch.float32, CPU)
-    initial = distance(load_model(base, torch.float32, CPU, NF4), whole)
+    whole = Checkpoint.open(base).load(torch.float32, CPU)
+    initial = distance(Checkpoint.open(base).load(torch.float32, CPU, NF4), whole)
     left = [initial]
     for rank in (4, 16, 256):
         adapter = finetune(base, data_dir, tmp_path / str(rank), *untrained, "--lora_r", rank)
-        left.append(distance(load_with_adapter(base, adapter, torch.float32, CPU, NF4), whole))
+        left.append(distance(load_with_adapter(Checkpoint.open(base), adapter, torch.float32, CPU, NF4), whole))
     assert left == sorted(left, reverse=True)
     assert left[-1] < initial / 100
 
@@ -148,7 +149,7 @@ def test_fisher_adapter_records_it_and_loads_in_peft(base, data_dir, tmp_path):
     flags = ["--train.max_steps", 2, "--train.global_batch_size", 4, "--lora_init", "fisher"]
     adapter = finetune(base, data_dir, tmp_path / "run", *flags)
     assert read_lora_config(adapter).init == "fisher"
-    ours = load_with_adapter(base, adapter, torch.float32, CPU, NF4)
+    ours = load_with_adapter(Checkpoint.open(base), adapter, torch.float32, CPU, NF4)
     theirs = PeftModel.from_pretrained(in_4_bits(base, NF4, CPU), adapter, is_trainable=True)
     with torch.no_grad():
         expected = theirs(TOKENS[None]).logits[0]

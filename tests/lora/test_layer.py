@@ -11,7 +11,7 @@ from litlora.data.batching import MicroBatch, Sample, pack, pad, share_prefixes
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, count, lora_parameters
-from litlora.models.checkpoint import fingerprint, load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.nn.dropout import Dropout
@@ -40,7 +40,7 @@ def adapted(
 ) -> GPT:
     """Return the checkpoint's model with an adapter whose B is not zero, as if trained."""
     torch.manual_seed(2)
-    model = load_model(checkpoint, dtype, torch.device("cpu"))
+    model = Checkpoint.open(checkpoint).load(dtype, torch.device("cpu"))
     add_lora(model, config)
     for name, parameter in lora_parameters(model).items():
         if ".lora_B." in name:
@@ -72,14 +72,14 @@ def test_parameter_counts_of_llama_2_7b_are_the_published_ones(switches, trainab
 
 def test_untrained_adapter_leaves_logits_unchanged_to_the_bit(checkpoint):
     tokens = torch.cat(batch()[0])
-    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    model = Checkpoint.open(checkpoint).load(torch.float32, torch.device("cpu"))
     before = model.lm_head(model(tokens, LENGTHS))
     add_lora(model, lora_config(SWITCHES))
     assert torch.equal(model.lm_head(model(tokens, LENGTHS)), before)
 
 
 def test_layers_keep_the_names_of_their_weights(tiny):
-    model = load_model(tiny, torch.float32, torch.device("cpu"))
+    model = Checkpoint.open(tiny).load(torch.float32, torch.device("cpu"))
     before = set(model.state_dict())
     add_lora(model, lora_config(SWITCHES))
     assert before == {name for name in model.state_dict() if ".lora_" not in name}
@@ -161,7 +161,7 @@ def check_equals_padded_peft(
     config = lora_config(switches)
     device = micro.tokens.device
     model = adapted(checkpoint, config, device=device)
-    write_adapter(folder, model, config, checkpoint, fingerprint(checkpoint), "alpaca")
+    write_adapter(folder, model, config, checkpoint, Checkpoint.open(checkpoint).fingerprint(), "alpaca")
     hidden = model(micro.tokens, micro.lengths, shared=micro.shared)
     loss = supervised_loss(hidden, model.lm_head, micro.labels) / micro.supervised
     loss.backward()
@@ -214,7 +214,9 @@ def test_loss_and_gradients_of_each_example_among_others_equal_those_of_peft_wit
 def test_adapter_loads_in_peft_with_equal_logits(name, switches, checkpoints, tmp_path):
     config = lora_config(switches)
     model = adapted(checkpoints(name), config)
-    write_adapter(tmp_path, model, config, checkpoints(name), fingerprint(checkpoints(name)), "alpaca")
+    write_adapter(
+        tmp_path, model, config, checkpoints(name), Checkpoint.open(checkpoints(name)).fingerprint(), "alpaca"
+    )
     tokens = batch()[0][1]
     with torch.no_grad():
         theirs = with_peft(checkpoints(name), tmp_path)(tokens[None]).logits[0]

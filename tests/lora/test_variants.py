@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
-from litlora.models.checkpoint import load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.nn.linear import Joint, Linear
 from litlora.nn.nf4 import NF4Linear, Quantization, dequantized
 
@@ -58,7 +58,7 @@ def test_bias_of_an_adapter_layer_is_frozen():
 
 
 def test_trained_parameters_are_those_of_the_layers_not_those_named_alike(tiny):
-    model = load_model(tiny, torch.float32, CPU)
+    model = Checkpoint.open(tiny).load(torch.float32, CPU)
     model.model.lora_A = torch.nn.Linear(2, 2)  # named like an adapter's, but of no adapter layer
     add_lora(model, LoRAConfig(4, 8, 0.0, ("q_proj",)))
     expected = [f"{name}.lora_{m}.weight" for name in lora_layers(model) for m in "AB"]

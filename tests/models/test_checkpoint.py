@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,14 +8,15 @@ import pytest
 import torch
 from helpers.families import FAMILIES, Family
 from helpers.reference import hugging_face
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from litlora.__main__ import main
 from litlora.errors import LitLoraError
-from litlora.models import checkpoint as checkpoint_module
-from litlora.models.checkpoint import Weights, check_checkpoint, fingerprint, load_model, weight_files
+from litlora.models import weights as weights_module
+from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT
+from litlora.models.weights import Weights, fingerprint, weight_files
 
 TIED = next(family for family in FAMILIES if family.keys.get("tie_word_embeddings"))
 
@@ -35,7 +37,7 @@ def tied(checkpoints, tmp_path) -> Path:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> GPT:
-    return load_model(folder, dtype, torch.device("cpu"))
+    return Checkpoint.open(folder).load(dtype, torch.device("cpu"))
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
@@ -88,7 +90,7 @@ def memory_maps(files: list[Path]) -> list[tuple[int, int]]:
 
 
 def test_checking_a_checkpoint_holds_no_weight_in_memory(checkpoint):
-    model = check_checkpoint(checkpoint)
+    model = Checkpoint.open(checkpoint).outline()
     assert all(weight.is_meta for weight in model.state_dict().values())
 
 
@@ -110,8 +112,8 @@ def test_a_stored_head_that_is_not_the_embedding_it_should_be_is_refused(tied):
     with pytest.raises(LitLoraError) as refused:
         load(tied)
     assert str(refused.value) == (
-        f'{tied}: config.json has "tie_word_embeddings": true, but lm_head.weight is not model.embed_tokens.weight; '
-        "take config.json and weights of one and the same model"
+        f'{tied}: config.json has "tie_word_embeddings": true, but lm_head.weight differs from '
+        "model.embed_tokens.weight; use config.json and weights of the same model"
     )
 
 
@@ -124,7 +126,6 @@ def test_an_untied_head_must_be_stored(copy):
 def test_rotary_frequencies_that_old_checkpoints_store_are_ignored(copy, tiny):
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
     change(copy, lambda tensors: tensors.update(frequencies))
-    assert len(load_file(copy / "model.safetensors")) == len(Weights(copy)) + 2
     assert_same_weights(load(copy), load(tiny))
     assert torch.equal(load(copy).model.inv_freq, load(tiny).model.inv_freq)
 
@@ -143,28 +144,68 @@ def test_a_tensor_in_two_files_is_refused(sharded, tmp_path):
 @pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[1]], ids=["one file", "many files"])
 def test_a_fingerprint_tells_any_single_byte_of_the_weights(family: Family, make_checkpoint, tmp_path):
     folder = make_checkpoint(family, max_shard_size="20KB" if family is FAMILIES[1] else "5GB")
-    found = {fingerprint(folder)}
+    found = {fingerprint(weight_files(folder))}
     places = [(path, at) for path in weight_files(folder) for at in range(0, path.stat().st_size, 4999)]
     assert len(places) > 20
     for path, at in places:
         whole = path.read_bytes()
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        found.add(fingerprint(folder))
+        found.add(fingerprint(weight_files(folder)))
         path.write_bytes(whole)
     assert len(found) == len(places) + 1
 
 
 def test_a_fingerprint_is_the_same_for_a_copy_elsewhere(checkpoint, tmp_path):
-    assert fingerprint(Path(shutil.copytree(checkpoint, tmp_path / "copy"))) == fingerprint(checkpoint)
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    assert Checkpoint.open(copied).fingerprint() == Checkpoint.open(checkpoint).fingerprint()
 
 
-def test_each_file_of_weights_is_opened_once(sharded, monkeypatch):
-    opened = []
-    monkeypatch.setattr(
-        checkpoint_module, "safe_open", lambda path, **options: (opened.append(path), safe_open(path, **options))[1]
-    )
-    load(sharded)
-    assert sorted(opened) == weight_files(sharded)
+@pytest.fixture
+def opened(monkeypatch) -> Counter[Path]:
+    """Count how often each safetensors header is parsed, and how often any other file is opened."""
+    opened: Counter[Path] = Counter()
+    open_path, open_header = Path.open, weights_module.safe_open
+
+    def count_header(path: Path, **options):
+        opened[path] += 1
+        return open_header(path, **options)
+
+    def count_file(path: Path, *arguments, **options):
+        opened[path] += path.suffix != ".safetensors"  # whose content is hashed as well
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(weights_module, "safe_open", count_header)
+    monkeypatch.setattr(Path, "open", count_file)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def run(sharded, data_dir, tmp_path_factory) -> list[str]:
+    """Train for a step on a base of several files, and return the command."""
+    out_dir = tmp_path_factory.mktemp("run") / "run"
+    folders = ["--checkpoint_dir", sharded, "--data_dir", data_dir, "--out_dir", out_dir]
+    limits = ["--train.global_batch_size", 5, "--train.save_interval", 1, "--train.max_steps", 1]
+    command = ["finetune_lora", *map(str, [*folders, *limits, "--eval.max_new_tokens", 4])]
+    assert main(command) == 0
+    return command
+
+
+@pytest.mark.parametrize("command", ["generate", "merge_lora", "resume", "finetune_lora", "fisher"])
+def test_command_reads_config_and_headers_once(command, run, sharded, tmp_path, opened):
+    out_dir = Path(run[6])
+    fisher = ["--quantize", "bnb.nf4", "--lora_init", "fisher"]
+    commands = {
+        "generate": ["generate", "--checkpoint_dir", out_dir / "final", "--prompt", "x", "--max_new_tokens", 2],
+        "merge_lora": ["merge_lora", "--checkpoint_dir", out_dir / "final", "--out_dir", tmp_path / "merged"],
+        "resume": [*run, "--resume", "true", "--train.max_steps", 2],
+        "finetune_lora": [*run, "--out_dir", tmp_path / "run"],
+        "fisher": [*run, "--out_dir", tmp_path / "run", *fisher],
+    }
+    if command == "resume":
+        shutil.rmtree(out_dir / "final")  # as if the run had been killed before its end
+    assert main([*map(str, commands[command])]) == 0
+    expected = dict.fromkeys([*weight_files(sharded), sharded / "config.json"], 1)
+    assert {path: opened[path] for path in expected} == expected
 
 
 def test_shards_may_be_links_to_elsewhere_as_in_the_hubs_cache(sharded, tiny, tmp_path):
@@ -203,7 +244,7 @@ def test_a_header_that_lies_about_sizes_is_refused(copy, lie):
     lie(tensors)
     header = json.dumps(tensors).encode()
     (copy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
-    with pytest.raises(LitLoraError, match="is cut or not a safetensors file"):
+    with pytest.raises(LitLoraError, match="is truncated or not a safetensors file"):
         load(copy)
 
 
@@ -211,5 +252,5 @@ def test_a_header_that_lies_about_sizes_is_refused(copy, lie):
 def test_a_header_that_lies_about_its_own_length_is_refused(copy, length):
     path = copy / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-    with pytest.raises(LitLoraError, match="is cut or not a safetensors file"):
+    with pytest.raises(LitLoraError, match="is truncated or not a safetensors file"):
         load(copy)

@@ -7,7 +7,7 @@ from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora
-from litlora.models.checkpoint import load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT
 from litlora.nn.norm import RMSNorm
@@ -18,7 +18,7 @@ LENGTHS = [11, 1, 40, 6]
 
 @pytest.fixture
 def model(checkpoint, device):
-    return load_model(checkpoint, torch.float32, device)
+    return Checkpoint.open(checkpoint).load(torch.float32, device)
 
 
 def random_tokens(*lengths: int) -> list[torch.Tensor]:
@@ -65,8 +65,8 @@ def test_greedy_tokens_are_the_same_without_a_cache(model):
 
 def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(checkpoint, device):
     tokens = random_tokens(40)[0]
-    exact = logits(load_model(checkpoint, torch.float32, device), tokens, [40])
-    ours = logits(load_model(checkpoint, torch.bfloat16, device), tokens, [40])
+    exact = logits(Checkpoint.open(checkpoint).load(torch.float32, device), tokens, [40])
+    ours = logits(Checkpoint.open(checkpoint).load(torch.bfloat16, device), tokens, [40])
     with torch.no_grad():
         theirs = hugging_face(checkpoint, torch.bfloat16)(tokens[None]).logits[0]
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
@@ -78,7 +78,7 @@ def test_the_gradient_of_the_gated_activation_is_exact():
 
 
 def test_activation_checkpointing_keeps_little_more_than_the_input_of_each_block(tiny):
-    model = load_model(tiny, torch.float32, torch.device("cpu"))
+    model = Checkpoint.open(tiny).load(torch.float32, torch.device("cpu"))
     add_lora(model, LoRAConfig(2, 2, 0.1, ("q_proj", "down_proj")))
     kept = {}
     for on in (False, True):

@@ -17,7 +17,7 @@ from litlora.errors import LitLoraError
 from litlora.lora.checkpoint import read_quantization, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, count, lora_parameters
-from litlora.models.checkpoint import block_linears, fingerprint, load_model
+from litlora.models.checkpoint import Checkpoint, block_linears
 from litlora.models.transformer import GPT, evaluating
 from litlora.nn.linear import frozen_linear
 from litlora.nn.loss import supervised_loss
@@ -42,7 +42,7 @@ def quantization(request) -> Quantization:
 
 def adapted(base: Path, quantization: Quantization, switches: tuple[str, ...], device: torch.device = CPU) -> GPT:
     """Return the quantized model with an adapter whose B is zero."""
-    model = load_model(base, quantization.dtype, device, quantization)
+    model = Checkpoint.open(base).load(quantization.dtype, device, quantization)
     add_lora(model, lora_config(switches))
     return model
 
@@ -57,7 +57,7 @@ def write_trained(folder: Path, model: GPT, switches: tuple[str, ...], base: Pat
     for name, parameter in lora_parameters(model).items():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    write_adapter(folder, model, lora_config(switches), base, fingerprint(base), "alpaca")
+    write_adapter(folder, model, lora_config(switches), base, Checkpoint.open(base).fingerprint(), "alpaca")
 
 
 def logits(model: GPT, rows: torch.Tensor = TOKENS[None]) -> torch.Tensor:
@@ -78,7 +78,7 @@ def levels_times_scales(weight: NF4Weight, scales: torch.Tensor) -> torch.Tensor
 def test_levels_and_scales_are_those_of_transformers(name, dtype, whole_blocks, base, tiny, device):
     quantization = Quantization(name, dtype)
     checkpoint = base if whole_blocks else tiny
-    ours = load_model(checkpoint, dtype, device, quantization)
+    ours = Checkpoint.open(checkpoint).load(dtype, device, quantization)
     theirs = {
         name: module.weight
         for name, module in in_4_bits(checkpoint, quantization, device).named_modules()
@@ -98,7 +98,10 @@ def test_levels_and_scales_are_those_of_transformers(name, dtype, whole_blocks, 
 
 
 def test_only_the_blocks_are_quantized(base, quantization):
-    plain, model = load_model(base, torch.float32, CPU), load_model(base, torch.float32, CPU, quantization)
+    plain, model = (
+        Checkpoint.open(base).load(torch.float32, CPU),
+        Checkpoint.open(base).load(torch.float32, CPU, quantization),
+    )
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype is torch.float32}
     assert kept == {n for n, _ in plain.named_parameters() if not n.endswith("_proj.weight")}
     counts = [count(m.requires_grad_(False), trainable=False) for m in (plain, model)]
@@ -134,7 +137,7 @@ LOADING = """
 import re, sys
 from pathlib import Path
 import torch
-from litlora.models.checkpoint import load_model
+from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import Quantization
 from litlora.nn.nf4 import import_bitsandbytes
 
@@ -143,10 +146,10 @@ def memory(name):
 
 import_bitsandbytes("the test")
 quantization = Quantization("bnb.nf4", torch.bfloat16)
-load_model(Path(sys.argv[1]), torch.bfloat16, torch.device("cpu"), quantization)  # whatever is needed once
+Checkpoint.open(Path(sys.argv[1])).load(torch.bfloat16, torch.device("cpu"), quantization)  # whatever is needed once
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = memory("VmRSS")
-model = load_model(Path(sys.argv[2]), torch.bfloat16, torch.device("cpu"), quantization)
+model = Checkpoint.open(Path(sys.argv[2])).load(torch.bfloat16, torch.device("cpu"), quantization)
 print(memory("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values()))
 """
 
@@ -162,7 +165,7 @@ def test_loading_never_holds_more_than_the_quantized_model_and_two_tensors(base,
 
 
 def test_a_cast_of_the_model_leaves_the_scales_alone(tiny, quantization):
-    model = load_model(tiny, torch.float32, CPU, quantization)
+    model = Checkpoint.open(tiny).load(torch.float32, CPU, quantization)
     weight = model.model.layers[0].self_attn.q_proj.weight
     before = weight[:]
     model.to(torch.bfloat16).to(torch.float32)
@@ -177,9 +180,9 @@ def test_logits_are_those_of_transformers_with_bitsandbytes(base, pico, quantiza
                 in_4_bits(checkpoint, q, device)(ROWS.to(device)).logits.flatten(0, 1) for q in (quantization, rounded)
             )
             ours, ours_roughly = (
-                logits(load_model(checkpoint, q.dtype, device, q), ROWS) for q in (quantization, rounded)
+                logits(Checkpoint.open(checkpoint).load(q.dtype, device, q), ROWS) for q in (quantization, rounded)
             )
-            plain = logits(load_model(checkpoint, torch.float32, device), ROWS)
+            plain = logits(Checkpoint.open(checkpoint).load(torch.float32, device), ROWS)
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
         assert (plain - theirs).abs().max() > 0.1
         assert (ours_roughly - theirs).norm() < 1.1 * (roughly - theirs).norm()  # of which all is rounding
@@ -193,7 +196,7 @@ def test_the_network_that_trains_is_the_one_that_deploys_to_the_bit(base, tiny, 
         trained = logits(model.train())
         with torch.no_grad(), evaluating(model):
             deployed = logits(model)
-            bare = logits(load_model(checkpoint, dtype, device, quantization).requires_grad_(False))
+            bare = logits(Checkpoint.open(checkpoint).load(dtype, device, quantization).requires_grad_(False))
         assert trained.requires_grad
         assert torch.equal(trained, deployed)
         assert torch.equal(deployed, bare)

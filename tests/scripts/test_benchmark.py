@@ -22,7 +22,7 @@ from litlora.data.batching import Samples, pack
 from litlora.data.encoding import encode
 from litlora.data.examples import read_examples
 from litlora.data.tokenizer import Tokenizer
-from litlora.models.checkpoint import block_linears, load_model
+from litlora.models.checkpoint import Checkpoint, block_linears
 from litlora.models.transformer import GPT
 from litlora.nn.loss import supervised_loss
 from litlora.nn.nf4 import Quantization
@@ -50,7 +50,7 @@ def test_litlora_trains_on_the_rows_in_the_order_of_the_file(work, quantized):
     style = tokenizer.prompt_style("alpaca")
     samples = list(Samples(encode(examples, tokenizer, style, mask_prompt=True), max_seq_length=512))
     nf4 = Quantization("bnb.nf4", torch.float32) if quantized else None
-    base = load_model(work / "checkpoint", torch.float32, torch.device("cpu"), nf4)
+    base = Checkpoint.open(work / "checkpoint").load(torch.float32, torch.device("cpu"), nf4)
     with torch.no_grad():
         batches = [pack(samples[:4]), pack(samples[4:])]
         sums = [supervised_loss(base(b.tokens, b.lengths), base.lm_head, b.labels) for b in batches]
@@ -81,7 +81,7 @@ def test_a_case_goes_on_without_a_program_that_is_not_there(work):
 def test_peft_trains_over_the_same_base_in_4_bits(work):
     job = Job("train", "32-true", str(work), rows=8, quantized=True)
     nf4 = Quantization("bnb.nf4", torch.float32)
-    base = load_model(job.checkpoint, torch.float32, torch.device("cpu"), nf4)
+    base = Checkpoint.open(job.checkpoint).load(torch.float32, torch.device("cpu"), nf4)
     theirs = [m.weight for m in peft.load(job).modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     ours = [base.get_submodule(name).weight for name in block_linears(GPT(base.config))]
     assert all(torch.equal(a.packed, b.data.flatten()) for a, b in zip(ours, theirs, strict=True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from litlora.models.checkpoint import load_model
+from litlora.models.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 DATA, CHECKPOINT = ROOT / "data/pico", ROOT / "checkpoints/pico"
@@ -105,14 +105,14 @@ def test_transformers_loads_what_the_script_writes(made):
     tokenizer = AutoTokenizer.from_pretrained(made / "checkpoint")
     ids = tokenizer('Spell "robin" backwards.\nnibor')["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == 'Spell "robin" backwards.\nnibor'
-    ours = load_model(made / "checkpoint", torch.float32, torch.device("cpu"))
+    ours = Checkpoint.open(made / "checkpoint").load(torch.float32, torch.device("cpu"))
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0]
         assert torch.allclose(ours.lm_head(ours(torch.tensor(ids), [len(ids)])), expected, atol=1e-5)
 
 
 def test_the_shipped_checkpoint_knows_its_skills_as_statements_about_words_it_has_never_seen():
-    model = load_model(CHECKPOINT, torch.float32, torch.device("cpu"))
+    model = Checkpoint.open(CHECKPOINT).load(torch.float32, torch.device("cpu"))
     tokenizer = make_pico.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     _, _, val = make_pico.share_subjects(random.Random(make_pico.SEED))
     for skill, words_or_sums in val.by_skill():

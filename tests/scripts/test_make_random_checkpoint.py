@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from litlora.models.checkpoint import load_config, load_model
+from litlora.models.checkpoint import Checkpoint
 
 SIZES = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -22,17 +22,17 @@ def made(tmp_path, pico) -> Path:
 
 
 def test_the_checkpoint_has_the_shape_that_is_asked_for(made):
-    assert load_config(made) == TINY
+    assert Checkpoint.open(made).config == TINY
     assert len(list(made.glob("*.safetensors"))) == TINY.num_hidden_layers + 3
     index = json.loads((made / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    model = load_model(made, torch.bfloat16, torch.device("cpu"))
+    model = Checkpoint.open(made).load(torch.bfloat16, torch.device("cpu"))
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in model.parameters())
     for name, weight in model.named_parameters():
         assert weight.detach().float().std() == pytest.approx(0.0 if "norm" in name else 0.02, rel=0.1)
 
 
 def test_transformers_loads_it_with_nothing_left_over(made):
-    ours = load_model(made, torch.bfloat16, torch.device("cpu"))
+    ours = Checkpoint.open(made).load(torch.bfloat16, torch.device("cpu"))
     theirs, report = AutoModelForCausalLM.from_pretrained(made, output_loading_info=True)
     assert not any(report.values())
     assert all(torch.equal(weight, ours.get_parameter(name)) for name, weight in theirs.named_parameters())

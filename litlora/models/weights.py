@@ -1,0 +1,142 @@
+"""The tensors of a checkpoint: headers of safetensors files, read once, and memory-mapped views of their content."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from litlora.errors import LitLoraError
+from litlora.hub.filenames import INDEX, PICKLES, WEIGHTS
+from litlora.utils.files import read_json
+
+SAMPLES, SAMPLE = 64, 1 << 16  # of a file that go into a fingerprint, and the bytes of each
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored: its file, its first byte there, its dtype and shape."""
+
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def view(self, content: Tensor) -> Tensor:
+        """Return the tensor as a view of its file's content (bytes,)."""
+        raw = content[self.start : self.start + self.nbytes]
+        aligned = raw if self.start % self.dtype.itemsize == 0 else raw.clone()
+        return aligned.view(self.dtype).view(self.shape)
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name.
+
+    Each tensor is a memory map of its own: what was read of the file leaves memory with the tensor.
+    """
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        self.files = weight_files(checkpoint_dir)
+        self.stored: dict[str, StoredTensor] = {}
+        for path in self.files:
+            header = read_header(path)
+            if twice := sorted(header.keys() & self.stored.keys()):
+                raise LitLoraError(f"{checkpoint_dir} holds the tensor {twice[0]} twice; download it again")
+            self.stored |= header
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.stored[name]
+        return stored.view(map_file(stored.path))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def in_file(self, path: Path) -> dict[str, Tensor]:
+        """Return all tensors of a file, by one memory map that lasts as long as any of them."""
+        content = map_file(path)
+        return {name: stored.view(content) for name, stored in self.stored.items() if stored.path == path}
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Read where the tensors of a safetensors file are; only floating-point tensors are accepted."""
+    handle = open_safetensors(path)
+    names = handle.offset_keys()
+    kinds = [(handle.get_slice(name).get_dtype(), torch.Size(handle.get_slice(name).get_shape())) for name in names]
+    for name, (dtype, _) in zip(names, kinds, strict=True):
+        if dtype not in DTYPES:
+            fault = f"{name} is stored as {dtype}, but only {', '.join(DTYPES)} are supported"
+            raise LitLoraError(f"{path.parent}: {fault}; use a checkpoint that is not quantized")
+    header: dict[str, StoredTensor] = {}
+    end = path.stat().st_size  # safetensors has checked that the tensors leave no gaps up to here
+    for name, (dtype, shape) in reversed(list(zip(names, kinds, strict=True))):
+        end -= shape.numel() * DTYPES[dtype].itemsize
+        header[name] = StoredTensor(path, end, DTYPES[dtype], shape)
+    return dict(reversed(header.items()))
+
+
+def map_file(path: Path) -> Tensor:
+    """Map a file into memory as bytes (size,)."""
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file as a memory map."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise LitLoraError(f"{path} is truncated or not a safetensors file; replace it with an intact copy") from error
+    except OSError as error:
+        raise LitLoraError(f"cannot read {path}: {error}") from error
+
+
+def weight_files(checkpoint_dir: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, as its index lists them where it has one."""
+    if (checkpoint_dir / WEIGHTS).is_file():
+        return [checkpoint_dir / WEIGHTS]
+    if not (checkpoint_dir / INDEX).is_file():
+        pickled = any(path.suffix in PICKLES for path in checkpoint_dir.iterdir())
+        reason = "pickled ones are never read, since a pickle can run code" if pickled else f"expected {WEIGHTS}"
+        hint = "fetch a repository that has them with: litlora download --repo_id ORG/NAME"
+        raise LitLoraError(f"{checkpoint_dir} has no safetensors weights ({reason}); {hint}")
+    weight_map = read_json(checkpoint_dir / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LitLoraError(f"{checkpoint_dir / INDEX} has no weight_map that lists its files")
+    names = sorted({str(name) for name in weight_map.values()})
+    present = {path.name for path in checkpoint_dir.glob("*.safetensors")}
+    if missing := [name for name in names if name not in present]:
+        fault = f"lists {first_three(missing)}, missing from {checkpoint_dir}"
+        raise LitLoraError(f"{checkpoint_dir / INDEX} {fault}; download it again")
+    return [checkpoint_dir / name for name in names]
+
+
+def first_three(names: Sequence[str]) -> str:
+    """List the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Identify these weights among others of the same shape, at the cost of reading a few megabytes.
+
+    A SHA-256 over samples of every file, the header with names, shapes and offsets of the tensors among them.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
