@@ -12,7 +12,7 @@ from litlora.cpu.weight_layouts import HalfWeight, is_packed, narrowed, packed
 from litlora.cpu.worker_threads import WorkerThreads, worker_count
 from litlora.errors import LitLoraError
 from litlora.generation.session import next_logits
-from litlora.lora.layer import LoRALinear
+from litlora.lora.layer import LoRALinear, freeze_adapter
 from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT, MLP, Attention, evaluating
 from litlora.nn.linear import Joint, Linear
@@ -53,6 +53,7 @@ def lay_out(model: GPT) -> None:
 
 def join(model: GPT) -> None:
     """Make one weight of those that have one input, unless they are in 4 bits."""
+    freeze_adapter(model)
     if quantization_of(model) is None:
         for module in model.modules():
             if isinstance(module, Attention | MLP):

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from litlora.nn.dropout import Dropout, masked
 
 
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: Dropout) -> Tensor:
     """Add scaling · B A dropout(x) to y (T, out) in place, and return it; x is (T, in), A (r, in) and B (out, r)."""
-    if not dropout and not torch.is_grad_enabled():
+    if not dropout.dropped and not torch.is_grad_enabled():
         return _add(y, x, a, b, scaling, None)[0]
     out: Tensor = _AddLowRank.apply(y, x, a, b, scaling, dropout)  # type: ignore[no-untyped-call]
     return out
@@ -33,9 +33,9 @@ class _AddLowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
-        ctx.dropout, ctx.scaling = Dropout.draw(dropout), scaling
-        out, low = _add(y, x, a, b, scaling * ctx.dropout.factor, ctx.dropout.mask(x))
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: Dropout) -> Tensor:
+        ctx.dropout, ctx.scaling = dropout, scaling
+        out, low = _add(y, x, a, b, scaling * dropout.factor, dropout.mask(x))
         ctx.save_for_backward(x, a, b, low)
         ctx.mark_dirty(y)
         return out

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from litlora.lora.config import LoRAConfig
 from litlora.lora.low_rank import add_low_rank
+from litlora.nn.backend import FLOAT32
+from litlora.nn.dropout import Dropout
 
 A, B = "lora_A.weight", "lora_B.weight"
 
@@ -28,9 +30,9 @@ class AdapterLayer(nn.Module):
     dropout: float
     """Probability with which an element of the low-rank product's input is zeroed in training."""
 
-    @property
-    def active_dropout(self) -> float:
-        return self.dropout if self.training else 0.0
+    def draw_dropout(self) -> Dropout:
+        """Draw the dropout of a forward pass, which drops nothing outside of training."""
+        return Dropout.draw(self.dropout if self.training else 0.0)
 
 
 class Variant(ABC):
@@ -62,6 +64,14 @@ class Variant(ABC):
         `tensors` has what the layer trained, by name. Sums are taken in float32, or small updates would vanish.
         """
 
+    @abstractmethod
+    def saved_bytes(self, layer: AdapterLayer, tokens: int, itemsize: int) -> int:
+        """Return the bytes that a forward pass saves beside its input, where a value of the output has `itemsize`."""
+
+    @abstractmethod
+    def widest_temporary(self, layer: AdapterLayer) -> int:
+        """Return the values for each token of the largest tensor that a backward pass needs in float32."""
+
 
 class LoRA(Variant):
     """W x + scaling · B A x (Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
@@ -76,12 +86,18 @@ class LoRA(Variant):
 
     def forward(self, layer: AdapterLayer, base_output: Tensor, x: Tensor) -> Tensor:
         a, b = layer.lora_A.weight, layer.lora_B.weight
-        return add_low_rank(base_output, x, a, b, layer.scaling, layer.active_dropout)
+        return add_low_rank(base_output, x, a, b, layer.scaling, layer.draw_dropout())
 
     @torch.no_grad()
     def merge(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
         a, b = tensors[A].float(), tensors[B].float()
         return (weight.float() + scaling * (b @ a)).to(weight.dtype)
+
+    def saved_bytes(self, layer: AdapterLayer, tokens: int, itemsize: int) -> int:
+        return tokens * layer.lora_A.out_features * FLOAT32
+
+    def widest_temporary(self, layer: AdapterLayer) -> int:
+        return layer.lora_A.in_features
 
 
 def variant_of(config: LoRAConfig) -> Variant:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from litlora.args import Precision
 from litlora.lora.config import LoRAConfig
-from litlora.lora.layer import LoRALinear, add_lora, lora_parameters
+from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend, compute_dtype
@@ -22,6 +23,7 @@ from litlora.nn.nf4 import DOUBLE, OUTER_BLOCK
 from litlora.train.optimizers import build_optimizer
 
 BFLOAT16 = 2  # bytes
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Network:
             gpt = GPT(self.config).to(dtype)
             add_lora(gpt, self.lora)
         return gpt
+
+    @cached_property
+    def adapted(self) -> dict[str, LoRALinear]:
+        """The adapter layers by name."""
+        return lora_layers(self.outline())
 
     @property
     def stream(self) -> int:
@@ -178,9 +185,9 @@ def _state_bytes(optimizer: str | dict[str, Any], shape: torch.Size) -> int:
 
 def activation_bytes(network: Network, load: Load) -> int:
     """Return the bytes that the forward pass of a micro-batch leaves for its backward pass."""
-    config, width = network.config, network.config.hidden_size * network.stream
+    width = network.config.hidden_size * network.stream
     blocks = list(_blocks(network, load))
-    head = network.lora.targets("lm_head") * network.lora.r * (config.hidden_size + config.vocab_size) * FLOAT32
+    head = _head_gradient_bytes(network)
     if not any(blocks):
         return head  # whose gradient is there at once, and nothing below it needs one
     if load.activation_checkpointing:
@@ -190,6 +197,12 @@ def activation_bytes(network: Network, load: Load) -> int:
     return kept + load.supervised * width + load.tokens + head  # states with a label have a gradient, the others a mark
 
 
+def _head_gradient_bytes(network: Network) -> int:
+    """Return the bytes of the gradient of an adapted head, which the forward pass computes already."""
+    head = network.adapted.get(HEAD)
+    return sum(p.nbytes for p in head.adapter_parameters().values()) if head else 0
+
+
 def _blocks(network: Network, load: Load) -> Iterator[int]:
     """Yield the bytes that each block keeps, the norm behind it included and the one before it not."""
     stages = _stages(network, load)
@@ -197,12 +210,13 @@ def _blocks(network: Network, load: Load) -> Iterator[int]:
     for layer in range(network.config.num_hidden_layers):
         kept = 0
         for stage in stages:
-            adapted = sum(network.lora.targets(f"model.layers.{layer}.{name}") for name in stage.layers)
+            names = (f"model.layers.{layer}.{name}" for name in stage.layers)
+            adapted = [network.adapted[name] for name in names if name in network.adapted]
             if adapted or (flows and stage.keeps_input):
                 kept += load.tokens * stage.width * stage.size
-            kept += load.tokens * adapted * network.lora.r * FLOAT32
+            kept += sum(layer.variant.saved_bytes(layer, load.tokens, network.product) for layer in adapted)
             kept += flows * stage.cast_weights
-            flows = flows or adapted > 0
+            flows = flows or bool(adapted)
             kept += flows * stage.behind
         yield kept
 
@@ -295,10 +309,9 @@ def _attention_bytes(network: Network, load: Load) -> int:
 
 
 def _branch_bytes(network: Network, load: Load) -> int:
-    """Return the bytes of the widest adapted input in float32: as it is, behind its dropout, and its gradient."""
-    stages, targets = _stages(network, load), network.lora.targets
-    widths = [s.width for s in stages if any(targets(f"model.layers.0.{name}") for name in s.layers)]
-    return load.tokens * max(widths, default=0) * 3 * FLOAT32
+    """Return the bytes of the widest float32 tensor of an adapter layer: itself, with dropout, and its gradient."""
+    blocks = (layer for name, layer in network.adapted.items() if name != HEAD)
+    return load.tokens * max((layer.variant.widest_temporary(layer) for layer in blocks), default=0) * 3 * FLOAT32
 
 
 def table(counts: Mapping[str, int], parts: Mapping[str, int]) -> str:
