@@ -4,7 +4,7 @@ import pytest
 import scaling
 
 
-def test_a_global_batch_is_enough_from_the_one_on_that_is_said():
+def test_reported_global_batch_is_the_smallest_that_suffices():
     for training in scaling.TRAININGS[::2]:
         for cluster in scaling.CLUSTERS:
             share = scaling.enough(training, cluster) // cluster.gpus
