@@ -1,7 +1,7 @@
-"""The fenced blocks of a Markdown page, each with the reason why it is not checked, if it has one.
+"""The fenced blocks of a Markdown page, each with what an HTML comment in the line before it tells the tests.
 
-An HTML comment in the line before a block exempts it: `<!-- not run: REASON -->` before commands or code, and
-`<!-- not checked: REASON -->` before output.
+`<!-- not run: REASON -->` exempts commands or code, `<!-- not checked: REASON -->` exempts output, and
+`<!-- exit code N -->` stands before commands that fail.
 """
 
 import re
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 BLOCK = re.compile(
-    r"^(?:<!-- (?P<mark>not run|not checked)(?:: (?P<reason>.*?))? -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    r"^(?:<!-- (?:not (?:run|checked): (?P<reason>.*?)|exit code (?P<code>\d+)) -->\n)?"
+    r"```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -21,7 +22,7 @@ class Block(NamedTuple):
     language: str
     text: str
     exempt: bool
-    reason: str
+    exit_code: int
 
     @property
     def commands(self) -> list[str]:
@@ -32,4 +33,4 @@ class Block(NamedTuple):
 def blocks(page: Path) -> Iterator[Block]:
     """Yield the blocks of a page in order."""
     for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        yield Block(match["language"], match["text"], match["mark"] is not None, match["reason"] or "")
+        yield Block(match["language"], match["text"], bool(match["reason"]), int(match["code"] or 0))
