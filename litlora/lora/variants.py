@@ -29,6 +29,8 @@ class AdapterLayer(nn.Module):
     scaling: float
     dropout: float
     """Probability with which an element of the low-rank product's input is zeroed in training."""
+    frozen: Any = None
+    """What the variant has computed in `freeze`, where a layer no longer trains."""
 
     def draw_dropout(self) -> Dropout:
         """Draw the dropout of a forward pass, which drops nothing outside of training."""

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _source: ContextVar[torch.Generator] = ContextVar("source", default=torch.default_generator)
 """Of seeds. It is each thread's own, so that what others draw meanwhile changes nothing."""
@@ -69,3 +70,23 @@ def masked(x: Tensor, kept: Tensor | None) -> Tensor:
         return x
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return (x.view(bits) & kept.to(bits)).view(x.dtype)
+
+
+def apply_dropout(x: Tensor, dropout: Dropout) -> Tensor:
+    """Return x with its dropout, for whose backward pass nothing is saved but the seed."""
+    if not dropout.dropped:
+        return x
+    out: Tensor = _ApplyDropout.apply(x, dropout)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ApplyDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout: Dropout) -> Tensor:
+        ctx.dropout = dropout
+        return masked(x, dropout.mask(x)).mul_(dropout.factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return masked(gradient.contiguous(), ctx.dropout.mask(gradient)).mul_(ctx.dropout.factor), None

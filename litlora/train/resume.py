@@ -49,7 +49,9 @@ class Identity:
         """Refuse a checkpoint of another run, and list where they differ; a run may become longer."""
         try:
             was = Identity(**read_json(checkpoint / RUN))
-            changes = [*_changed_settings(was.settings, self.settings), *_changed(was.contents, self.contents)]
+            # A setting that the version which began the run did not have was at what is now its default.
+            before = Identity.of(FinetuneLoraArgs(Path(), Path()), {}).settings | was.settings
+            changes = [*_changed_settings(before, self.settings), *_changed(was.contents, self.contents)]
         except (AttributeError, TypeError) as error:
             raise LitLoraError(f"{checkpoint / RUN} is not as litlora writes it: {error}") from error
         if changes:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from litlora.__main__ import main
+from litlora.args import FinetuneLoraArgs
+from litlora.errors import LitLoraError
+from litlora.train.resume import Identity
 from litlora.utils.locks import locked
 
 WEIGHTS = "adapter_model.safetensors"
@@ -287,3 +291,13 @@ def test_a_state_of_another_shape_is_refused(stopped, capsys):
     renew_manifest(path.parent)
     said = f"of this optimizer: optimizer.0.exp_avg is of the shape [1] and not {shape}\n"
     assert refusal(capsys, "--resume", "true").endswith(said)
+
+
+def test_setting_unknown_to_the_version_that_began_the_run_had_its_default(tmp_path):
+    """A run that an older version began resumes, unless a newer setting makes it another run."""
+    args = FinetuneLoraArgs(Path("base"), Path("data"))
+    current = Identity.of(args, {})
+    Identity({name: value for name, value in current.settings.items() if name != "lora_init"}, {}).write(tmp_path)
+    current.check(tmp_path)
+    with pytest.raises(LitLoraError, match="--lora_init was zero and is fisher"):
+        Identity.of(replace(args, lora_init="fisher", quantize="bnb.nf4"), {}).check(tmp_path)
