@@ -6,8 +6,14 @@ from collections.abc import Sequence
 
 from litlora.args import FinetuneLoraArgs
 from litlora.cli.parser import parse
-from litlora.cpu.allocator import restart_without_crumbs
-from litlora.distributed.launcher import heed_srun, must_start, start
+from litlora.distributed.launcher import (
+    adopt_srun_variables,
+    follow_launcher,
+    launch,
+    let_threads_sleep,
+    processes_to_launch,
+    report_to_launcher,
+)
 from litlora.errors import EndedElsewhereError, LitLoraError, is_shortage
 from litlora.utils.console import log_error, output
 
@@ -16,19 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     0: success, 1: a user's mistake or a failed run, 2: an unknown flag or key, others: a run that was told to stop.
+    Arguments that a Python program gives are run in its process.
     """
-    if arguments is None and "finetune_lora" in sys.argv:
-        restart_without_crumbs()
-    code, sentence = attempt(sys.argv[1:] if arguments is None else arguments)
-    if sentence is not None:
+    follow_launcher()
+    code, sentence = attempt(arguments)
+    if sentence is not None and not report_to_launcher(sentence, code):
         log_error(sentence)
     return code
 
 
-def attempt(arguments: Sequence[str]) -> tuple[int, str | None]:
-    """Run a command, and return its exit code and the error that is to be printed, if any."""
+def attempt(arguments: Sequence[str] | None) -> tuple[int, str | None]:
+    """Run a command, and return its exit code and the error to print, if any."""
     try:
-        return run(arguments), None
+        return run(sys.argv[1:] if arguments is None else arguments, in_process=arguments is not None), None
     except EndedElsewhereError as error:
         return error.exit_code, None
     except LitLoraError as error:
@@ -45,7 +51,7 @@ def attempt(arguments: Sequence[str]) -> tuple[int, str | None]:
         return 130, "stopped"
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], *, in_process: bool = True) -> int:
     """Parse the arguments, call the command and return its exit code.
 
     The command's module is imported only then: neither --help nor the process that starts others needs torch.
@@ -55,10 +61,12 @@ def run(arguments: Sequence[str]) -> int:
         output(call)
         return 0
     if isinstance(call.args, FinetuneLoraArgs):
-        heed_srun()
-        if must_start(call.args.devices, call.args.num_nodes, call.args.dry_run):
-            entry = importlib.import_module("litlora.__main__").attempt  # as another process finds it
-            return start(entry, arguments, call.args.devices)
+        adopt_srun_variables()
+        devices, nodes, dry_run = call.args.devices, call.args.num_nodes, call.args.dry_run
+        if count := processes_to_launch(devices, nodes, dry_run=dry_run, in_process=in_process):
+            same = ["-m", "litlora", *arguments] if in_process else sys.orig_argv[1:]
+            return launch([sys.executable, *same], count)
+    let_threads_sleep()
     command = getattr(importlib.import_module(f"litlora.commands.{call.command}"), call.command)
     command(call.args)
     return 0

@@ -5,6 +5,9 @@ SHORTAGES = ("can't allocate memory", "out of memory")  # of a CPU, whose error 
 DAMAGED = "its weights are damaged, or too large for this --precision (try 32-true)"  # where a model gives no numbers
 
 
+RESUME = "resume with the same command and --resume true"
+
+
 class LitLoraError(Exception):
     """What the user did wrong and the way out, in one sentence that names the flag, file or row."""
 
@@ -21,7 +24,7 @@ class UsageError(LitLoraError):
 
 
 class StoppedError(LitLoraError):
-    """A run that was told to stop before its end, and how to go on with it."""
+    """A run that was told to stop before its end, and how to resume it."""
 
 
 class EndedElsewhereError(LitLoraError):

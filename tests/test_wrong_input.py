@@ -434,7 +434,7 @@ def test_a_key_that_does_not_exist_or_has_another_type_exits_with_2(content, sen
         case("where none can be made", nothing, "/proc/litlora/run",
              "--out_dir (/proc/litlora/run) cannot be written: No such file or directory"),
         case("run", lambda: (Path("out").mkdir(), write("out/metrics.csv")), "out",
-             "--out_dir (out) holds a run already: choose another, go on with it by --resume true, "
+             "--out_dir (out) holds a run already: choose another, resume it by --resume true, "
              "or replace it by --overwrite true"),
         case("very long name", nothing, "o" * 300, f"--out_dir ({'o' * 300}) cannot be written: File name too long"),
         case("finished run", lambda: Path("out/final").mkdir(parents=True), "out",

@@ -1,35 +1,11 @@
 """glibc's allocator: settings against fragmentation, and returning free memory to the system."""
 
 import ctypes
-import os
-import sys
-
-TUNABLES = "GLIBC_TUNABLES"
-NO_CRUMBS = ("glibc.malloc.tcache_count=0", "glibc.malloc.mxfast=0")
-GPUS = ("/dev/nvidiactl", "/dev/kfd")
-"""What a machine with one has, as can be told before torch is there."""
 
 ARENA_MAX, MMAP_THRESHOLD, TOP_PAD, TRIM_THRESHOLD = -8, -3, -2, -1  # as glibc's malloc.h numbers them
 PASSES = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**25, TOP_PAD: 2**26, TRIM_THRESHOLD: -1}
 """How many heaps there are; from what size on a tensor has pages of its own, the largest that every glibc takes; by how
 much a heap grows; and how much of its end may be free, without a limit."""
-
-
-def restart_without_crumbs() -> None:
-    """Begin the program anew, as the same process, with a heap whose gaps are filled again: glibc's alone is not so.
-
-    To align a tensor, glibc takes some bytes more, and cuts crumbs off on both sides. They go to caches for small
-    things, so that once the tensor has gone, its place is a crumb too small for the next one of its size: passes leave
-    gaps half as large as what they keep. Without these caches crumbs become part of a free place again. As glibc reads
-    such a setting only when a program begins, this is to be called before anything is done.
-
-    Small things then take a fifth longer, which a CPU does not feel, but a GPU might, that waits for a CPU's calls.
-    """
-    before = os.environ.get(TUNABLES, "")
-    if _glibc() is None or NO_CRUMBS[0] in before or any(map(os.path.exists, GPUS)):
-        return
-    os.environ[TUNABLES] = ":".join(filter(None, (*NO_CRUMBS, before)))  # the last word is the user's
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def configure_for_training() -> None:

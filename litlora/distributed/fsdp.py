@@ -20,18 +20,18 @@ from litlora.nn.nf4 import Quantization
 def load_sharded(
     checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization | None, lora: LoRAConfig, fabric: Fabric
 ) -> GPT:
-    """Load a model of which every device has a part of each frozen weight, with an adapter that each has as a whole.
+    """Load a model whose frozen weights are sharded over the devices, with an adapter that each device holds in full.
 
-    What becomes of the adapter (its gradients, its optimizer, its files) is the same as without sharding.
+    The adapter's gradients, optimizer and files are the same as without sharding.
     """
     mesh = _mesh(fabric)
-    gpt, parts = checkpoint.load_shards(dtype, fabric.device, quantization, partial(_part, mesh=mesh))
+    gpt, shards = checkpoint.load_shards(dtype, fabric.device, quantization, partial(_shard, mesh=mesh))
     add_lora(gpt, lora, fabric.device)
     adapter = set(lora_parameters(gpt).values())
     for module in (*gpt.model.layers, gpt):
         fully_shard(module, mesh=mesh, ignored_params=adapter)
-    own = gpt.state_dict()
-    assign(gpt, {name: _placed(part, own[name]) for name, part in parts.items()})
+    parameters = gpt.state_dict()
+    assign(gpt, {name: _distributed(shard, parameters[name]) for name, shard in shards.items()})
     return gpt
 
 
@@ -40,15 +40,15 @@ def _mesh(fabric: Fabric) -> DeviceMesh:
     return fabric.strategy.device_mesh["data_parallel"]
 
 
-def _part(weight: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return a copy of the rows of a weight that are this device's, as FSDP deals them; the last ones may have none."""
+def _shard(weight: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return a copy of this device's rows of a weight, as FSDP shards it; the last devices may have none."""
     size = -(-len(weight) // mesh.size())
     return weight[size * mesh.get_local_rank() :][:size].clone()
 
 
-def _placed(part: Tensor, whole: Tensor) -> Tensor:
-    """Return the part as one of the whole, which has no values; what is not sharded stays as it is."""
-    if not isinstance(whole, DTensor):
-        return part
-    mesh, placements = whole.device_mesh, whole.placements
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+def _distributed(shard: Tensor, weight: Tensor) -> Tensor:
+    """Return a shard as a DTensor like `weight`, which has no values; a weight that is not sharded stays as it is."""
+    if not isinstance(weight, DTensor):
+        return shard
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())

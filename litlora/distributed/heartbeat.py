@@ -8,118 +8,119 @@ from threading import Event, Thread
 
 from torch._C._distributed_c10d import Store
 
-from litlora.distributed.launcher import LEFT_ALONE, Place
-from litlora.errors import LitLoraError, StoppedError
+from litlora.distributed.launcher import PEER_FAILED, RankInfo
+from litlora.errors import RESUME, LitLoraError, StoppedError
 
-BEAT = 1.0  # seconds between two signs of life
-LIMIT = 25  # beats without a sign of another's life after which it counts as dead
-PATIENCE = 3  # looks at the others' signs, in which who is gone shows, before a rank says so
-END = "end"  # in the store: the rank that says why all of them end
-HINT = "look there for the cause, such as too little memory, and go on with the same command and --resume true"
-
-
-class LostContactError(LitLoraError):
-    """Another rank has ended in the midst of it."""
+BEAT = 1.0  # seconds between two heartbeats
+LIMIT = 25  # beats without a peer's heartbeat after which the peer counts as dead
+CHECKS = 3  # of the peers' heartbeats before a rank reports which of them is gone
+END = "end"  # key in the store: the rank that reports why all of them end
+HINT = f"look there for the cause, such as too little memory, and {RESUME}"
 
 
-class Watch:
-    """The signs of life of all ranks, in the store by which they have met.
+class LostPeerError(LitLoraError):
+    """A peer has ended before the run has."""
 
-    They come from a thread, whatever else a rank is busy with: one that reads, computes or writes for hours is alive.
-    Beats are counted and not seconds, so that ranks which were suspended together go on together. A store that is
-    gone may leave whoever asks it without an answer, so that the count is that of another thread.
+
+class Monitor:
+    """The heartbeats of all ranks, in the store by which they have met.
+
+    They come from a thread, whatever else a rank is busy with: one that reads, writes or computes for hours is alive.
+    Beats are counted and not seconds, so that ranks that were suspended together resume together. A store that is gone
+    may never answer, hence another thread counts.
     """
 
-    def __init__(self, place: Place, store: Store) -> None:
+    def __init__(self, rank_info: RankInfo, store: Store) -> None:
         self.missing: int | None = None
-        """The rank whose sign of life the others wait for."""
-        self._place, self._store = place, store
-        self._others = [rank for rank in range(place.count) if rank != place.rank]
-        self._beat, self._looks, self._is_said, self._over = 0, 0, False, Event()
-        self._threads = [Thread(target=target, daemon=True) for target in (self._live, self._guard)]
+        """The rank for whose heartbeat its peers wait."""
+        self._rank_info, self._store = rank_info, store
+        self._peers = [rank for rank in range(rank_info.world_size) if rank != rank_info.rank]
+        self._beat, self._checks, self._is_reported, self._stopped = 0, 0, False, Event()
+        self._threads = [Thread(target=target, daemon=True) for target in (self._send, self._guard)]
         for thread in self._threads:
             thread.start()
 
-    def _live(self) -> None:
-        """Show a sign of life for each beat, the next when all others have shown theirs."""
+    def _send(self) -> None:
+        """Send heartbeats, the next one when all peers have sent theirs."""
+        rank = self._rank_info.rank
         with suppress(RuntimeError):  # the store is gone
-            self._store.set(_sign(self._place.rank, 0), "")
-            while not self._over.wait(BEAT):
+            self._store.set(_heartbeat(rank, 0), "")
+            while not self._stopped.wait(BEAT):
                 if self._is_complete():
                     self._beat, self.missing = self._beat + 1, None
-                    self._store.set(_sign(self._place.rank, self._beat), "")
-                    self._store.delete_key(_sign(self._place.rank, self._beat - 2))  # which all have seen
-                self._looks += 1
+                    self._store.set(_heartbeat(rank, self._beat), "")
+                    self._store.delete_key(_heartbeat(rank, self._beat - 2))  # which all have seen
+                self._checks += 1
 
     def _is_complete(self) -> bool:
-        """Tell whether all others have shown the present sign of life, and note who has not, unless it has left."""
-        if not self._others or self._store.check([_sign(rank, self._beat) for rank in self._others]):
+        """Tell whether all peers have sent the present heartbeat; note which has not, unless it has left the run."""
+        if not self._peers or self._store.check([_heartbeat(rank, self._beat) for rank in self._peers]):
             return True
-        self._others = [rank for rank in self._others if not self._store.check([_farewell(rank)])]
-        behind = [rank for rank in self._others if not self._store.check([_sign(rank, self._beat)])]
-        if behind and self.missing not in behind:  # who was only late has shown its sign by now
+        self._peers = [rank for rank in self._peers if not self._store.check([_farewell(rank)])]
+        behind = [rank for rank in self._peers if not self._store.check([_heartbeat(rank, self._beat)])]
+        if behind and self.missing not in behind:  # a peer that was only late has sent its heartbeat by now
             self.missing = behind[0]
-        self._is_said = self._store.check([END])
+        self._is_reported = self._store.check([END])
         return not behind
 
     def _guard(self) -> None:
-        """End this process, wherever it waits, when too many beats of its own have passed without a common one."""
-        seen, late = 0, 0
+        """End this process, wherever it waits, after LIMIT of its own beats without a common one."""
+        last, late = 0, 0
         while late < LIMIT:
-            if self._over.wait(BEAT):
+            if self._stopped.wait(BEAT):
                 return
-            seen, late = self._beat, late + 1 if self._beat == seen else 0
-        if self._place.is_watched:
-            os._exit(LEFT_ALONE)
-        if not self._is_said and self._speaks():
+            last, late = self._beat, late + 1 if self._beat == last else 0
+        if self._rank_info.is_launched:
+            os._exit(PEER_FAILED)
+        if not self._is_reported and self._claims_report():
             who = "rank 0, or what has started it," if self.missing is None else f"rank {self.missing}"
-            fault = f"{who} has shown no sign of life for {LIMIT * BEAT:.0f} seconds"
+            fault = f"{who} has sent no heartbeat for {LIMIT * BEAT:.0f} seconds"
             os.write(2, f"\nlitlora: {fault}: {HINT}\n".encode())
         os._exit(1)
 
-    def _speaks(self) -> bool:
-        """Claim the word; without an answer of the store, the first rank that lives on each machine has it."""
+    def _claims_report(self) -> bool:
+        """Claim the report; where the store does not answer, it is for the first rank alive on each machine."""
         answers: list[bool] = []
-        asking = Thread(target=self._ask_for_the_word, args=(answers,), daemon=True)
+        asking = Thread(target=self._ask_store, args=(answers,), daemon=True)
         asking.start()
-        asking.join(PATIENCE * BEAT)
-        first_here = self._place.rank - self._place.rank % self._place.local_count
-        return answers[0] if answers else self._place.rank == first_here + (self.missing in (None, first_here))
+        asking.join(CHECKS * BEAT)
+        first_here = self._rank_info.rank - self._rank_info.rank % self._rank_info.local_world_size
+        return answers[0] if answers else self._rank_info.rank == first_here + (self.missing in (None, first_here))
 
-    def _ask_for_the_word(self, answers: list[bool]) -> None:
+    def _ask_store(self, answers: list[bool]) -> None:
         with suppress(RuntimeError):  # the store is gone
-            answers.append(has_the_word(self._store, self._place.rank))
+            answers.append(claim_report(self._store, self._rank_info.rank))
 
     def explain(self, error: Exception) -> None:
-        """Name the rank that is gone as the cause of an error, once those that are left have shown their lives."""
-        enough = self._looks + PATIENCE
-        while self._looks < enough and self._threads[0].is_alive():  # if nobody answers any more, the guard ends it
+        """Name the rank that is gone as the cause of an error, once its peers have had time to send heartbeats."""
+        enough = self._checks + CHECKS
+        while self._checks < enough and self._threads[0].is_alive():  # if nobody answers any more, the guard ends it
             time.sleep(BEAT / 4)
         if self.missing is not None:
-            fault = f"rank {self._place.rank} has lost the contact to rank {self.missing}, which has ended"
-            raise LostContactError(f"{fault}: {HINT}") from error
+            fault = f"rank {self._rank_info.rank} has lost contact with rank {self.missing}, which has ended"
+            raise LostPeerError(f"{fault}: {HINT}") from error
 
     def leave(self) -> None:
-        """Say that this rank ends as it should; the first, which may hold the store, waits until all have said so."""
+        """Announce that this rank ends as it should; rank 0, which may hold the store, waits until all have done so."""
         with suppress(RuntimeError):
-            self._store.set(_farewell(self._place.rank), "")
-            farewells = [_farewell(rank) for rank in range(self._place.count)]
-            while self._place.rank == 0 and not self._store.check(farewells):
+            self._store.set(_farewell(self._rank_info.rank), "")
+            farewells = [_farewell(rank) for rank in range(self._rank_info.world_size)]
+            while self._rank_info.rank == 0 and not self._store.check(farewells):
                 time.sleep(0.1)
 
     def stop(self) -> None:
-        """End the threads, but for one that the store leaves without an answer."""
-        self._over.set()
+        """End the threads, except one that waits for a store that does not answer."""
+        self._stopped.set()
         for thread in self._threads:
-            thread.join(PATIENCE * BEAT)
+            thread.join(CHECKS * BEAT)
 
 
-def has_the_word(store: Store, rank: int) -> bool:
-    """Tell whether it is for this rank to say why all of them end: it is for the first that asks."""
+def claim_report(store: Store, rank: int) -> bool:
+    """Tell whether this rank reports why all of them end: the first that asks does."""
     return store.compare_set(END, "", str(rank)) == str(rank).encode()
 
 
-def _sign(rank: int, beat: int) -> str:
+def _heartbeat(rank: int, beat: int) -> str:
     return f"alive/{rank}/{beat}"
 
 
@@ -128,17 +129,17 @@ def _farewell(rank: int) -> str:
 
 
 @contextmanager
-def keeping_contact(place: Place, store: Store) -> Iterator[None]:
-    """Have this process end with the others, and say which of them was the cause, instead of waiting for it forever."""
-    watch = Watch(place, store)
+def monitoring_peers(rank_info: RankInfo, store: Store) -> Iterator[None]:
+    """End this process with its peers, and name the one that was the cause, instead of waiting for it forever."""
+    monitor = Monitor(rank_info, store)
     try:
         yield
-        watch.leave()
-    except StoppedError:  # which all have agreed on
-        watch.leave()
+        monitor.leave()
+    except StoppedError:  # on which all ranks agree
+        monitor.leave()
         raise
-    except (LostContactError, RuntimeError) as error:
-        watch.explain(error)
+    except (LostPeerError, RuntimeError) as error:
+        monitor.explain(error)
         raise
     finally:
-        watch.stop()
+        monitor.stop()

@@ -1,53 +1,52 @@
-"""Starting and watching the processes that train together, and the rank of each."""
+"""Starting and monitoring the processes that train, and the rank of each."""
 
-import multiprocessing
+import json
 import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from threading import Thread
 from types import FrameType
 
-from litlora.errors import LitLoraError
-from litlora.utils.processes import exit_with_parent, usable_cores
-from litlora.utils.signals import SIGNALS
+from litlora.cpu.environment import allocator_settings
+from litlora.cpu.environment import let_threads_sleep as let_threads_sleep
+from litlora.errors import RESUME, EndedElsewhereError, LitLoraError
+from litlora.utils.processes import usable_cores
+from litlora.utils.signals import LAUNCHED, SIGNALLED, SIGNALS
 
-LAST_WORDS = 30.0  # seconds in which the others end by themselves after one has failed
-LOCAL_COUNT = "LOCAL_WORLD_SIZE"  # set by torchrun, and for the processes that are started here
-WATCHED = "LITLORA_WATCHED"  # set for the processes that are started here
+GRACE_PERIOD = 30.0  # seconds in which ranks end by themselves after one has failed
+POLL_INTERVAL = 0.05  # seconds
+LOCAL_COUNT = "LOCAL_WORLD_SIZE"  # set by torchrun, and for the processes that are launched here
+PIPES = "LITLORA_PIPES"  # of a launched process: one that is closed when the launcher ends, and one for its message
 THREADS = "OMP_NUM_THREADS"  # of torch, in each process
-LEFT_ALONE = 3  # exit code of a watched process that ends because another has, of which the watching one knows more
-
-Attempt = Callable[[Sequence[str]], tuple[int, str | None]]
-"""Runs a command, and returns its exit code and the sentence that is to be said, if any."""
+PEER_FAILED = 3  # exit code of a launched process that ends because another has, of which the launcher knows more
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Which of the processes of a run this one is, and how many of them this machine has."""
 
     rank: int = 0
-    count: int = 1
-    local_count: int = 1
-    is_watched: bool = False
-    """Whether the process that has started all of them says why they end."""
+    world_size: int = 1
+    local_world_size: int = 1
+    is_launched: bool = False
+    """Whether a launcher of litlora has started all of them and reports why they end."""
     has_own_gpu: bool = False
-    """Whether a GPU that is the only one in sight is this process's own, as srun --gpus-per-task 1 has it."""
+    """Whether the only visible GPU is this process's own, as srun --gpus-per-task 1 has it."""
 
     @property
     def nodes(self) -> int:
-        return self.count // self.local_count
+        return self.world_size // self.local_world_size
 
 
-def heed_srun() -> None:
-    """Where srun has started this process among others, say so by the variables of torchrun."""
+def adopt_srun_variables() -> None:
+    """Where srun has started several processes, set torchrun's variables for this one."""
     if LOCAL_COUNT in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
     per_node = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
@@ -56,83 +55,104 @@ def heed_srun() -> None:
     names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "STEP_NUM_TASKS", "GROUP_RANK": "NODEID"}
     nodes = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"])  # the first of each range
     run = os.environ["SLURM_JOB_ID"] + os.environ["SLURM_STEP_ID"]
-    meeting = {"MASTER_ADDR": nodes.split(",")[0], "MASTER_PORT": f"2{run[-4:]:0>4}"}
-    place = {name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()}
-    os.environ.update(meeting | os.environ | place | {LOCAL_COUNT: per_node[1]})
+    rendezvous = {"MASTER_ADDR": nodes.split(",")[0], "MASTER_PORT": f"2{run[-4:]:0>4}"}
+    rank_info = {name: os.environ[f"SLURM_{slurm}"] for name, slurm in names.items()}
+    os.environ.update(rendezvous | os.environ | rank_info | {LOCAL_COUNT: per_node[1]})
 
 
-def find_place(devices: int, nodes: int) -> Place:
-    """Return the place that torchrun, srun or `start` has given this process, or refuse one that was not asked for."""
+def find_rank_info(devices: int, nodes: int) -> RankInfo:
+    """Return what torchrun, srun or `launch` has told this process, or refuse a number that was not requested."""
     if LOCAL_COUNT not in os.environ:
-        return Place()
-    rank, count, local_count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LOCAL_COUNT))
-    by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(count)  # and not by a torchrun that srun has started
-    place = Place(rank, count, local_count, is_watched=WATCHED in os.environ, has_own_gpu=by_srun)
-    asked = ("--devices", devices, place.local_count), ("--num_nodes", nodes, place.nodes)
-    for flag, wanted, started in asked:
-        if wanted not in (1, started):
-            raise LitLoraError(f"{flag} ({wanted}) must be 1 or what torchrun or srun was told ({started})")
-    return place
+        return RankInfo()
+    rank, world_size, local_world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LOCAL_COUNT))
+    by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(world_size)  # and not by a torchrun that srun has started
+    info = RankInfo(rank, world_size, local_world_size, is_launched=LAUNCHED in os.environ, has_own_gpu=by_srun)
+    requested = ("--devices", devices, info.local_world_size), ("--num_nodes", nodes, info.nodes)
+    for flag, number, started in requested:
+        if number not in (1, started):
+            raise LitLoraError(f"{flag} ({number}) must be 1 or what torchrun or srun was told ({started})")
+    return info
 
 
-def must_start(devices: int, nodes: int, dry_run: bool) -> bool:
-    """Tell whether this process is to start those that train, instead of being one of them."""
-    if LOCAL_COUNT in os.environ or dry_run:
-        return False
-    if nodes > 1:
+def processes_to_launch(devices: int, nodes: int, *, dry_run: bool, in_process: bool) -> int:
+    """Return how many processes this one is to launch; 0 if it trains itself.
+
+    One that trains on a CPU is launched for its allocator settings, unless the command is a call in a Python program.
+    """
+    if LOCAL_COUNT in os.environ or LAUNCHED in os.environ:
+        return 0
+    if nodes > 1 and not dry_run:
         command = f"torchrun --nnodes {nodes} --nproc_per_node {devices} ... -m litlora"
         raise LitLoraError(f"--num_nodes {nodes} needs the command on every node, started by: {command}")
-    return devices > 1
+    if devices > 1 and not dry_run:
+        return devices
+    return int(bool(allocator_settings()) and not in_process)
 
 
-def start(attempt: Attempt, arguments: Sequence[str], count: int) -> int:
-    """Run a command in processes that train together, and return 0; if it fails, one sentence says why.
+class Child:
+    """A launched process, and the pipe for the sentence by which it reports why it ends."""
 
-    None of them says it itself: what they have to say comes here, where all is known that became of the others.
+    def __init__(self, command: Sequence[str], environment: dict[str, str], alive: int) -> None:
+        self.messages, write_end = os.pipe()
+        pipes = {PIPES: f"{alive},{write_end}"}
+        # In a process group of its own: the terminal sends Ctrl-C to the launcher, which forwards it once.
+        self.process = subprocess.Popen(
+            command, env=os.environ | environment | pipes, pass_fds=(alive, write_end), process_group=0
+        )
+        os.close(write_end)
+
+    def message(self) -> LitLoraError | None:
+        """Return what the process has reported, if anything."""
+        os.set_blocking(self.messages, False)
+        with suppress(BlockingIOError):
+            if report := os.read(self.messages, 2**16):
+                return LitLoraError(**json.loads(report))
+        return None
+
+
+def launch(command: Sequence[str], count: int) -> int:
+    """Run a command in `count` processes that train together, and return 0; report a failure in one sentence.
+
+    None of them reports it itself: their sentences come here, where it is known how the others have ended.
     """
-    context, port = multiprocessing.get_context("spawn"), _free_port()
-    pipes = [context.Pipe(duplex=False) for _ in range(count)]
-    processes = [
-        context.Process(target=_run, args=(attempt, arguments, _environment(rank, count, port), words))
-        for rank, (_, words) in enumerate(pipes)
-    ]
-    with _sharing_cores(count):
-        for process in processes:
-            process.start()
-    with _passing_signals(processes):
-        try:
-            codes = _watch(processes)
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
-    if any(code != 0 for code in codes):
-        raise _said(pipes) or _cause(codes)
+    settings, port = environment(count), _free_port()
+    alive, held = os.pipe()  # `held` closes with this process, however it ends
+    with ExitStack() as stack:
+        stack.callback(os.close, held)
+        stack.callback(os.close, alive)
+        children = [Child(command, settings | rank_variables(rank, count, port), alive) for rank in range(count)]
+        for child in children:
+            stack.callback(os.close, child.messages)
+        processes = [child.process for child in children]
+        with _forwarding_signals(processes) as forwarded:
+            try:
+                codes = _wait(processes)
+            finally:
+                for process in processes:
+                    process.kill()
+                for process in processes:
+                    process.wait()
+        if any(code != 0 for code in codes):
+            message = next(filter(None, (child.message() for child in children)), None)
+            raise message or _stopped(forwarded, codes) or _cause(codes)
     return 0
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """Return the variables by which torchrun, too, tells a process its place."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, LOCAL_COUNT: count, "GROUP_RANK": 0}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    silence = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # or torch warns, with its stack, that another process has ended
-    return {name: str(value) for name, value in (place | meeting | silence | {WATCHED: 1}).items()}
+def environment(count: int) -> dict[str, str]:
+    """Return the variables that `count` processes should start with: those of the allocator and of OpenMP."""
+    let_threads_sleep()
+    threads = {THREADS: str(max(1, usable_cores() // count))} if count > 1 and THREADS not in os.environ else {}
+    return threads | allocator_settings()
 
 
-@contextmanager
-def _sharing_cores(count: int) -> Iterator[None]:
-    """Have processes that are started inside take a share of the cores each, or all would take them from one another.
-
-    They are told before they import anything: once torch is there, it is too late.
-    """
-    asked = os.environ.get(THREADS)
-    os.environ[THREADS] = asked or str(max(1, usable_cores() // count))
-    try:
-        yield
-    finally:
-        if not asked:
-            del os.environ[THREADS]
+def rank_variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """Return the variables by which torchrun, too, tells a process its rank."""
+    if count == 1:
+        return {LAUNCHED: "1"}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, LOCAL_COUNT: count, "GROUP_RANK": 0}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logging = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # or torch warns, with its stack, that another process has ended
+    return {name: str(value) for name, value in (ranks | rendezvous | logging | {LAUNCHED: 1}).items()}
 
 
 def _free_port() -> int:
@@ -141,64 +161,96 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _run(attempt: Attempt, arguments: Sequence[str], environment: dict[str, str], words: Connection) -> None:
-    os.setpgrp()  # Ctrl-C is for the parent, which passes it on once
-    Thread(target=exit_with_parent, daemon=True).start()
-    os.environ.update(environment)
-    code, sentence = attempt(arguments)
-    if sentence is not None:
-        words.send((sentence, code))
-    raise SystemExit(code)
+def follow_launcher() -> None:
+    """In a launched process, end when the launcher does."""
+    if PIPES in os.environ:
+        alive, messages = map(int, os.environ[PIPES].split(","))
+        os.set_inheritable(messages, False)
+        os.set_inheritable(alive, False)
+        Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
+
+
+def _end_with_launcher(alive: int) -> None:
+    os.read(alive, 1)  # returns when no process holds the other end any more
+    os._exit(1)
+
+
+def report_to_launcher(sentence: str, code: int) -> bool:
+    """In a launched process, have the launcher report why it ends; elsewhere, return False."""
+    if PIPES not in os.environ:
+        return False
+    _, messages = map(int, os.environ[PIPES].split(","))
+    os.write(messages, json.dumps({"message": sentence, "exit_code": code}).encode())
+    return True
 
 
 @contextmanager
-def _passing_signals(processes: Sequence[SpawnProcess]) -> Iterator[None]:
-    def pass_on(number: int, _: FrameType | None) -> None:
+def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Forward the first SIGINT or SIGTERM as a request, end the processes at the second, and stop and continue with
+    them; yield the numbers of the signals that came.
+
+    Slurm and systemd signal each process of a job, the launched ones as well, so that these count one signal only.
+    """
+    received: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
         for process in processes:
-            if process.pid is not None and process.exitcode is None:
-                os.kill(process.pid, number)
+            process.send_signal(signal.SIGKILL if received else number)
+        received.append(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    def suspend(_number: int, _: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+
+    handlers = dict.fromkeys(SIGNALS, forward) | {signal.SIGTSTP: suspend}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
-def _watch(processes: Sequence[SpawnProcess]) -> list[int | None]:
-    """Return all exit codes, once all have ended or one was killed; or those there are a while after one has failed."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Return all exit codes, once all have ended or one was killed, or GRACE_PERIOD after one has failed."""
     deadline = float("inf")
     while True:
-        codes = [process.exitcode for process in processes]
+        codes = [process.poll() for process in processes]
         failed = [code for code in codes if code]
         if None not in codes or any(code < 0 for code in failed) or time.monotonic() > deadline:
             return codes
         if failed:
-            deadline = min(deadline, time.monotonic() + LAST_WORDS)
-        running = [process.sentinel for process, code in zip(processes, codes, strict=True) if code is None]
-        wait(running, timeout=1 if failed else None)
+            deadline = min(deadline, time.monotonic() + GRACE_PERIOD)
+        time.sleep(POLL_INTERVAL)
 
 
-def _said(pipes: Sequence[tuple[Connection, Connection]]) -> LitLoraError | None:
-    """Return what the first process that has something to say has said."""
-    return next((LitLoraError(*words.recv()) for words, _ in pipes if words.poll()), None)
+def _stopped(received: Sequence[int], codes: Sequence[int | None]) -> LitLoraError | None:
+    """Return the error for processes that a received signal has ended at once, with the exit code that it gives."""
+    if len(received) > 1 or any(-code in received for code in codes if code):
+        sys.stderr.write("\n")  # for the progress bar, whose process had no time to end its line
+        return LitLoraError("stopped", SIGNALLED + received[-1])
+    return None
 
 
 def _cause(codes: Sequence[int | None]) -> LitLoraError:
-    """Say what became of the process for which the others have ended, from exit codes alone; None is of one that hangs.
+    """Name the process for which the others have ended, from exit codes alone; None is of one that hangs.
 
-    Those that were left alone by it say nothing of the cause.
+    Those that end because a peer has failed report nothing about the cause.
     """
+    if len(codes) == 1 and codes[0] is not None and codes[0] > 0:
+        return EndedElsewhereError(codes[0])  # with a traceback
     sys.stderr.write("\n")  # for the progress bar, whose process had no time to end its line
-    suspects = {rank: code for rank, code in enumerate(codes) if code not in (0, LEFT_ALONE)}
-    hint = "go on with the same command and --resume true"
+    suspects = {rank: code for rank, code in enumerate(codes) if code not in (0, PEER_FAILED)}
     if not suspects:
-        return LitLoraError(f"all ranks have lost the contact to one another: {hint}")
+        return LitLoraError(f"all ranks have lost contact with one another: {RESUME}")
     rank, code = min(suspects.items(), key=lambda suspect: (suspect[1] is None, suspect[1] or 0))
     if code is None:
-        return LitLoraError(f"rank {rank} has shown no sign of life, and the others have ended: {hint}")
+        return LitLoraError(f"rank {rank} sends no heartbeat, and the others have ended: {RESUME}")
     if code > 0:
-        return LitLoraError(f"rank {rank} has ended with exit code {code}: mend what it says above, and {hint}")
+        return LitLoraError(f"rank {rank} has ended with exit code {code}: fix what it reports above, and {RESUME}")
     name = signal.Signals(-code).name
-    return LitLoraError(f"rank {rank} was killed by {name}: was there too little memory? {hint.capitalize()}")
+    who, exit_code = (f"rank {rank}", 1) if len(codes) > 1 else ("the training process", SIGNALLED - code)
+    return LitLoraError(f"{who} was killed by {name}: was there too little memory? {RESUME.capitalize()}", exit_code)

@@ -19,107 +19,107 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
-from litlora.distributed.heartbeat import HINT, LostContactError, has_the_word, keeping_contact
-from litlora.distributed.launcher import LEFT_ALONE, Place
-from litlora.errors import EndedElsewhereError, LitLoraError, StoppedError
+from litlora.distributed.heartbeat import LostPeerError, claim_report, monitoring_peers
+from litlora.distributed.launcher import PEER_FAILED, RankInfo
+from litlora.errors import RESUME, EndedElsewhereError, LitLoraError, StoppedError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run as one of them sees them; one that is alone waits for nobody and sends nothing."""
+    """The processes of a run as one of them sees them; a single process waits for nobody and sends nothing."""
 
-    index: int
-    count: int
+    rank: int
+    world_size: int
     device: torch.device
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes and talks."""
-        return self.index == 0
+        """Whether this is rank 0, which writes files and prints."""
+        return self.rank == 0
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Put the sum over all ranks into a tensor, and return it."""
-        if self.count > 1:
-            with _in_contact(self.index):
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place, and return it."""
+        if self.world_size > 1:
+            with _naming_lost_peer(self.rank):
                 dist.all_reduce(tensor)
         return tensor
 
-    def highest(self, value: int) -> int:
-        """Return the highest value that a rank has."""
-        if self.count == 1:
+    def all_reduce_max(self, value: int) -> int:
+        """Return the maximum of a value over all ranks."""
+        if self.world_size == 1:
             return value
-        highest = torch.tensor(value, device=self.device)
-        with _in_contact(self.index):
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
-        return int(highest)
+        maximum = torch.tensor(value, device=self.device)
+        with _naming_lost_peer(self.rank):
+            dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return int(maximum)
 
-    def add_up_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         """Sum the gradients over all ranks, and return the sum of the losses.
 
-        All of it is one message, since the time of many small ones is that of waiting.
+        All of it is one message: many small messages would mostly wait.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return loss
         sums = [*(parameter.grad for parameter in parameters if parameter.grad is not None), loss.view(1)]
-        nn.utils.vector_to_parameters(self.add_up(nn.utils.parameters_to_vector(sums)), sums)
+        nn.utils.vector_to_parameters(self.all_reduce(nn.utils.parameters_to_vector(sums)), sums)
         return sums[-1]
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """Return what the first rank makes, to all."""
-        if self.count == 1:
-            return make()
-        made = [make() if self.is_first else None]
-        with _in_contact(self.index):
-            dist.broadcast_object_list(made)
-        return made[0]  # type: ignore[return-value]
+    def broadcast_result(self, compute: Callable[[], T]) -> T:
+        """Return what rank 0 computes, on all ranks."""
+        if self.world_size == 1:
+            return compute()
+        results = [compute() if self.is_first else None]
+        with _naming_lost_peer(self.rank):
+            dist.broadcast_object_list(results)
+        return results[0]  # type: ignore[return-value]
 
-    def as_first(self, tensor: Tensor) -> Tensor:
-        """Put what the first rank has into a tensor, and return it."""
-        if self.count > 1:
-            with _in_contact(self.index):
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Copy rank 0's values into a tensor, and return it."""
+        if self.world_size > 1:
+            with _naming_lost_peer(self.rank):
                 dist.broadcast(tensor, 0)
         return tensor
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
-        """Let the first rank do something before the others, who then find it done."""
+        """Run the block on rank 0 before all other ranks, which then find its files."""
         if not self.is_first:
-            self.highest(0)
+            self.all_reduce_max(0)
         yield
         if self.is_first:
-            self.highest(0)
+            self.all_reduce_max(0)
 
-    def require_same(self, contents: Mapping[str, str]) -> None:
-        """Refuse to train on other contents than the first rank has, as nodes may that share no folders."""
-        expected = self.from_first(lambda: contents)
+    def require_identical(self, contents: Mapping[str, str]) -> None:
+        """Refuse to train on other contents than rank 0, as on nodes that share no folders."""
+        expected = self.broadcast_result(lambda: contents)
         if others := [name for name in contents if contents[name] != expected[name]]:
             hint = "all nodes must see the same --checkpoint_dir and --data_dir"
-            raise LitLoraError(f"rank {self.index} has not what rank 0 has ({', '.join(others)}): {hint}")
+            raise LitLoraError(f"rank {self.rank} does not read what rank 0 reads ({', '.join(others)}): {hint}")
 
 
 @contextmanager
-def _in_contact(rank: int) -> Iterator[None]:
-    """Say of a failed collective, which has no exception of its own, what its failure means."""
+def _naming_lost_peer(rank: int) -> Iterator[None]:
+    """Turn the failure of a collective, which has no exception of its own, into what it means."""
     try:
         yield
     except RuntimeError as error:
-        raise LostContactError(f"rank {rank} has lost the contact to another, which has ended: {HINT}") from error
+        raise LostPeerError(f"rank {rank} has lost contact with a peer, which has ended: {RESUME}") from error
 
 
-def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:
-    """Return the Fabric of a process at its place; where there are others, it has met them."""
+def open_fabric(rank_info: RankInfo, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:
+    """Return this process's Fabric, connected to its peers where there are any."""
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # autograd's thread, which finds its way by itself
-    if place.count == 1:
+    if rank_info.world_size == 1:
         return Fabric(devices=1, precision=precision)
-    devices, nodes, environment = _view(place, torch.cuda.device_count())
+    devices, nodes, environment = _visible_devices(rank_info, torch.cuda.device_count())
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
         devices=devices,
         num_nodes=nodes,
         precision=precision,
-        strategy=ModelParallelStrategy(_unwrapped, data_parallel_size=place.count, tensor_parallel_size=1),
+        strategy=ModelParallelStrategy(_unwrapped, data_parallel_size=rank_info.world_size, tensor_parallel_size=1),
         plugins=[environment],
     )
     fabric.launch()
@@ -127,25 +127,26 @@ def open_fabric(place: Place, precision: Literal["32-true", "bf16-mixed"]) -> Fa
 
 
 class OneGPU(TorchElasticEnvironment):
-    """The surroundings of a process that sees one GPU, its own, as if it were alone on its machine."""
+    """The environment of a process whose only visible GPU is its own, as if it were alone on its machine."""
 
     def local_rank(self) -> int:
-        """Return the number of its GPU among those that it sees."""
+        """Return the index of its GPU among the visible ones."""
         return 0
 
 
-def _view(place: Place, gpus: int) -> tuple[int, int, TorchElasticEnvironment]:
-    """Return how many devices and machines there are for a process that sees so many GPUs, and its surroundings."""
-    if gpus == 1 and place.has_own_gpu:
-        return 1, place.count, OneGPU()
-    if 0 < gpus < place.local_count:
-        raise LitLoraError(f"--devices ({place.local_count}) must be at most the GPUs of this machine ({gpus})")
-    return place.local_count, place.nodes, TorchElasticEnvironment()
+def _visible_devices(rank_info: RankInfo, gpus: int) -> tuple[int, int, TorchElasticEnvironment]:
+    """Return the number of devices and nodes for a process that sees this number of GPUs, and its environment."""
+    if gpus == 1 and rank_info.has_own_gpu:
+        return 1, rank_info.world_size, OneGPU()
+    if 0 < gpus < rank_info.local_world_size:
+        number = rank_info.local_world_size
+        raise LitLoraError(f"--devices ({number}) must be at most the GPUs of this machine ({gpus})")
+    return rank_info.local_world_size, rank_info.nodes, TorchElasticEnvironment()
 
 
-def keep_contact(place: Place) -> AbstractContextManager[None]:
-    """Have the processes of a run, which have met, end together if one of them dies."""
-    return nullcontext() if place.count == 1 else keeping_contact(place, _get_default_store())
+def monitor_peers(rank_info: RankInfo) -> AbstractContextManager[None]:
+    """End the connected processes of a run together if one of them dies."""
+    return nullcontext() if rank_info.world_size == 1 else monitoring_peers(rank_info, _get_default_store())
 
 
 def _unwrapped(gpt: nn.Module, _: DeviceMesh) -> nn.Module:
@@ -154,42 +155,42 @@ def _unwrapped(gpt: nn.Module, _: DeviceMesh) -> nn.Module:
 
 
 @contextmanager
-def one_voice(place: Place) -> Iterator[None]:
-    """Let the first rank alone talk, and of those that fail only the one that did so first."""
-    if place.count == 1:
+def reporting_once(rank_info: RankInfo) -> Iterator[None]:
+    """Let rank 0 alone print, and of several ranks that fail only the first one report."""
+    if rank_info.world_size == 1:
         yield
         return
     try:
         with ExitStack() as stack:
-            if place.rank:
-                silence = stack.enter_context(Path(os.devnull).open("w"))
-                stack.enter_context(redirect_stdout(silence))
-                stack.enter_context(redirect_stderr(silence))
+            if rank_info.rank:
+                devnull = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(redirect_stdout(devnull))
+                stack.enter_context(redirect_stderr(devnull))
             yield
-    except StoppedError as error:  # which all have agreed on
-        if place.rank:
+    except StoppedError as error:  # on which all ranks agree
+        if rank_info.rank:
             raise EndedElsewhereError(error.exit_code) from error
         raise
     except (Exception, KeyboardInterrupt) as error:
-        if not _is_to_say(error, place):
-            raise EndedElsewhereError(LEFT_ALONE if place.is_watched else 1) from error
-        if place.rank:
-            sys.stderr.write("\n")  # for the progress bar of the first, whose line may not have ended
+        if not _reports(error, rank_info):
+            raise EndedElsewhereError(PEER_FAILED if rank_info.is_launched else 1) from error
+        if rank_info.rank:
+            sys.stderr.write("\n")  # for the progress bar of rank 0, whose line may not have ended
         raise
 
 
-def _is_to_say(error: BaseException, place: Place) -> bool:
-    """Tell whether this rank says why it ends: whoever watches them takes one of several sentences, others need one."""
-    if place.is_watched and isinstance(error, LostContactError):
+def _reports(error: BaseException, rank_info: RankInfo) -> bool:
+    """Tell whether this rank reports why it ends: a launcher prints one of several sentences, others print each."""
+    if rank_info.is_launched and isinstance(error, LostPeerError):
         return False
-    return _is_first_to_say(place.rank) or (place.is_watched and isinstance(error, LitLoraError))
+    return _reports_first(rank_info.rank) or (rank_info.is_launched and isinstance(error, LitLoraError))
 
 
-def _is_first_to_say(rank: int) -> bool:
-    """Tell whether no other rank has said why the run ends; one who cannot ask leaves it to the first."""
+def _reports_first(rank: int) -> bool:
+    """Tell whether no other rank has reported why the run ends; a rank that cannot ask leaves it to rank 0."""
     if not dist.is_initialized():
         return rank == 0
     try:
-        return has_the_word(_get_default_store(), rank)
+        return claim_report(_get_default_store(), rank)
     except RuntimeError:
         return False

@@ -77,7 +77,7 @@ def fit(run: Run, progress: Progress) -> None:
                 )
             if progress.val_loss is not None or step % args.train.log_interval == 0:
                 run.folder.log(**row(progress, result, rate))
-            code = run.ranks.highest(run.stopping.exit_code()) if step < total else 0
+            code = run.ranks.all_reduce_max(run.stopping.exit_code()) if step < total else 0
             if code or step % args.train.save_interval == 0:
                 saved = run.folder.save_step(run.gpt, run.optimizer, progress)
             bar.set_postfix_str(
@@ -114,7 +114,7 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
         loss += part
         for matrix, gradient in zip(matrices, gradients, strict=True):
             matrix.grad = gradient.contiguous() if matrix.grad is None else matrix.grad.add_(gradient)
-    loss = run.ranks.add_up_gradients(matrices, loss)
+    loss = run.ranks.all_reduce_gradients(matrices, loss)
     max_norm = run.args.train.max_norm or math.inf  # an infinite limit measures the norm and clips nothing
     norm = run.fabric.clip_gradients(run.gpt, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
     mean, grad_norm = loss.item(), float(norm)  # type: ignore[arg-type]
@@ -134,9 +134,9 @@ def passes(run: Run, batch: Sequence[Sample]) -> list[MicroBatch]:
     The longest comes first: a lane that is done early has a short one left to take.
     """
     train, lengths = run.args.train, [len(sample.tokens) for sample in batch]
-    shares = split_across_ranks(batch, lengths, run.ranks.count)
+    shares = split_across_ranks(batch, lengths, run.ranks.world_size)
     dealt = [micro_batches(share, train.micro_batch_size, train.micro_batch_tokens) for share in shares]
-    own = sorted(dealt[run.ranks.index], key=lambda micro: -len(micro.tokens))
+    own = sorted(dealt[run.ranks.rank], key=lambda micro: -len(micro.tokens))
     return own + [DUMMY_MICRO_BATCH] * (max(map(len, dealt)) - len(own))
 
 
@@ -146,7 +146,7 @@ def draw_apart(run: Run, step: int) -> None:
     They follow from the step, so that a checkpoint need hold no generator but the first rank's.
     """
     if not run.ranks.is_first:
-        source = f"{run.args.seed} {step} {run.ranks.index}"
+        source = f"{run.args.seed} {step} {run.ranks.rank}"
         torch.manual_seed(int.from_bytes(sha256(source.encode()).digest()[:8], "big"))
 
 
@@ -190,12 +190,12 @@ def validate(run: Run) -> float:
         micro_batches(group, train.micro_batch_size, train.micro_batch_tokens) for group in groups
     )
     with evaluating(run.gpt):
-        in_turn = [islice(batches, run.args.eval.max_iters)] * run.ranks.count
-        own = (dealt[run.ranks.index] for dealt in zip_longest(*in_turn, fillvalue=DUMMY_MICRO_BATCH))
+        in_turn = [islice(batches, run.args.eval.max_iters)] * run.ranks.world_size
+        own = (dealt[run.ranks.rank] for dealt in zip_longest(*in_turn, fillvalue=DUMMY_MICRO_BATCH))
         for loss, tokens in run.workers.map(partial(loss_alone, run), own):
             total += loss
             supervised += tokens
-    sums = run.ranks.add_up(torch.tensor([total, supervised], dtype=torch.float64, device=run.fabric.device))
+    sums = run.ranks.all_reduce(torch.tensor([total, supervised], dtype=torch.float64, device=run.fabric.device))
     return float(sums[0] / sums[1])
 
 

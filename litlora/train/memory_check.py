@@ -29,7 +29,7 @@ def check_memory(run: Run, done: int) -> None:
     """
     if done == total_steps(len(run.train), run.args.train):
         return
-    longest = longest_ahead(run.train, run.args, run.ranks.count, done)
+    longest = longest_ahead(run.train, run.args, run.ranks.world_size, done)
     if not fits(run, longest):
         # With sharded weights a rank cannot try again: the others may still be in the midst of the pass.
         fitting = [] if isinstance(run.gpt, FSDPModule) else fitting_part(run, longest)
@@ -55,12 +55,12 @@ def at_once(samples: Sequence[Sample], train: TrainArgs, ranks: int, lanes: int)
 
 def must_shard(args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks) -> bool:
     """Tell whether each of several devices is to hold a part of the base only: as asked for, or for want of memory."""
-    if ranks.count == 1 or args.strategy != "auto" or network.backend.counts_process_memory:
-        return ranks.count > 1 and args.strategy == "fsdp"
-    longest = longest_ahead(samples, args, ranks.count, 0)
+    if ranks.world_size == 1 or args.strategy != "auto" or network.backend.counts_process_memory:
+        return ranks.world_size > 1 and args.strategy == "fsdp"
+    longest = longest_ahead(samples, args, ranks.world_size, 0)
     load = load_of(longest, network, args.train.activation_checkpointing)
     free, _ = torch.cuda.mem_get_info(network.device)
-    return bool(ranks.highest(int(not has_room(free, network, load, args.optimizer))))
+    return bool(ranks.all_reduce_max(int(not has_room(free, network, load, args.optimizer))))
 
 
 def has_room(free: int, network: Network, load: Load, optimizer: str | dict[str, Any]) -> bool:
@@ -83,7 +83,7 @@ def fits(run: Run, samples: Sequence[Sample]) -> bool:
 
 def workers_of(run: Run, samples: Sequence[Sample]) -> int:
     """Return how many lanes have a micro-batch like this one at a time."""
-    return at_once(samples, run.args.train, run.ranks.count, run.workers.count)
+    return at_once(samples, run.args.train, run.ranks.world_size, run.workers.count)
 
 
 def fitting_part(run: Run, samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -140,7 +140,7 @@ def total(samples: Sequence[Sample]) -> int:
 def need(run: Run, samples: Sequence[Sample], activation_checkpointing: bool, lanes: int) -> str:
     """Say how much memory a run takes whose longest micro-batches, in so many lanes, are of these samples."""
     args = run.args
-    shards = run.ranks.count if isinstance(run.gpt, FSDPModule) else 1
+    shards = run.ranks.world_size if isinstance(run.gpt, FSDPModule) else 1
     network = Network(run.gpt.config, run.folder.lora, args.precision, args.quantize, run.fabric.device, shards)
     load = load_of(samples, network, activation_checkpointing, lanes)
     return f"about {sum(breakdown(network, load, args.optimizer).values()) / 1e9:.1f} GB"
@@ -155,6 +155,6 @@ def shortage_said(progress: Progress, train: TrainArgs) -> Iterator[None]:
         if not is_shortage(error):
             raise
         name = "micro_batch_size" if train.micro_batch_tokens is None else "micro_batch_tokens"
-        hint = f"free some, or lower --train.{name} ({getattr(train, name)}), and go on by --resume true"
+        hint = f"free some, or lower --train.{name} ({getattr(train, name)}), and resume by --resume true"
         fault = f"there is no longer enough memory after step {progress.step}"
         raise LitLoraError(f"{fault}; what is saved so far stays: {hint}") from error

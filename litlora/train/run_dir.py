@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from litlora.args import FinetuneLoraArgs, plain
-from litlora.errors import LitLoraError
+from litlora.errors import RESUME, LitLoraError
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.train.resume import BASE, Identity, newest_whole, whole
@@ -74,7 +74,7 @@ class RunFolder:
             raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {hint}")
         own = self.args.resume is True or self._is_own(start)
         if (self.metrics.exists() or self.checkpoints) and not own and not self.args.overwrite:
-            hint = "choose another, go on with it by --resume true, or replace it by --overwrite true"
+            hint = "choose another, resume it by --resume true, or replace it by --overwrite true"
             raise LitLoraError(f"--out_dir ({self.path}) holds a run already: {hint}")
         if start is not None:
             self.identity.check(start)
@@ -135,8 +135,7 @@ class RunFolder:
         except LitLoraError as error:
             if not self.checkpoints:
                 raise
-            hint = "mend that, and go on with the same command and --resume true"
-            raise LitLoraError(f"{error}; {self.checkpoints[-1]} is kept: {hint}") from error
+            raise LitLoraError(f"{error}; {self.checkpoints[-1]} is saved: fix that, and {RESUME}") from error
 
     def _keep_to_limit(self, best: int) -> None:
         limit = self.args.train.save_total_limit

@@ -23,8 +23,8 @@ from litlora.data.prompt_styles import PromptStyle
 from litlora.data.token_cache import Split, SplitEncoder, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.distributed.fsdp import load_sharded
-from litlora.distributed.launcher import find_place
-from litlora.distributed.process_group import Ranks, keep_contact, one_voice, open_fabric
+from litlora.distributed.launcher import find_rank_info
+from litlora.distributed.process_group import Ranks, monitor_peers, open_fabric, reporting_once
 from litlora.errors import LitLoraError
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
@@ -56,15 +56,15 @@ FISHER_EXAMPLES = 32
 def finetune(args: FinetuneLoraArgs) -> None:
     """Fine-tune a checkpoint with LoRA."""
     stopping = StopRequest(args.train.max_time)
-    place = find_place(args.devices, args.num_nodes)
-    with one_voice(place):
+    rank_info = find_rank_info(args.devices, args.num_nodes)
+    with reporting_once(rank_info):
         # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
-        fabric = open_fabric(place, "bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
-        ranks = Ranks(place.rank, place.count, fabric.device)
+        fabric = open_fabric(rank_info, "bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
+        ranks = Ranks(rank_info.rank, rank_info.world_size, fabric.device)
         if args.resume is True and not args.out_dir.exists():
             raise no_checkpoint(args.out_dir)
         lock = locked(args.out_dir, "--out_dir") if ranks.is_first and not args.dry_run else nullcontext()
-        with keep_contact(place), lock:
+        with monitor_peers(rank_info), lock:
             train_adapter(args, stopping, fabric, ranks)
 
 
@@ -81,10 +81,10 @@ def train_adapter(args: FinetuneLoraArgs, stopping: StopRequest, fabric: Fabric,
     encoder = SplitEncoder(tokenizer, args.prompt_style, args.mask_prompt)
     splits = [find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val")]
     read = contents(checkpoint, splits)
-    ranks.require_same(read)
+    ranks.require_identical(read)
     kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
     folder = kind(args, lora_config(args), tokenizer.files, Identity.of(args, read))
-    start = ranks.from_first(folder.check)
+    start = ranks.broadcast_result(folder.check)
     shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
     with ranks.first_ahead():
         opened = open_splits(splits, encoder)
@@ -128,7 +128,7 @@ def carry_out(run: Run, checkpoint: Checkpoint, progress: Progress, start: Path 
 
 def initialize_adapter(run: Run, checkpoint: Checkpoint) -> None:
     """Initialize a new adapter as --lora_init says."""
-    calibration = Calibration(checkpoint.weights, partial(backward_over_some, run), run.ranks.as_first)
+    calibration = Calibration(checkpoint.weights, partial(backward_over_some, run), run.ranks.broadcast)
     INITIALIZERS[run.folder.lora.init](lora_layers(run.gpt), calibration)
 
 
@@ -229,7 +229,7 @@ class OneChoice(Sampler):
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose as the first rank does."""
-        return self.ranks.as_first(super().choose(logits))
+        return self.ranks.broadcast(super().choose(logits))
 
 
 def sample_answer(
@@ -250,9 +250,9 @@ def sample_answer(
 def say_plan(run: Run) -> None:
     trainable, frozen = (count(run.gpt, trainable=kind) for kind in (True, False))
     tokens, devices = int(run.train.lengths.sum()), f"on {run.fabric.device}"
-    if run.ranks.count > 1:
+    if run.ranks.world_size > 1:
         how = "sharded over" if isinstance(run.gpt, FSDPModule) else "on each of"
-        devices = f"{how} {run.ranks.count} devices, the first of them {run.fabric.device}"
+        devices = f"{how} {run.ranks.world_size} devices, the first of them {run.fabric.device}"
     say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, {devices}")
     say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")
 

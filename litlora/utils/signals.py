@@ -1,16 +1,18 @@
 """Stopping a run early: signals and the time limit."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from litlora.errors import StoppedError
+from litlora.errors import RESUME, StoppedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TIMED_OUT = 124  # the exit code of timeout(1)
 SIGNALLED = 128  # plus the signal's number, as in a shell
+LAUNCHED = "LITLORA_LAUNCHED"  # set for a process whose launcher forwards signals to it, and ends it at the second
 
 
 class StopRequest:
@@ -33,8 +35,9 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._signal = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        is_launched = LAUNCHED in os.environ  # and may get the first signal twice: forwarded, and from Slurm or systemd
+        signal.signal(signal.SIGINT, signal.SIG_IGN if is_launched else signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if is_launched else signal.SIG_DFL)
 
     def exit_code(self) -> int:
         """Return the exit code for the reason to stop; 0 if there is none."""
@@ -46,7 +49,7 @@ class StopRequest:
     def error(self, code: int, position: str) -> StoppedError:
         """Return the error that ends the run at `position`; `code` may come from another rank."""
         by = f"by {signal.Signals(code - SIGNALLED).name}" if code > SIGNALLED else self._after_time()
-        return StoppedError(f"stopped {by} {position}; resume with the same command and --resume true", code)
+        return StoppedError(f"stopped {by} {position}; {RESUME}", code)
 
     def _after_time(self) -> str:
         return f"after --train.max_time ({self._max_time:g} seconds)"

@@ -3,6 +3,8 @@
 import csv
 import importlib
 import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,17 +16,26 @@ from benchmarks import jobs
 from benchmarks.jobs import Job, Result, serve, versions
 from benchmarks.memory import peak_memory_gb
 from litlora.__main__ import run
-from litlora.cpu.allocator import restart_without_crumbs
 from litlora.data.batching import epoch_order
+from litlora.distributed.launcher import environment, let_threads_sleep
 from litlora.models.transformer import GPT
 
 PACKAGES = ("litlora", "torch", "bitsandbytes")
 SEED = 1337
 
 
+def restart_as_command(*, launched: bool) -> None:
+    """Restart this process with the variables that a command, or the launcher for it, sets before torch is imported."""
+    before = dict(os.environ)
+    let_threads_sleep()
+    os.environ.update(environment(1) if launched else {})
+    if dict(os.environ) != before:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def train(job: Job) -> Result:
     """Fine-tune on the rows, once."""
-    restart_without_crumbs()  # as the command does
+    restart_as_command(launched=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         write_in_order(job, Path(scratch))
@@ -81,6 +92,7 @@ def write_in_order(job: Job, folder: Path) -> None:
 
 def generate(job: Job) -> Result:
     """Generate greedily twice, and time the second: the first warms up; compiling is timed apart."""
+    restart_as_command(launched=False)
     command = importlib.import_module("litlora.commands.generate")
     runs: list[tuple[float, list[int]]] = []
     compilations: list[float] = []

@@ -2,16 +2,12 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
-from litlora.cpu.allocator import GPUS, NO_CRUMBS, TUNABLES
+from litlora.cpu.environment import NO_CACHES, TUNABLES
 
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
-PICO = Path(__file__).parents[2] / "checkpoints/pico"
 
 
 def say(code: str, *arguments: str, **environment: str) -> list[str]:
@@ -61,9 +57,6 @@ print(places[-1] in heap())
 def test_what_passes_leave_of_the_heap_is_filled_again():
     code = """
 import ctypes
-from litlora.cpu import allocator as heap
-heap.GPUS = ()
-heap.restart_without_crumbs()
 import torch
 from litlora.models.config import GPTConfig
 from litlora.lora.config import LoRAConfig
@@ -87,48 +80,7 @@ for length in 500, 400, 450, 500:
     del out
 print(info.uordblks, info.fordblks)
 """
-    kept, free = map(int, say(code)[0].split())
+    settings = {TUNABLES: ":".join(NO_CACHES)}
+    kept, free = map(int, say(code, **settings)[0].split())
     assert kept > 100e6
     assert free < kept / 5  # more than a quarter with glibc as it is
-
-
-STARTS_AGAIN = """
-import os, sys
-from litlora.cpu import allocator as heap
-heap.GPUS = sys.argv[1:2]
-print(os.getpid(), flush=True)
-heap.restart_without_crumbs()
-print(sys.argv[1:], os.environ[heap.TUNABLES])
-"""
-USERS = "glibc.malloc.mxfast=64"
-
-
-def test_a_program_that_starts_again_is_the_same_but_for_its_heap():
-    first, second, line = say(STARTS_AGAIN, "/nowhere", "-m two", **{TUNABLES: USERS})
-    assert first == second
-    assert line == f"['/nowhere', '-m two'] {':'.join(NO_CRUMBS)}:{USERS}"
-
-
-def test_where_there_is_a_gpu_the_heap_stays_as_it_is():
-    _, line = say(STARTS_AGAIN, "/dev/null", **{TUNABLES: USERS})
-    assert line == f"['/dev/null'] {USERS}"
-
-
-def begins_again(arguments: Sequence[str]) -> bool:
-    """Tell whether a command gets a heap without crumbs, as its process shows while it runs."""
-    with subprocess.Popen([sys.executable, "-m", "litlora", *arguments], stderr=subprocess.DEVNULL) as program:
-        found = False
-        with suppress(ProcessLookupError):  # it has ended
-            while not found:
-                found = NO_CRUMBS[0].encode() in Path(f"/proc/{program.pid}/environ").read_bytes()
-        program.kill()
-    return found
-
-
-@pytest.mark.skipif(any(map(os.path.exists, GPUS)), reason="a GPU is there")
-@pytest.mark.parametrize(("arguments", "expected"), [
-    (["finetune_lora", "--checkpoint_dir", str(PICO), "--data_dir", "nowhere"], True),
-    (["generate", "--checkpoint_dir", "nowhere", "--prompt", "Hello"], False),
-])  # fmt: skip
-def test_training_alone_begins_with_a_heap_of_its_own(arguments, expected):
-    assert begins_again(arguments) is expected

@@ -1,4 +1,4 @@
-"""A rank is taken for dead when it is, and not for being slow."""
+"""A rank counts as dead when it is, and not for being slow."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ BUSY = """
 import time
 from torch.distributed import HashStore
 from litlora.distributed import heartbeat
-from litlora.distributed.launcher import Place
+from litlora.distributed.launcher import RankInfo
 
 heartbeat.BEAT = 0.05  # a limit of little more than a second
 store = HashStore()
-first, second = (heartbeat.Watch(Place(rank, 2, 2), store) for rank in range(2))
-print("there", flush=True)
+first, second = (heartbeat.Monitor(RankInfo(rank, 2, 2), store) for rank in range(2))
+print("ready", flush=True)
 end = time.monotonic() + 4
 while time.monotonic() < end:
     sum(range(10**6))
@@ -29,11 +29,11 @@ first.stop()
 """
 
 
-def test_ranks_that_are_busy_for_long_or_suspended_together_go_on():
+def test_busy_or_suspended_ranks_are_not_given_up():
     ranks = subprocess.Popen(
         [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
-    assert ranks.stdout.readline() == b"there\n"
+    assert ranks.stdout.readline() == b"ready\n"
     ranks.send_signal(signal.SIGSTOP)
     time.sleep(2)
     ranks.send_signal(signal.SIGCONT)

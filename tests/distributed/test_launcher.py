@@ -1,12 +1,23 @@
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from helpers.ranks import attempt, tell_threads
 
+from litlora.cpu.environment import TUNABLES, allocator_settings, has_gpu
 from litlora.distributed import launcher
-from litlora.distributed.launcher import Place, find_place, heed_srun, start
-from litlora.distributed.process_group import _view
-from litlora.errors import LitLoraError
+from litlora.distributed.launcher import (
+    RankInfo,
+    adopt_srun_variables,
+    find_rank_info,
+    launch,
+    processes_to_launch,
+)
+from litlora.distributed.process_group import _visible_devices
+from litlora.errors import RESUME, EndedElsewhereError, LitLoraError
 
 TASK = {"PROCID": "9", "LOCALID": "1", "NODEID": "1", "JOB_ID": "71", "STEP_ID": "0", "STEP_NUM_TASKS": "32"}
 
@@ -24,25 +35,25 @@ def srun(monkeypatch):
 
 
 @pytest.mark.parametrize("nodes", ["gpu07,gpu09", "gpu[07-09,12]", "gpu[07,09]", "gpu07", "gpu07,x[1-2]n[3-4]"])
-def test_processes_of_srun_have_their_places_and_meet_on_the_first_node(srun, nodes):
+def test_srun_processes_have_ranks_and_meet_on_the_first_node(srun, nodes):
     srun(nodes, "8(x4)")
-    heed_srun()
-    assert find_place(8, 4) == Place(9, 32, 8, has_own_gpu=True)
+    adopt_srun_variables()
+    assert find_rank_info(8, 4) == RankInfo(9, 32, 8, has_own_gpu=True)
     assert os.environ["MASTER_ADDR"] == "gpu07"
     assert os.environ["MASTER_PORT"] == "20710"
 
 
-def test_unequal_numbers_of_processes_are_refused(srun):
+def test_unequal_processes_per_node_are_refused(srun):
     srun("gpu[07-09]", "8(x2),16")
     with pytest.raises(LitLoraError, match="as many processes on every node"):
-        heed_srun()
+        adopt_srun_variables()
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(1, (1, 32, 0)), (8, (8, 4, 1)), (0, (8, 4, 1))])
-def test_a_process_of_srun_that_sees_one_gpu_alone_takes_that(srun, gpus, expected):
+def test_srun_process_takes_its_only_visible_gpu(srun, gpus, expected):
     srun("gpu[07-10]", "8(x4)")
-    heed_srun()
-    devices, nodes, environment = _view(find_place(8, 4), gpus)
+    adopt_srun_variables()
+    devices, nodes, environment = _visible_devices(find_rank_info(8, 4), gpus)
     environment.validate_settings(devices, nodes)
     assert (devices, nodes, environment.local_rank()) == expected
     assert environment.global_rank() == 9
@@ -50,57 +61,157 @@ def test_a_process_of_srun_that_sees_one_gpu_alone_takes_that(srun, gpus, expect
 
 def test_fewer_gpus_than_processes_are_refused(srun):
     srun("gpu[07-10]", "8(x4)")
-    heed_srun()
-    for place, gpus in ((find_place(8, 4), 4), (Place(1, 2, 2), 1)):
+    adopt_srun_variables()
+    for rank_info, gpus in ((find_rank_info(8, 4), 4), (RankInfo(1, 2, 2), 1)):
         with pytest.raises(LitLoraError, match=f"must be at most the GPUs of this machine \\({gpus}\\)"):
-            _view(place, gpus)
+            _visible_devices(rank_info, gpus)
 
 
-HINT = "go on with the same command and --resume true"
-KILLED = "rank 1 was killed by SIGKILL: was there too little memory? Go on with the same command and --resume true"
-HUNG = f"rank 1 has shown no sign of life, and the others have ended: {HINT}"
-ENDED = f"rank 1 has ended with exit code 5: mend what it says above, and {HINT}"
-ALONE = f"all ranks have lost the contact to one another: {HINT}"
+CHILD = """
+import json, os, signal, sys, time
+from litlora.distributed.launcher import PEER_FAILED, follow_launcher, report_to_launcher
+
+follow_launcher()
+rank = int(os.environ.get("RANK", 0))
+end = sys.argv[1 + rank]
+if end == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+while end == "hangs":
+    time.sleep(1)
+if end == "reports":
+    report_to_launcher(f"of rank {rank}", 4)
+sys.exit({"succeeds": 0, "fails": 5, "peer failed": PEER_FAILED, "reports": 4}[end])
+"""
+
+
+def run(*ends: str, program: str = CHILD) -> int:
+    """Launch a process for each of these words, which it ends by."""
+    return launch([sys.executable, "-c", program, *ends], len(ends))
+
+
+KILLED = f"was killed by SIGKILL: was there too little memory? {RESUME.capitalize()}"
+HUNG = f"rank 1 sends no heartbeat, and the others have ended: {RESUME}"
+FAILED = f"rank 1 has ended with exit code 5: fix what it reports above, and {RESUME}"
+ALONE = f"all ranks have lost contact with one another: {RESUME}"
 
 
 @pytest.mark.parametrize(
     ("ends", "sentence", "code"),
     [
-        (["is left alone", "killed"], KILLED, 1),
-        (["hangs", "killed"], KILLED, 1),
-        (["ends", "killed"], KILLED, 1),
-        (["is left alone", "says why"], "of rank 1", 4),
-        (["hangs", "says why"], "of rank 1", 4),
-        (["says why", "says why"], "of rank 0", 4),
-        (["is left alone", "ends"], ENDED, 1),
-        (["hangs", "ends"], ENDED, 1),
-        (["is left alone", "hangs"], HUNG, 1),
-        (["is left alone", "is left alone"], ALONE, 1),
+        (["peer failed", "killed"], f"rank 1 {KILLED}", 1),
+        (["hangs", "killed"], f"rank 1 {KILLED}", 1),
+        (["fails", "killed"], f"rank 1 {KILLED}", 1),
+        (["peer failed", "reports"], "of rank 1", 4),
+        (["hangs", "reports"], "of rank 1", 4),
+        (["reports", "reports"], "of rank 0", 4),
+        (["peer failed", "fails"], FAILED, 1),
+        (["hangs", "fails"], FAILED, 1),
+        (["peer failed", "hangs"], HUNG, 1),
+        (["peer failed", "peer failed"], ALONE, 1),
+        (["killed"], f"the training process {KILLED}", 128 + signal.SIGKILL),
+        (["reports"], "of rank 0", 4),
     ],
 )
-def test_whatever_becomes_of_the_processes_one_sentence_says_why(monkeypatch, ends, sentence, code):
-    monkeypatch.setattr(launcher, "LAST_WORDS", 0.1 if "hangs" in ends else 60)
+def test_launcher_reports_any_failure_in_one_sentence(monkeypatch, ends, sentence, code):
+    monkeypatch.setattr(launcher, "GRACE_PERIOD", 0.1 if "hangs" in ends else 60)
     with pytest.raises(LitLoraError) as failed:
-        start(attempt, ends, 2)
+        run(*ends)
     assert str(failed.value) == sentence
     assert failed.value.exit_code == code
 
 
-def test_processes_that_all_end_well_leave_nothing_to_say():
-    assert start(attempt, ["ends well", "ends well"], 2) == 0
+def test_launcher_passes_on_the_exit_code_of_a_traceback():
+    with pytest.raises(EndedElsewhereError) as failed:
+        run("fails")
+    assert failed.value.exit_code == 5
 
 
-def test_a_process_that_is_started_here_knows_that_it_is_watched(monkeypatch):
-    assert not find_place(1, 1).is_watched
-    monkeypatch.setattr(os, "environ", os.environ | launcher._environment(1, 2, 1))
-    assert find_place(2, 1) == Place(1, 2, 2, is_watched=True)
+def test_launcher_returns_0_when_all_ranks_succeed():
+    assert run("succeeds", "succeeds") == run("succeeds") == 0
 
 
-@pytest.mark.parametrize(("asked", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("2", 2)])
-def test_processes_share_the_cores_unless_told_how_many_threads_to_take(monkeypatch, asked, threads):
+def test_launched_process_knows_its_rank(monkeypatch):
+    assert not find_rank_info(1, 1).is_launched
+    monkeypatch.setattr(os, "environ", os.environ | launcher.rank_variables(1, 2, 1))
+    assert find_rank_info(2, 1) == RankInfo(1, 2, 2, is_launched=True)
+
+
+THREADS = """
+import os
+from litlora.distributed.launcher import report_to_launcher
+report_to_launcher(f"{os.environ['OMP_NUM_THREADS']} threads, wait {os.environ.get('OMP_WAIT_POLICY')}", 1)
+raise SystemExit(1)
+"""
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("2", 2)])
+def test_ranks_share_the_cores_unless_threads_are_given(monkeypatch, given, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if asked:
-        monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    with pytest.raises(LitLoraError, match=f"^{threads} threads$"):
-        start(tell_threads, [], 2)
-    assert os.environ.get("OMP_NUM_THREADS") == asked
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    with pytest.raises(LitLoraError, match=f"^{threads} threads, wait active$"):
+        run("", "", program=THREADS)
+    assert os.environ.get("OMP_NUM_THREADS") == given
+
+
+WAITS = """
+import signal, sys, time
+if sys.argv[1] == "ignores":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(600)
+"""
+LAUNCHER = """
+import sys
+from litlora.distributed.launcher import launch
+from litlora.errors import LitLoraError
+try:
+    launch([sys.executable, "-c", *sys.argv[1:]], 1)
+except LitLoraError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
+
+
+@pytest.mark.parametrize(("reaction", "signals"), [("ends", 1), ("ignores", 2)])
+def test_second_signal_ends_a_launched_process_at_once(reaction, signals):
+    command = [sys.executable, "-c", LAUNCHER, WAITS, reaction]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        for _ in range(signals):
+            assert Path(f"/proc/{child}").exists()
+            parent.send_signal(signal.SIGTERM)
+            time.sleep(0.5 if signals > 1 else 0)
+        assert parent.communicate()[1].strip() == f"{128 + signal.SIGTERM} stopped"
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_suspending_the_launcher_suspends_what_it_launched():
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER, WAITS, "ends"], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"ready\n"
+        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        for number, states in ((signal.SIGTSTP, "T"), (signal.SIGCONT, "SR")):
+            parent.send_signal(number)
+            while not all(state(process) in states for process in (parent.pid, child)):
+                time.sleep(0.01)
+        parent.kill()
+
+
+def state(process: int | str) -> str:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+
+
+@pytest.mark.skipif(has_gpu() or not allocator_settings(), reason="trains in the process itself")
+def test_only_the_command_line_launches_a_process_for_one_device(monkeypatch):
+    monkeypatch.delenv(TUNABLES, raising=False)
+    assert processes_to_launch(1, 1, dry_run=False, in_process=False) == 1
+    assert processes_to_launch(1, 1, dry_run=True, in_process=False) == 1
+    assert processes_to_launch(1, 1, dry_run=False, in_process=True) == 0
+    assert processes_to_launch(2, 1, dry_run=False, in_process=True) == 2
+    for variable in ("LOCAL_WORLD_SIZE", "LITLORA_LAUNCHED"):
+        with monkeypatch.context() as context:
+            context.setenv(variable, "1")
+            assert processes_to_launch(1, 1, dry_run=False, in_process=False) == 0
+    monkeypatch.setenv(TUNABLES, allocator_settings()[TUNABLES])
+    assert processes_to_launch(1, 1, dry_run=False, in_process=False) == 0

@@ -1,4 +1,4 @@
-"""Several processes train one adapter: what comes out is what one of them would have made, and none is left waiting."""
+"""Several processes train the adapter that one of them would have trained, and none waits for a dead one."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
-from litlora.distributed.launcher import LEFT_ALONE
+from litlora.distributed.launcher import PEER_FAILED
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import Quantization
 
@@ -31,7 +31,7 @@ NF4 = ["--quantize", "bnb.nf4", "--lora_init", "fisher"]
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory) -> Path:
-    """Return data of so few rows that the last global batch of an epoch has two, and four processes share them."""
+    """Return data whose last global batch of an epoch has two rows, for four processes."""
     folder = tmp_path_factory.mktemp("few")
     for name, many in (("train", 22), ("val", 9)):
         lines = (ROOT / f"data/pico/{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -66,7 +66,7 @@ def alone(few, tmp_path_factory):
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Check that two runs have made one adapter, and say the same of it."""
+    """Check that two runs have trained one adapter, and report the same figures."""
     ours, theirs = (load_file(folder / "final/adapter_model.safetensors") for folder in (one, other))
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-5
@@ -80,9 +80,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("devices", "flags"), [(2, (*HEAD, *NF4)), (4, tuple(HEAD))])
-def test_any_number_of_devices_makes_the_same_adapter_and_one_of_them_talks(
-    alone, few, tmp_path, devices, flags, strategy
-):
+def test_adapter_is_independent_of_device_count(alone, few, tmp_path, devices, flags, strategy):
     placed = "--devices", devices, "--strategy", strategy
     done = run("-m", "litlora", *arguments(few, tmp_path / "out", *placed, *flags))
     assert done.returncode == 0, done.stderr
@@ -96,43 +94,43 @@ SMALL = ["--quantize", "bnb.nf4-dq", "--train.activation_checkpointing", "true",
 
 
 @pytest.fixture(scope="module")
-def gone_on(few, alone, tmp_path_factory) -> Path:
-    """Return a folder with a run that one process has begun and two went on with, and what each of these held."""
-    folder = tmp_path_factory.mktemp("gone_on")
+def resumed(few, alone, tmp_path_factory) -> Path:
+    """Return a folder with a run of one process that two resumed, and how many bytes each of these held."""
+    folder = tmp_path_factory.mktemp("resumed")
     shutil.copytree(alone(*SMALL), folder / "out", ignore=shutil.ignore_patterns("final"))
     started = ["-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "tests/helpers/holding.py", folder]
     flags = [*SMALL, "--strategy", "fsdp", "--resume", "true", "--eval.max_new_tokens", "3"]
     done = run(*map(str, started), *arguments(few, folder / "out", *flags))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("  -> ") == 1  # the answer that all have computed
+    assert done.stderr.count("  -> ") == 1  # the completion that all have computed
     return folder
 
 
-def test_a_run_of_one_device_goes_on_with_a_base_dealt_to_two(alone, gone_on):
-    assert_same(alone(*SMALL), gone_on / "out")
+def test_run_of_one_device_resumes_sharded_over_two(alone, resumed):
+    assert_same(alone(*SMALL), resumed / "out")
 
 
-def test_each_device_holds_its_part_of_a_sharded_base_and_no_more(gone_on):
+def test_each_device_holds_only_its_shard(resumed):
     quantization = Quantization("bnb.nf4-dq", torch.float32)
     base = Checkpoint.open(ROOT / "checkpoints/pico").load(torch.float32, torch.device("cpu"), quantization)
     whole = sum(weight.nbytes for weight in base.parameters())
-    held = [int((gone_on / rank).read_text()) for rank in "01"]
+    held = [int((resumed / rank).read_text()) for rank in "01"]
     assert sum(held) == whole
     assert max(held) < 0.51 * whole
 
 
-def test_two_machines_make_the_same_adapter_and_send_their_gradients_alone(alone, few, tmp_path):
+def test_two_nodes_send_only_gradients(alone, few, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
-    place = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
+    rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
     script = [str(ROOT / "tests/helpers/sending.py"), str(tmp_path)]
-    command = ["-m", "torch.distributed.run", *place, *script]
+    command = ["-m", "torch.distributed.run", *rendezvous, *script]
     command += arguments(few, tmp_path / "out", "--num_nodes", 2, *HEAD)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     nodes = [subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
-    said = [node.communicate(timeout=HUNG)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
+    stderr = [node.communicate(timeout=HUNG)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], stderr
     assert_same(alone(*HEAD), tmp_path / "out")
     gradients = 4 * json.loads((tmp_path / "out/final/report.json").read_text())["trainable_parameters"]
     for rank in "01":
@@ -153,27 +151,27 @@ jobs = count(os.getpid() * 7)  # far from those of a test process beside this on
 
 
 def srun(number: int, **more: object) -> list[dict[str, str]]:
-    """Return the variables that srun gives to each of so many processes, with a port that follows from the job."""
+    """Return the variables that srun gives to each of a number of processes; the port follows from the job."""
     job = next(job for job in jobs if is_free(15000 + job % 10_000))  # the port that Lightning derives from it
     step = {"JOB_ID": job, "STEP_ID": 0, "STEP_NODELIST": "127.0.0.1", "NODEID": 0}
     step |= {"STEP_NUM_TASKS": number, "STEP_TASKS_PER_NODE": number}
-    places = [step | {"PROCID": rank, "LOCALID": rank} for rank in range(number)]
+    variables = [step | {"PROCID": rank, "LOCALID": rank} for rank in range(number)]
     others = {name: str(value) for name, value in more.items()}
-    return [{f"SLURM_{name}": str(value) for name, value in place.items()} | others for place in places]
+    return [{f"SLURM_{name}": str(value) for name, value in process.items()} | others for process in variables]
 
 
-def said(runs) -> str:
+def report(runs) -> str:
     return "\n".join(re.findall("^litlora: .*", runs.stderr.read_text(), re.MULTILINE))
 
 
 def wait_for(path: Path, process: int) -> None:
-    """Return when a folder is there, while a process that makes it runs."""
+    """Return when a folder exists, while the process that creates it runs."""
     while not path.exists():
         assert Path(f"/proc/{process}").exists()
         time.sleep(0.005)
 
 
-def test_a_run_of_two_processes_that_srun_has_started_is_gone_on_with_by_one_and_by_four(runs, alone, few, tmp_path):
+def test_run_of_two_srun_processes_resumes_on_one_and_on_four(runs, alone, few, tmp_path):
     flags, whole = [*HEAD, "--train.save_interval", "4"], tmp_path / "whole"
     runs.start_all(arguments(few, whole, *flags, "--devices", 2), srun(2))
     assert runs.wait_all() == [0, 0], runs.stderr.read_text()
@@ -190,23 +188,23 @@ def test_a_run_of_two_processes_that_srun_has_started_is_gone_on_with_by_one_and
                 assert (row[name] == same[name] == "") or float(row[name]) == pytest.approx(float(same[name]), rel=1e-6)
 
 
-def test_a_signal_to_one_process_and_the_time_of_a_run_end_all_after_the_same_step(runs, alone, few, tmp_path):
+def test_signal_or_max_time_stops_all_ranks_after_one_step(runs, alone, few, tmp_path):
     flags = arguments(few, tmp_path / "out", *HEAD, "--train.save_interval", "1")
     processes = runs.start_all(flags, srun(2, GATE=tmp_path / "go"))
     wait_for(tmp_path / "out/step-000003", processes[0])
     os.kill(processes[1], signal.SIGTERM)
     (tmp_path / "go").touch()
     assert runs.wait_all() == [128 + signal.SIGTERM] * 2
-    assert re.fullmatch(r"litlora: stopped by SIGTERM after step 4 of 10, .*", said(runs))
+    assert re.fullmatch(r"litlora: stopped by SIGTERM after step 4 of 10, .*", report(runs))
     runs.start_all([*flags, "--resume", "true", "--train.max_time", "1e-3"], srun(2))
     assert runs.wait_all() == [124] * 2
-    assert re.fullmatch(r"litlora: stopped after --train.max_time .*", said(runs))
+    assert re.fullmatch(r"litlora: stopped after --train.max_time .*", report(runs))
     runs.start_all([*flags, "--resume", "true"], srun(2))
     assert runs.wait_all() == [0, 0]
     assert_same(alone(*HEAD), tmp_path / "out")
 
 
-def test_memory_that_one_process_runs_out_of_ends_all_with_one_sentence(runs, few, tmp_path):
+def test_out_of_memory_in_one_rank_is_reported_once(runs, few, tmp_path):
     longer = ["--train.max_steps", 200, "--train.epochs", 200, "--train.save_interval", 3]
     longer += ["--train.global_batch_size", 22, "--train.micro_batch_size", 22]
     processes = runs.start_all(arguments(few, tmp_path / "out", *longer), srun(2, GATE=tmp_path / "go"))
@@ -215,22 +213,22 @@ def test_memory_that_one_process_runs_out_of_ends_all_with_one_sentence(runs, fe
     (tmp_path / "go").touch()
     assert runs.wait_all() == [1, 1]
     assert "Traceback" not in runs.stderr.read_text(), runs.stderr.read_text()
-    assert re.fullmatch("litlora: there is no longer enough memory after step .*", said(runs))
+    assert re.fullmatch("litlora: there is no longer enough memory after step .*", report(runs))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_without_anyone_who_watches_them_processes_name_the_killed_one_and_end(runs, few, tmp_path, strategy):
+def test_ranks_without_launcher_name_a_killed_peer(runs, few, tmp_path, strategy):
     flags = "--train.save_interval", "1", "--strategy", strategy
     processes = runs.start_all(arguments(few, tmp_path / "out", *flags), srun(4, GATE=tmp_path / "go"))
     wait_for(tmp_path / "out/step-000003", processes[0])
     os.kill(processes[2], signal.SIGKILL)
     (tmp_path / "go").touch()
     assert runs.wait_all() == [1, 1, -signal.SIGKILL, 1]
-    assert re.fullmatch(r"litlora: rank [013] has lost the contact to rank 2, which has ended: .*", said(runs))
+    assert re.fullmatch(r"litlora: rank [013] has lost contact with rank 2, which has ended: .*", report(runs))
 
 
 def hang(runs, few, tmp_path, hung: int, **variables: object) -> list[int]:
-    """Return the exit codes of two processes for which a third one hangs."""
+    """Return the exit codes of two processes whose peer hangs."""
     variables |= {"GATE": tmp_path / "go", "LIMIT": 50}
     processes = runs.start_all(arguments(few, tmp_path / "out", "--train.save_interval", "1"), srun(3, **variables))
     wait_for(tmp_path / "out/step-000003", processes[0])
@@ -243,15 +241,15 @@ def hang(runs, few, tmp_path, hung: int, **variables: object) -> list[int]:
 
 
 @pytest.mark.parametrize(("hung", "who"), [(1, "rank 1"), (0, "rank 0, or what has started it,")])
-def test_a_process_that_hangs_does_not_keep_the_others_waiting(runs, few, tmp_path, hung, who):
+def test_hung_rank_does_not_block_its_peers(runs, few, tmp_path, hung, who):
     assert hang(runs, few, tmp_path, hung) == [1, 1]
-    assert re.fullmatch(f"litlora: {who} has shown no sign of life for 10 seconds: .*", said(runs))
+    assert re.fullmatch(f"litlora: {who} has sent no heartbeat for 10 seconds: .*", report(runs))
 
 
 @pytest.mark.parametrize("hung", [0, 1])
-def test_a_process_that_hangs_is_left_to_whoever_watches_all_of_them(runs, few, tmp_path, hung):
-    assert hang(runs, few, tmp_path, hung, LITLORA_WATCHED=1) == [LEFT_ALONE, LEFT_ALONE]
-    assert said(runs) == ""
+def test_launched_ranks_leave_the_report_to_the_launcher(runs, few, tmp_path, hung):
+    assert hang(runs, few, tmp_path, hung, LITLORA_LAUNCHED=1) == [PEER_FAILED, PEER_FAILED]
+    assert report(runs) == ""
 
 
 def is_running(process: int) -> bool:
@@ -265,13 +263,12 @@ def is_running(process: int) -> bool:
 def ranks_of(parent: int) -> dict[int, int]:
     """Return the process ids of the ranks that a process has started, by rank."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    lines = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return dict(enumerate(sorted(child for child, line in lines.items() if b"spawn_main" in line)))
+    return dict(enumerate(sorted(map(int, children))))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("stalled", [False, True])
-def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on(alone, few, tmp_path, strategy, stalled):
+def test_launcher_names_a_killed_rank_and_the_run_resumes(alone, few, tmp_path, strategy, stalled):
     parent = start(tmp_path, few, "--strategy", strategy)
     ranks = ranks_of(parent.pid)
     if stalled:
@@ -281,19 +278,19 @@ def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on(alone, few, t
     while stalled and is_running(ranks[0]):
         time.sleep(0.05)
     parent.send_signal(signal.SIGCONT)
-    said = parent.communicate(timeout=HUNG)[1]
+    stderr = parent.communicate(timeout=HUNG)[1]
     assert parent.returncode == 1
-    assert re.findall("^litlora: .*", said, re.MULTILINE) == [
+    assert re.findall("^litlora: .*", stderr, re.MULTILINE) == [
         "litlora: rank 1 was killed by SIGKILL: was there too little memory? "
-        "Go on with the same command and --resume true"
+        "Resume with the same command and --resume true"
     ]
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     assert not any(Path(f"/proc/{child}").exists() for child in ranks.values())
-    go_on(tmp_path / "out", few, alone, "--strategy", strategy, "--devices", 2 if strategy == "fsdp" else 1)
+    resume(tmp_path / "out", few, alone, "--strategy", strategy, "--devices", 2 if strategy == "fsdp" else 1)
 
 
 def start(folder: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
-    """Start two processes by one command, which save every step, and return it when they wait before the fourth."""
+    """Start two processes by one command, which save every step, and return it when they wait before step 4."""
     command = arguments(few, folder / "out", *HEAD, "--train.save_interval", 1, "--devices", 2, *flags)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(folder / "go")}
     script = [sys.executable, str(ROOT / "tests/helpers/gate.py"), *command]
@@ -302,21 +299,21 @@ def start(folder: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
     return parent
 
 
-def go_on(out_dir: Path, few: Path, alone, *flags: object) -> None:
-    """Go on with what `start` has begun to its end, which is as that of the run of one process."""
+def resume(out_dir: Path, few: Path, alone, *flags: object) -> None:
+    """Resume what `start` has begun, which ends with the adapter of a single process."""
     done = run("-m", "litlora", *arguments(few, out_dir, *HEAD, "--train.save_interval", 1, "--resume", "true", *flags))
     assert done.returncode == 0, done.stderr
     assert_same(alone(*HEAD), out_dir)
 
 
-def test_a_signal_to_the_one_that_started_them_stops_all_and_its_end_ends_them(alone, few, tmp_path):
+def test_signal_to_launcher_stops_all_and_its_end_ends_them(alone, few, tmp_path):
     parent = start(tmp_path, few)
     parent.send_signal(signal.SIGTERM)
     wait_for_signal(ranks_of(parent.pid)[0], signal.SIGTERM)
     (tmp_path / "go").touch()
-    said = parent.communicate(timeout=HUNG)[1]
+    stderr = parent.communicate(timeout=HUNG)[1]
     assert parent.returncode == 128 + signal.SIGTERM
-    assert len(re.findall(r"^litlora: stopped by SIGTERM after step \d+ of 10, ", said, re.MULTILINE)) == 1
+    assert len(re.findall(r"^litlora: stopped by SIGTERM after step \d+ of 10, ", stderr, re.MULTILINE)) == 1
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "go").unlink()
     parent = start(tmp_path, few)
@@ -325,33 +322,35 @@ def test_a_signal_to_the_one_that_started_them_stops_all_and_its_end_ends_them(a
     parent.communicate(timeout=HUNG)
     while any(map(is_running, ranks)):
         time.sleep(0.01)
-    go_on(tmp_path / "out", few, alone)
+    resume(tmp_path / "out", few, alone)
 
 
 def wait_for_signal(process: int, number: int) -> None:
-    """Return when a process has got a first signal, after which the second would end it."""
+    """Return when a process has received its first signal."""
     while int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process}/status").read_text())[1], 16) >> (number - 1) & 1:
         time.sleep(0.005)
 
 
-def test_torchrun_ends_all_when_one_is_killed_and_it_is_named(few, tmp_path):
+def test_torchrun_ends_all_when_one_rank_is_killed(few, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "tests/helpers/gate.py"), *arguments(few, tmp_path / "out", "--train.save_interval", 1)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(tmp_path / "go")}
     torchrun = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
     wait_for(tmp_path / "out/step-000003", torchrun.pid)
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    places = {int(child): Path(f"/proc/{child}/environ").read_text().split("\0") for child in children}
-    os.kill(next(child for child, place in places.items() if "RANK=1" in place), signal.SIGKILL)
+    variables = {int(child): Path(f"/proc/{child}/environ").read_text().split("\0") for child in children}
+    os.kill(next(child for child, given in variables.items() if "RANK=1" in given), signal.SIGKILL)
     (tmp_path / "go").touch()
-    said = torchrun.communicate(timeout=HUNG)[1]
+    stderr = torchrun.communicate(timeout=HUNG)[1]
     assert torchrun.returncode == 1
-    assert re.search(r"Root Cause .*rank +: 1 .*exitcode +: -9 ", said, re.DOTALL), said
-    assert len(re.findall("^litlora: ", said, re.MULTILINE)) <= 1, said  # torchrun may end the others before they speak
-    assert not any(is_running(child) for child in places)
+    assert re.search(r"Root Cause .*rank +: 1 .*exitcode +: -9 ", stderr, re.DOTALL), stderr
+    assert len(re.findall("^litlora: ", stderr, re.MULTILINE)) <= 1, (
+        stderr
+    )  # torchrun may end the others before they report
+    assert not any(is_running(child) for child in variables)
 
 
-def test_a_mistake_is_said_once(few, tmp_path):
+def test_mistake_is_reported_once(few, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/metrics.csv").write_text("")
     done = run("-m", "litlora", *arguments(few, tmp_path / "out", "--devices", 2))

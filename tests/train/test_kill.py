@@ -167,6 +167,6 @@ def test_memory_that_runs_out_on_the_way_is_said_in_one_sentence(runs, few, tmp_
     runs.start([*command(few, tmp_path / "out"), *sizes.split()], headroom=800_000_000)  # all but for AdamW's state
     assert runs.wait() == 1
     *_, sentence = runs.stderr.read_text().splitlines()
-    hint = "free some, or lower --train.micro_batch_size (1), and go on by --resume true"
+    hint = "free some, or lower --train.micro_batch_size (1), and resume by --resume true"
     fault = "there is no longer enough memory after step 0; what is saved so far stays"
     assert sentence == f"litlora: {fault}: {hint}"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from litlora.__main__ import main
 from litlora.args import FinetuneLoraArgs
-from litlora.errors import LitLoraError
+from litlora.errors import RESUME, LitLoraError
 from litlora.train.resume import Identity
 from litlora.utils.locks import locked
 
@@ -203,7 +203,7 @@ def test_an_older_checkpoint_that_is_named_leaves_nothing_behind_it(stopped):
 
 
 def test_another_run_is_replaced_only_when_asked(stopped, capsys):
-    hint = "choose another, go on with it by --resume true, or replace it by --overwrite true"
+    hint = "choose another, resume it by --resume true, or replace it by --overwrite true"
     assert refusal(capsys) == f"litlora: --out_dir (out) holds a run already: {hint}\n"
     Path("out/mine.txt").touch()
     assert run("--overwrite", "true", "--lora_r", 2, "--train.save_interval", 3) == 0
@@ -261,8 +261,7 @@ def test_a_run_out_of_time_saves_and_can_be_gone_on_with(world, capsys):
     assert run("--train.save_interval", 9) == 0
     assert run("--train.save_interval", 9, "--train.max_time", 0.001, out="parts") == 124
     said = "litlora: stopped after --train.max_time (0.001 seconds) after step 1 of 4, which is saved in "
-    hint = "resume with the same command and --resume true"
-    assert capsys.readouterr().err.endswith(f"{said}parts/step-000001; {hint}\n")
+    assert capsys.readouterr().err.endswith(f"{said}parts/step-000001; {RESUME}\n")
     assert run("--train.save_interval", 9, "--resume", "true", out="parts") == 0
     assert same("out/final", "parts/final")
 

@@ -77,8 +77,8 @@ def fails(command: Sequence[str], world: Path, at: int, capsys: pytest.CaptureFi
 
 def kept(sentence: str) -> bool:
     """Say whether a sentence names the checkpoint to go on from, which is whole."""
-    hint = "mend that, and go on with the same command and --resume true"
-    named = re.search(rf"; (out/step-\d{{6}}) is kept: {hint}$", sentence)
+    hint = "fix that, and resume with the same command and --resume true"
+    named = re.search(rf"; (out/step-\d{{6}}) is saved: {hint}$", sentence)
     return named is not None and find_corruption(Path(named[1])) is None
 
 
