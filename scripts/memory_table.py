@@ -9,14 +9,16 @@ from litlora.models.config import GPTConfig
 from litlora.train.memory_estimate import Load, Network, breakdown
 
 COMMON = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_scaling": None, "sliding_window": None}
-# vocabulary, hidden, intermediate, layers, heads, heads of keys and values, width of a head
+# vocab_size, hidden_size, intermediate_size, layers, query heads, key-value heads, head_dim
 SHAPES = {
+    "135M (SmolLM2)": (49152, 576, 1536, 30, 9, 3, 64),
     "1B (Llama 3.2)": (128256, 2048, 8192, 16, 32, 8, 64),
     "7B (Llama 2)": (32000, 4096, 11008, 32, 32, 32, 128),
     "13B (Llama 2)": (32000, 5120, 13824, 40, 40, 40, 128),
     "70B (Llama 2)": (32000, 8192, 28672, 80, 64, 8, 128),
 }
-TIED = {"1B (Llama 3.2)"}
+TIED = {"135M (SmolLM2)", "1B (Llama 3.2)"}
+TABLE = tuple(name for name in SHAPES if name != "135M (SmolLM2)")  # which fits on any GPU
 BASES = {"bfloat16": None, "NF4": "bnb.nf4", "NF4, double": "bnb.nf4-dq"}
 TOKENS = 512
 LORA = LoRAConfig(8, 16, 0.05, TARGET_MODULES["query"] + TARGET_MODULES["value"])
@@ -32,24 +34,25 @@ def config(name: str) -> GPTConfig:
 
 
 def gigabytes(name: str, base: str, *, checkpointing: bool, tokens: int = TOKENS) -> tuple[float, float, float, float]:
-    """Return 10^9 bytes of the weights, of all that is trained, of the activations, and at the peak."""
+    """Return gigabytes of weights, of adapter, gradients and optimizer state, of activations, and at the peak."""
     network = Network(config(name), LORA, "bf16-true", BASES[base], torch.device("cuda"))
     parts = breakdown(network, Load((tokens,), tokens, checkpointing), "AdamW")
-    trained = sum(parts[part] for part in ("adapter, float32", "its gradients", "optimizer state"))
-    passing = parts["activations"] + parts["temporaries"] + parts["cuBLAS"]
+    training_state = sum(parts[part] for part in ("adapter, float32", "its gradients", "optimizer state"))
+    activations = parts["activations"] + parts["temporaries"] + parts["cuBLAS"]
     peak = sum(parts.values())
-    return (peak - trained - passing) / 1e9, trained / 1e9, passing / 1e9, peak / 1e9
+    weights = peak - training_state - activations
+    return weights / 1e9, training_state / 1e9, activations / 1e9, peak / 1e9
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    for name in SHAPES:
+    for name in TABLE:
         for base in BASES:
-            whole, again = (gigabytes(name, base, checkpointing=on) for on in (False, True))
-            yield name, base, *(f"{value:.2f}" for value in (*whole, *again[2:]))
+            saved, recomputed = (gigabytes(name, base, checkpointing=on) for on in (False, True))
+            yield name, base, *(f"{value:.2f}" for value in (*saved, *recomputed[2:]))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table in Markdown: two columns of names, and numbers."""
+    """Print a Markdown table: two columns of text, then numbers."""
     print(f"| {' | '.join(columns)} |")
     print(f"| --- | --- | {' | '.join(['--:'] * (len(columns) - 2))} |")
     for row in rows:

@@ -55,7 +55,7 @@ def wanted_in(name: str) -> str:
     return "\n".join((TORCH, *REQUIREMENTS[name], own))
 
 
-def do(job: Job, python: Path, module: str) -> Any:
+def run_job(job: Job, python: Path, module: str) -> Any:
     """Do a job in a process of its own, and return what its last line of JSON says."""
     command = [str(python), "-m", f"benchmarks.{module}", json.dumps(asdict(job))]
     extra = {} if job.device == "cuda" else NO_GPU

@@ -10,8 +10,8 @@ from benchmarks.jobs import CHECKPOINT, DATA, MICRO_BATCH_SIZE, PROMPT
 PROMPT_CHARACTERS = 400  # more than 64 tokens of any tokenizer, and few enough for any model
 
 
-def lay_ready(work: Path, checkpoint: Path, data: Path, rows: int) -> None:
-    """Fill the folder that the programs work in."""
+def prepare_inputs(work: Path, checkpoint: Path, data: Path, rows: int) -> None:
+    """Create the folder that the programs work in."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_rows(work, data / "train.jsonl", rows)
@@ -19,7 +19,7 @@ def lay_ready(work: Path, checkpoint: Path, data: Path, rows: int) -> None:
 
 
 def write_rows(work: Path, source: Path, rows: int) -> None:
-    """Write the rows to train on, one that nothing is validated on, and a long text to go on with."""
+    """Write the training rows, a validation row that no program uses, and a long prompt."""
     lines = source.read_text(encoding="utf-8").splitlines()[:rows] if source.is_file() else []
     if not rows == len(lines) > 0 or rows % MICRO_BATCH_SIZE:
         need = f"must be a multiple of {MICRO_BATCH_SIZE} and at most the rows of {source}"
@@ -34,9 +34,9 @@ def write_rows(work: Path, source: Path, rows: int) -> None:
 
 
 def write_checkpoint(folder: Path, source: Path) -> None:
-    """Link a checkpoint's files, and have its tokenizer.json taken as it stands.
+    """Link a checkpoint's files, with a tokenizer class that uses tokenizer.json unchanged.
 
-    Some tokenizer classes of transformers split text otherwise than the tokenizer.json beside them, which litgpt reads.
+    Some tokenizer classes of transformers tokenize differently from their tokenizer.json, which litgpt reads.
     """
     if not (source / "config.json").is_file():
         raise ProgramError(f"--checkpoint_dir ({source}) holds no config.json")

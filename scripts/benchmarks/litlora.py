@@ -1,4 +1,4 @@
-"""litlora's part of the benchmark: its own commands, timed from inside."""
+"""litlora's part of the benchmark: its own commands."""
 
 import csv
 import importlib
@@ -13,33 +13,33 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks import jobs
+from benchmarks.command import time_command
+from benchmarks.environments import ROOT
+from benchmarks.flags import SEED, generate_flags, train_flags
 from benchmarks.jobs import Job, Result, serve, versions
 from benchmarks.memory import peak_memory_gb
 from litlora.__main__ import run
 from litlora.data.batching import epoch_order
-from litlora.distributed.launcher import environment, let_threads_sleep
+from litlora.distributed.launcher import let_threads_sleep
 from litlora.models.transformer import GPT
 
 PACKAGES = ("litlora", "torch", "bitsandbytes")
-SEED = 1337
 
 
-def restart_as_command(*, launched: bool) -> None:
-    """Restart this process with the variables that a command, or the launcher for it, sets before torch is imported."""
+def restart_as_command() -> None:
+    """Restart this process with the variables that a command sets before torch is imported."""
     before = dict(os.environ)
     let_threads_sleep()
-    os.environ.update(environment(1) if launched else {})
     if dict(os.environ) != before:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def train(job: Job) -> Result:
     """Fine-tune on the rows, once."""
-    restart_as_command(launched=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         write_in_order(job, Path(scratch))
-        run(train_flags(job, Path(scratch)))
+        time_command(train_flags(job, Path(scratch), folder), job, ROOT, Path(sys.executable))
         report = json.loads((folder / "final/report.json").read_text(encoding="utf-8"))
         with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
@@ -50,39 +50,13 @@ def train(job: Job) -> Result:
         tokens=report["tokens"],
         supervised=report["supervised_tokens"],
         losses=losses,
-        memory_gb=peak_memory_gb(),
+        memory_gb=report["peak_memory_gb"],
         versions=versions(*PACKAGES),
     )
 
 
-def train_flags(job: Job, scratch: Path) -> list[str]:
-    """Return the command line of a run without validation and without a change of the learning rate."""
-    switches = ("key", "projection", "mlp", "head") if job.layers == "all linear layers" else ()
-    settings: dict[str, Any] = {
-        "checkpoint_dir": job.checkpoint,
-        "data_dir": scratch,
-        "out_dir": scratch / "run",
-        "precision": job.precision,
-        "lora_r": jobs.RANK,
-        "lora_alpha": jobs.ALPHA,
-        "lora_dropout": jobs.DROPOUT,
-        "seed": SEED,
-        "train.global_batch_size": job.global_batch_size,
-        "train.micro_batch_size": jobs.MICRO_BATCH_SIZE,
-        "train.max_seq_length": jobs.MAX_SEQ_LENGTH,
-        "train.learning_rate": jobs.LEARNING_RATE,
-        "train.min_lr": jobs.LEARNING_RATE,
-        "train.lr_warmup_steps": 0,
-        "eval.initial_validation": "false",
-        "eval.final_validation": "false",
-        **{f"lora_{switch}": "true" for switch in switches},
-        **({"quantize": "bnb.nf4"} if job.quantized else {}),
-    }
-    return as_flags("finetune_lora", settings)
-
-
 def write_in_order(job: Job, folder: Path) -> None:
-    """Write the data so that, once litlora has shuffled it, it is visited as the other programs visit it."""
+    """Write the rows in the order that litlora's shuffle turns into the order of the other programs."""
     lines = (job.data / "train.jsonl").read_text(encoding="utf-8").splitlines()
     visited = epoch_order(job.rows, seed=SEED, epoch=1).tolist()
     ordered = [line for _, line in sorted(zip(visited, lines, strict=True))]
@@ -91,8 +65,8 @@ def write_in_order(job: Job, folder: Path) -> None:
 
 
 def generate(job: Job) -> Result:
-    """Generate greedily twice, and time the second: the first warms up; compiling is timed apart."""
-    restart_as_command(launched=False)
+    """Generate greedily twice and time the second; time compilation separately."""
+    restart_as_command()
     command = importlib.import_module("litlora.commands.generate")
     runs: list[tuple[float, list[int]]] = []
     compilations: list[float] = []
@@ -121,23 +95,6 @@ def generate(job: Job) -> Result:
         versions=versions(*PACKAGES),
         compile_seconds=sum(compilations),
     )
-
-
-def generate_flags(job: Job) -> list[str]:
-    settings: dict[str, Any] = {
-        "checkpoint_dir": job.checkpoint,
-        "prompt": job.text,
-        "precision": job.precision,
-        "max_new_tokens": jobs.NEW_TOKENS,
-        "temperature": 0,
-        "num_samples": 2,
-        "compile": str(job.compiled).lower(),
-    }
-    return as_flags("generate", settings)
-
-
-def as_flags(command: str, settings: dict[str, Any]) -> list[str]:
-    return [command, *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.cases import LITLORA, PRODUCTS, Case, Program
-from benchmarks.environments import Environments, ProgramError, do
+from benchmarks.environments import Environments, ProgramError, run_job
 from benchmarks.jobs import PROMPT_TOKENS, Device, Job, Precision, Products, Result, Task
 
 # Relative. What bfloat16 rounds, each program in places of its own, evens out over the tokens of a step.
@@ -43,7 +43,7 @@ def measure(case: Case, job: Job, environments: Environments, repetitions: int) 
     measurement.missing = {p.name: missing[p.environment] for p in case.programs if p.environment in missing}
     for repetition in range(repetitions):
         if case.task == "train":
-            found = do(replace(job, task="products"), pythons["litlora"], PRODUCTS.environment)
+            found = run_job(replace(job, task="products"), pythons["litlora"], PRODUCTS.environment)
             measurement.products.append(Products(**found))
         for program in case.programs[:: -1 if repetition % 2 else 1]:
             if program.name not in measurement.missing:
@@ -55,7 +55,7 @@ def measure(case: Case, job: Job, environments: Environments, repetitions: int) 
 def take(measurement: Measurement, program: Program, job: Job, python: Path) -> None:
     """Have one program do the job once more."""
     try:
-        result = Result(**do(job, python, program.environment))
+        result = Result(**run_job(job, python, program.environment))
     except ProgramError as error:
         if program == LITLORA:
             raise

@@ -11,11 +11,13 @@ import torch
 from benchmarks import peft
 from benchmarks.__main__ import measurement_of
 from benchmarks.cases import LITGPT, LITLORA, Case
-from benchmarks.environments import Environments, ProgramError, do
-from benchmarks.inputs import lay_ready
+from benchmarks.environments import Environments, ProgramError, run_job
+from benchmarks.inputs import prepare_inputs
 from benchmarks.jobs import NEW_TOKENS, PROMPT_TOKENS, Job, Products, Result
 from benchmarks.measuring import DisagreementError, Measurement, compare, measure
 from benchmarks.table import section
+from benchmarks.versions import CURRENT, PREVIOUS, Run, check_version, generate
+from benchmarks.versions import section as version_section
 from transformers import AutoModelForCausalLM
 
 from litlora.data.batching import Samples, pack
@@ -33,7 +35,7 @@ PYTHON = Path(sys.executable)
 
 @pytest.fixture
 def work(tmp_path):
-    lay_ready(tmp_path / "work", ROOT / "checkpoints/pico", ROOT / "data/pico", 8)
+    prepare_inputs(tmp_path / "work", ROOT / "checkpoints/pico", ROOT / "data/pico", 8)
     return tmp_path / "work"
 
 
@@ -44,7 +46,7 @@ def result(seconds, **values):
 @pytest.mark.parametrize("quantized", [False, True])
 def test_litlora_trains_on_the_rows_in_the_order_of_the_file(work, quantized):
     job = Job("train", "32-true", str(work), rows=8, quantized=quantized)
-    found = Result(**do(job, PYTHON, "litlora"))
+    found = Result(**run_job(job, PYTHON, "litlora"))
     tokenizer = Tokenizer(work / "checkpoint")
     examples = read_examples(work / "data/train.jsonl")
     style = tokenizer.prompt_style("alpaca")
@@ -89,7 +91,7 @@ def test_peft_trains_over_the_same_base_in_4_bits(work):
 
 def test_a_program_that_fails_says_why_in_its_last_line(work):
     with pytest.raises(ProgramError, match="KeyError: 'convert'"):
-        do(Job("convert", "32-true", str(work)), PYTHON, "products")
+        run_job(Job("convert", "32-true", str(work)), PYTHON, "products")
 
 
 def test_all_programs_take_the_tokenizer_file_as_it_stands(work):
@@ -100,7 +102,7 @@ def test_all_programs_take_the_tokenizer_file_as_it_stands(work):
 @pytest.mark.parametrize("rows", [0, 6, 100_000])
 def test_a_number_of_rows_that_makes_no_whole_steps_is_refused(rows, tmp_path):
     with pytest.raises(ProgramError, match=rf"--rows \({rows}\) must be a multiple of 4 and at most the rows of"):
-        lay_ready(tmp_path / "work", ROOT / "checkpoints/pico", ROOT / "data/pico", rows)
+        prepare_inputs(tmp_path / "work", ROOT / "checkpoints/pico", ROOT / "data/pico", rows)
 
 
 @pytest.mark.parametrize(
@@ -152,3 +154,32 @@ def test_the_table_of_generation_counts_the_tokens_before_the_first_that_differs
 def test_measurements_are_read_back_as_they_were_written():
     measurement = Measurement("Training", "train", "32-true", 64, {"litlora": [result(1.0)]}, [Products(1.0, 2, 3)])
     assert measurement_of(json.loads(json.dumps(asdict(measurement)))) == measurement
+
+
+def test_versions_table_shows_medians_spread_and_ratios():
+    times = {PREVIOUS: (2.0, 1.0, 4.0), CURRENT: (3.0, 2.5, 3.5)}
+    runs = {name: [Run(s, s + 10, s / 10, "0.5 0.4") for s in seconds] for name, seconds in times.items()}
+    text = version_section("train-32", runs)
+    assert "| previous | 2.00 (1.00 to 4.00) | 1.000 | 12.0 (11.0 to 14.0) | 0.20 (0.10 to 0.40) | 1.000 |" in text
+    assert "| this | 3.00 (2.50 to 3.50) | 1.500 | 13.0 (12.5 to 13.5) | 0.30 (0.25 to 0.35) | 1.500 |" in text
+    assert "runs: identical." in text
+    runs[CURRENT][0] = replace(runs[CURRENT][0], output="0.5 0.3")
+    assert "runs: not identical (2 different ones)." in version_section("train-32", runs)
+
+
+def test_command_of_a_worktree_runs_its_own_code(work, tmp_path):
+    package = tmp_path / "other/litlora"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    source = "import time; print('one', flush=True); time.sleep(0.1); print('two')"
+    (package / "__main__.py").write_text(source, encoding="utf-8")
+    check_version(package.parent, PYTHON)
+    run = generate(Job("generate", "32-true", str(work)), package.parent, PYTHON)
+    assert run.output == "one\ntwo\n"
+    assert run.command_seconds > run.seconds > 0.1
+    assert run.memory_gb > 0
+
+
+def test_folder_without_litlora_is_refused(tmp_path):
+    with pytest.raises(ProgramError, match="must be a git worktree of litlora"):
+        check_version(tmp_path, PYTHON)
