@@ -73,6 +73,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: P
         folder = tmp_path_factory.mktemp(family.name)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(family.config(), dtype=dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):  # which transformers sets to zero
+                torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         for path in tokenizer_files.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())

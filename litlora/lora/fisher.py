@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from litlora.errors import DAMAGED, LitLoraError
 from litlora.lora.layer import LoRALinear
-from litlora.models.weights import Weights
+from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import NF4Weight, dequantized
 
 MAX_FULL_MOMENT = 1024
@@ -32,7 +32,10 @@ Moments = dict[str, Tensor]
 
 @torch.no_grad()
 def initialize_from_fisher(
-    layers: Mapping[str, LoRALinear], base: Weights, backward: Callable[[], None], broadcast: Callable[[Tensor], Tensor]
+    layers: Mapping[str, LoRALinear],
+    base: Checkpoint,
+    backward: Callable[[], None],
+    broadcast: Callable[[Tensor], Tensor],
 ) -> None:
     """Initialize new LoRA layers over NF4 to compensate for their quantization error, as far as their rank allows.
 
@@ -45,7 +48,7 @@ def initialize_from_fisher(
             raise LitLoraError(
                 f"--lora_init fisher: {name} has inputs or gradients that are NaN or infinite: {DAMAGED}"
             )
-        weight = base[f"{name}.weight"].to(layer.weight.device).float()
+        weight = base.tensor(f"{name}.weight").to(layer.weight.device).float()
         assert isinstance(layer.weight, NF4Weight)
         error = weight - dequantized(weight, layer.weight.quantization)
         fit_low_rank(layer, error, Metric.of(inputs.pop(name)), Metric.of(gradients.pop(name)))

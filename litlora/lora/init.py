@@ -7,7 +7,7 @@ from torch import Tensor
 
 from litlora.lora.fisher import initialize_from_fisher
 from litlora.lora.layer import LoRALinear
-from litlora.models.weights import Weights
+from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import NF4Weight
 
 
@@ -15,8 +15,8 @@ from litlora.nn.nf4 import NF4Weight
 class Calibration:
     """What an initialization can use beside the layers."""
 
-    weights: Weights
-    """The base's weights by name, before quantization."""
+    base: Checkpoint
+    """The base, whose weights are not quantized."""
     backward: Callable[[], None]
     """Runs forward and backward over some examples, and retains no gradient."""
     broadcast: Callable[[Tensor], Tensor]
@@ -33,7 +33,7 @@ def zero(layers: Mapping[str, LoRALinear], calibration: Calibration) -> None:
 def fisher(layers: Mapping[str, LoRALinear], calibration: Calibration) -> None:
     """Compensate for the quantization error of the layers over NF4, weighted by the Fisher information."""
     quantized = {name: layer for name, layer in layers.items() if isinstance(layer.weight, NF4Weight)}
-    initialize_from_fisher(quantized, calibration.weights, calibration.backward, calibration.broadcast)
+    initialize_from_fisher(quantized, calibration.base, calibration.backward, calibration.broadcast)
 
 
 INITIALIZERS: dict[str, Initializer] = {"zero": zero, "fisher": fisher}

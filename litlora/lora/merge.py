@@ -87,7 +87,10 @@ def write_weights(folder: Path, base: Checkpoint, adapter: Adapter, untie: bool)
     weight_map: dict[str, str] = {}
     total_size = 0
     for path in base.weights.files:
-        tensors = {name: adapter.merged(name, tensor) for name, tensor in base.weights.in_file(path).items()}
+        tensors = {}
+        for hub_name, content in base.weights.in_file(path).items():
+            parts = base.from_hub(hub_name, content).items()
+            tensors[hub_name] = base.to_hub({name: adapter.merged(name, tensor) for name, tensor in parts})
         if untie and EMBEDDING in tensors and HEAD not in base.weights:
             tensors[HEAD] = adapter.merged(HEAD, tensors[EMBEDDING])
         save_tensors(tensors, folder / path.name)

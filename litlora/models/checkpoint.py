@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG
 from litlora.models.config import GPTConfig
+from litlora.models.families import family_of
 from litlora.models.transformer import GPT
 from litlora.models.weights import Weights, fingerprint, first_three
 from litlora.nn.nf4 import NF4Linear, Quantization
@@ -29,6 +30,9 @@ class Checkpoint:
         self.config = config
         self.weights = weights
         """The tensors under the Hub's names."""
+        self.family = family_of(hub_config)
+        self._rows: dict[str, dict[str, int]] = {}
+        """By the checkpoint's name of a tensor, the model's tensors that it holds, each with its number of rows."""
         self._fingerprint: str | None = None
 
     @classmethod
@@ -76,21 +80,43 @@ class Checkpoint:
         The few numbers that quantization stores beside a weight's parameters are not sharded.
         """
         model = self.outline()
-        shards: dict[str, Tensor] = {}
-        if quantization:
-            for name in block_linears(model):
-                layer = NF4Linear(self.weights[f"{name}.weight"].to(device), quantization)
-                shards |= {f"{name}.{key}": shard(parameter.detach()) for key, parameter in layer.named_parameters()}
-                shards |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers()}
-                model.set_submodule(name, layer.to("meta"))
-        expected = model.state_dict()
+        shards = self._quantize_blocks(model, device, quantization, shard) if quantization else {}
+        needed = model.state_dict().keys() - shards.keys()
         for path in self.weights.files:
-            for name, tensor in self.weights.in_file(path).items():
-                if name in expected:
-                    # A cast tensor is read by a map of its own, or the whole file would stay in memory beside it.
-                    source = tensor if tensor.dtype is dtype else self.weights[name]
-                    shards[name] = shard(source).to(device, dtype)
+            for hub_name, content in self.weights.in_file(path).items():
+                for name, tensor in self.from_hub(hub_name, content).items():
+                    if name in needed:
+                        # A tensor to be cast is read by a map of its own, or the whole file would stay in memory.
+                        source = tensor if tensor.dtype is dtype else self.tensor(name)
+                        shards[name] = shard(source).to(device, dtype)
         return model, shards
+
+    def _quantize_blocks(
+        self, model: GPT, device: torch.device, quantization: Quantization, shard: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Replace the blocks' linear layers by quantized ones without weights, and return the shards of these."""
+        shards: dict[str, Tensor] = {}
+        for name in block_linears(model):
+            has_bias = model.get_submodule(name).bias is not None
+            bias = self.tensor(f"{name}.bias").to(device) if has_bias else None
+            layer = NF4Linear(self.tensor(f"{name}.weight").to(device), quantization, bias)
+            shards |= {f"{name}.{key}": shard(parameter.detach()) for key, parameter in layer.named_parameters()}
+            shards |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers()}
+            model.set_submodule(name, layer.to("meta"))
+        return shards
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor by the model's name, as a memory map of its own."""
+        hub_name = self.family.hub_name(name)
+        return self.from_hub(hub_name, self.weights[hub_name])[name]
+
+    def from_hub(self, hub_name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the model's tensors that a tensor of the checkpoint holds, by their names."""
+        return self.family.from_hub(tensor, self._rows[hub_name]) if hub_name in self._rows else {hub_name: tensor}
+
+    def to_hub(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the tensor of the checkpoint that holds these of the model, which `from_hub` returned."""
+        return self.family.to_hub(tensors)
 
     def _check_weights(self) -> None:
         """Refuse weights whose names or shapes are not exactly the model's."""
@@ -99,12 +125,15 @@ class Checkpoint:
             self._refuse(
                 f'config.json has "num_hidden_layers": {layers}, but the weights have only {len(stored)} tensors'
             )
-        expected = {name: tensor.shape for name, tensor in self.outline().state_dict().items()}
-        self._check_names(expected)
-        for name, shape in expected.items():
-            if name in stored and stored[name].shape != shape:
-                actual = tuple(stored[name].shape)
-                self._refuse(f"{name} has the shape {actual}, but config.json implies {tuple(shape)}")
+        shapes = {name: tensor.shape for name, tensor in self.outline().state_dict().items()}
+        layout = self.family.layout(shapes)
+        self._rows = {hub_name: {name: shapes[name][0] for name in names} for hub_name, names in layout.items()}
+        self._check_names(self._rows)
+        for hub_name, rows in self._rows.items():
+            expected = (sum(rows.values()), *shapes[next(iter(rows))][1:])
+            if hub_name in stored and stored[hub_name].shape != expected:
+                actual = tuple(stored[hub_name].shape)
+                self._refuse(f"{hub_name} has the shape {actual}, but config.json implies {expected}")
         tied = self.config.tie_word_embeddings and HEAD in stored
         if tied and not torch.equal(self.weights[HEAD], self.weights[EMBEDDING]):
             self._refuse(f'config.json has "tie_word_embeddings": true, but {HEAD} differs from {EMBEDDING}')

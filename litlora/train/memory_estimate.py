@@ -76,12 +76,9 @@ class Network:
     def backend(self) -> Backend:
         return backend(self.device)
 
-    @property
-    def attention(self) -> AttentionShape:
+    def attention(self, window: int | None) -> AttentionShape:
         config = self.config
-        return AttentionShape(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.sliding_window
-        )
+        return AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, window)
 
 
 @dataclass(frozen=True)
@@ -138,6 +135,7 @@ def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
     modules = gpt.model.modules()
     sizes = [module.weight.shape.numel() for module in modules if isinstance(module, Linear | LoRALinear)]
     norms = [module.weight for module in gpt.modules() if isinstance(module, nn.RMSNorm)]
+    biases = sum(p.nbytes for name, p in gpt.model.named_parameters() if name.endswith(".bias"))
     dtype = str(gpt.lm_head.weight.dtype).removeprefix("torch.")
     stored = dtype if quantize is None else quantize.removeprefix("bnb.").upper()
     return {
@@ -147,7 +145,8 @@ def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
         f"linear layers, {stored}": sum(
             size * gpt.lm_head.weight.itemsize if quantize is None else nf4_bytes(size, double=quantize == DOUBLE)
             for size in sizes
-        ),
+        )
+        + biases,
     }
 
 
@@ -205,11 +204,12 @@ def _head_gradient_bytes(network: Network) -> int:
 
 def _blocks(network: Network, load: Load) -> Iterator[int]:
     """Yield the bytes that each block keeps, the norm behind it included and the one before it not."""
-    stages = _stages(network, load)
+    windows = [network.config.window(layer) for layer in range(network.config.num_hidden_layers)]
+    stages = {window: _stages(network, load, window) for window in set(windows)}
     flows = False  # whether a gradient goes back through what is computed so far
-    for layer in range(network.config.num_hidden_layers):
+    for layer, window in enumerate(windows):
         kept = 0
-        for stage in stages:
+        for stage in stages[window]:
             names = (f"model.layers.{layer}.{name}" for name in stage.layers)
             adapted = [network.adapted[name] for name in names if name in network.adapted]
             if adapted or (flows and stage.keeps_input):
@@ -238,15 +238,16 @@ class Stage:
     """Whether what computed the input keeps it for its own gradient, whether one of the layers is adapted or not."""
 
 
-def _stages(network: Network, load: Load) -> tuple[Stage, ...]:
+def _stages(network: Network, load: Load, window: int | None) -> tuple[Stage, ...]:
     config, stream, product = network.config, network.stream, network.product
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     norm, copied = load.tokens * _norm_width(network), BFLOAT16 if network.precision == "bf16-mixed" else 0
     inside = 0 if network.upcasts else copied  # where the input is bfloat16 already, the weight is read as it is
     qkv, gate_up = (heads + 2 * keys) * hidden, 2 * inner * hidden
+    attention = network.backend.attention_saved_bytes(network.attention(window), load.spans, network.dtype)
     return (
-        Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, _kept_of_attention(network, load), qkv * copied),
+        Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, attention, qkv * copied),
         Stage(
             _layers("self_attn", "o"),
             heads,
@@ -262,10 +263,6 @@ def _stages(network: Network, load: Load) -> tuple[Stage, ...]:
 
 def _layers(part: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{part}.{name}_proj" for name in names)
-
-
-def _kept_of_attention(network: Network, load: Load) -> int:
-    return network.backend.attention_saved_bytes(network.attention, load.spans, network.dtype)
 
 
 def _norm_width(network: Network) -> int:
@@ -303,7 +300,9 @@ def _mlp_bytes(network: Network, load: Load) -> int:
 
 def _attention_bytes(network: Network, load: Load) -> int:
     """Return the bytes of the gradients, and on a CPU of the scores of a block of queries, three at a time each."""
-    config, scores = network.config, network.backend.attention_score_bytes(network.attention, load.longest)
+    config = network.config
+    window = None if config.full_attention_layers else config.sliding_window
+    scores = network.backend.attention_score_bytes(network.attention(window), load.longest)
     gradients = network.product * load.tokens * config.head_dim
     return 3 * config.num_attention_heads * (scores + gradients)
 

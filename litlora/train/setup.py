@@ -128,7 +128,7 @@ def carry_out(run: Run, checkpoint: Checkpoint, progress: Progress, start: Path 
 
 def initialize_adapter(run: Run, checkpoint: Checkpoint) -> None:
     """Initialize a new adapter as --lora_init says."""
-    calibration = Calibration(checkpoint.weights, partial(backward_over_some, run), run.ranks.broadcast)
+    calibration = Calibration(checkpoint, partial(backward_over_some, run), run.ranks.broadcast)
     INITIALIZERS[run.folder.lora.init](lora_layers(run.gpt), calibration)
 
 

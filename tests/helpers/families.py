@@ -1,4 +1,4 @@
-"""The kinds of network that litlora supports, as small as they come."""
+"""The model families that litlora supports, each as a small config."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 256,
-    "initializer_range": 0.2,  # far from linear, so that a wrong detail shows
+    "initializer_range": 0.2,  # far from linear, so that an error shows
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
@@ -44,6 +44,7 @@ FAMILIES = [
     Family("llama-gqa", LlamaConfig, {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
     Family("llama-mqa-wide-heads", LlamaConfig, {"num_key_value_heads": 1, "head_dim": 16}),
     Family("llama-3.2", LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    Family("llama-biases", LlamaConfig, {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
     Family("mistral", MistralConfig, {"num_key_value_heads": 2, "sliding_window": 7}),
     Family("mistral-no-window", MistralConfig, {"sliding_window": None, "head_dim": 4}),
 ]

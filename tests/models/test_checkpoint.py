@@ -117,6 +117,23 @@ def test_a_stored_head_that_is_not_the_embedding_it_should_be_is_refused(tied):
     )
 
 
+@pytest.mark.parametrize("layer", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_bias_that_the_model_does_not_have_is_refused(copy, layer):
+    name = f"model.layers.1.{layer}.bias"
+    change(copy, lambda tensors: tensors.update({name: torch.ones(32)}))
+    with pytest.raises(LitLoraError) as refused:
+        load(copy)
+    expected = f"the weights have {name}, which the model of config.json does not have"
+    assert str(refused.value) == f"{copy}: {expected}; use config.json and weights of the same model"
+
+
+def test_bias_that_the_model_has_must_be_stored(checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints("llama-biases"), tmp_path / "biases"))
+    change(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.bias"))
+    with pytest.raises(LitLoraError, match=r"the weights lack model\.layers\.1\.self_attn\.q_proj\.bias;"):
+        load(folder)
+
+
 def test_an_untied_head_must_be_stored(copy):
     change(copy, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(LitLoraError, match=r"the weights lack lm_head\.weight;"):

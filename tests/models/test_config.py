@@ -2,10 +2,13 @@ import json
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from litlora.errors import LitLoraError
 from litlora.models.config import GPTConfig, Llama3Scaling
+from litlora.models.families import FAMILIES
 
 TINY = {
     "vocab_size": 300,
@@ -15,6 +18,8 @@ TINY = {
     "num_attention_heads": 4,
 }
 FACTORS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+ONLY_FACTORS = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # The keys that the config.json of published models has, and their values.
 PUBLISHED = {
@@ -75,14 +80,32 @@ PUBLISHED = {
 
 
 def theirs(hub: dict[str, Any]) -> GPTConfig:
-    """Return the shape that transformers reads from the same config.json."""
+    """Return the shape that transformers reads from the same config.json, and the flags of the model that it builds."""
     config = AutoConfig.for_model(**json.loads(json.dumps(hub)))
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(config).model.layers
     rope = config.rope_parameters
     scaling = Llama3Scaling(**{key: rope[key] for key in FACTORS}) if rope["rope_type"] == "llama3" else None
-    special = {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-    special["sliding_window"] = getattr(config, "sliding_window", None)
+    windows = [layer_window(config, layer.self_attn) for layer in layers]
+    window = next((window for window in windows if window), None)
+    attention, mlp = layers[0].self_attn, layers[0].mlp
+    special = {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": scaling,
+        "sliding_window": window,
+        "full_attention_layers": tuple(i for i, its in enumerate(windows) if window and not its),
+        "qkv_bias": attention.q_proj.bias is not None,
+        "o_bias": attention.o_proj.bias is not None,
+        "mlp_bias": mlp.down_proj.bias is not None,
+    }
     names = GPTConfig.__dataclass_fields__.keys() - special.keys()
-    return GPTConfig(**{name: getattr(config, name) for name in names}, **special)
+    head_dim = {"head_dim": attention.head_dim}  # not every config has it
+    return GPTConfig(**({name: getattr(config, name) for name in names - head_dim.keys()} | head_dim), **special)
+
+
+def layer_window(config: PretrainedConfig, attention: nn.Module) -> int | None:
+    """Return the sliding window that a layer of transformers has, by itself or by its config."""
+    return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
 
 
 @pytest.mark.parametrize("hub", [json.loads(text) for text in PUBLISHED.values()], ids=PUBLISHED)
@@ -114,6 +137,14 @@ def test_a_config_that_transformers_has_rewritten_means_the_same(hub):
         {"model_type": "llama", "rope_parameters": {"rope_theta": 5000.0, "rope_type": "llama3", **FACTORS}},
         {"model_type": "llama", "rope_theta": 7.0, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
         {"model_type": "llama", "rope_scaling": {"type": "llama3", **FACTORS}, "rope_parameters": {"rope_theta": 7.0}},
+        {"model_type": "llama", "rope_scaling": ONLY_FACTORS},
+        {"model_type": "llama", "rope_scaling": ONLY_FACTORS, "original_max_position_embeddings": 64},
+        {"model_type": "llama", "rope_scaling": {"type": "llama3", **FACTORS}, "original_max_position_embeddings": 64},
+        {"model_type": "llama", "attention_bias": True},
+        {"model_type": "llama", "mlp_bias": True},
+        {"model_type": "llama", "layer_types": ["full_attention", "attention"]},
+        {"model_type": "mistral", "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+        {"model_type": "mistral", "num_key_value_heads": 2, "use_sliding_window": False, "max_window_layers": 1},
     ],
     ids=str,
 )
@@ -121,8 +152,32 @@ def test_what_a_config_leaves_unsaid_is_what_transformers_makes_of_it(hub):
     assert GPTConfig.from_hub(TINY | hub) == theirs(TINY | hub)
 
 
-QUANTIZED = "take the checkpoint that it was made from, which --quantize can quantize"
-NOT_IMPLEMENTED = "this key is not implemented and may change the result"
+# Keys of published checkpoints that the implementations in transformers do not read, or that have no effect.
+IGNORED = {
+    "license": "mit",
+    "auto_map": {"AutoConfig": "x.Y"},
+    "hidden_dropout": 0.1,
+    "use_sdpa": True,
+    "gradient_checkpointing": True,
+    "model_max_length": 4096,
+    "rope_interleaved": True,
+    "pruned_heads": {"0": [1]},
+    "use_cache": False,
+    "torch_dtype": "float16",
+    "a_key_of_the_future": 0,
+    "attention_dropout": 0.0,
+    "quantization_config": None,
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("key", IGNORED)
+def test_key_that_transformers_does_not_read_is_ignored(key, model_type):
+    hub = TINY | {"model_type": model_type, "num_key_value_heads": 4}
+    assert GPTConfig.from_hub(hub | {key: IGNORED[key]}) == GPTConfig.from_hub(hub)
+
+
+QUANTIZED = "use the checkpoint that it was made from, which --quantize can quantize"
 WHOLE = "it must be a whole number above 0"
 NUMBER = "it must be a number above 0"
 
@@ -130,20 +185,23 @@ NUMBER = "it must be a number above 0"
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("model_type", "gemma", "supported are llama, mistral"),
-        ("model_type", None, "supported are llama, mistral"),
-        ("model_type", ["llama"], "supported are llama, mistral"),
+        ("model_type", "gemma", f"supported are {', '.join(FAMILIES)}"),
+        ("model_type", None, f"supported are {', '.join(FAMILIES)}"),
+        ("model_type", ["llama"], f"supported are {', '.join(FAMILIES)}"),
         ("hidden_act", "gelu", 'only "silu" is implemented'),
-        ("attention_bias", True, "only false is implemented"),
-        ("mlp_bias", True, "only false is implemented"),
+        ("attention_bias", "yes", "it must be true or false"),
+        ("mlp_bias", 1, "it must be true or false"),
+        ("is_causal", False, "only true is implemented"),
+        ("per_layer_config", {"0": {"head_dim": 4}}, "only {} is implemented"),
+        ("attention_chunk_size", 8, "only null is implemented"),
         ("attention_dropout", 0.1, "only 0 is implemented"),
         ("partial_rotary_factor", 0.5, "only 1 is implemented"),
-        ("rope_interleaved", True, "only false is implemented"),
+        ("layer_types", ["sliding_attention"] * 2, "a model of the type llama has no sliding window"),
+        ("layer_types", ["full_attention"], "it must have num_hidden_layers (2) entries"),
+        ("layer_types", ["linear_attention"] * 2, "it must be a list of full_attention and sliding_attention"),
+        ("layer_types", "full_attention", "it must be a list of full_attention and sliding_attention"),
         ("sliding_window", 4096, "a model of the type llama has none"),
         ("quantization_config", {"quant_method": "gptq"}, QUANTIZED),
-        ("auto_map", {"AutoConfig": "x.Y"}, NOT_IMPLEMENTED),
-        ("a_key_of_the_future", 0, NOT_IMPLEMENTED),
-        ("a_key_of_the_future", "", NOT_IMPLEMENTED),
         ("num_attention_heads", 5, "without head_dim it must divide hidden_size (32)"),
         ("num_key_value_heads", 3, "it must divide num_attention_heads (4)"),
         ("num_key_value_heads", 8, "it must divide num_attention_heads (4)"),

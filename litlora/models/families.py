@@ -1,0 +1,166 @@
+"""Model families: one entry per model_type of config.json.
+
+An entry has the values of absent keys, the flags of the transformer, the keys that the family's implementation in
+transformers reads and that litlora implements for one value only, and the checkpoint's names of layers. A key that
+transformers does not read for a family has no effect there, and is ignored here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litlora.models.hub_config import boolean, refusal, shown, size
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}
+# What transformers reads for every family, and the one value that is implemented; null is as good as absent.
+SINGLE_VALUES: dict[str, Any] = {
+    "attention_chunk_size": None,
+    "attention_dropout": 0,
+    "hidden_act": "silu",
+    "is_causal": True,
+    "kv_sharing_modes": None,
+    "partial_rotary_factor": 1,
+    "per_layer_config": {},
+    "quantization_config": None,
+    "transformers_weights": None,
+}
+REASONS = {"quantization_config": "use the checkpoint that it was made from, which --quantize can quantize"}
+
+Windows = tuple[int | None, ...]
+"""The sliding window of each layer, or None for a layer without one."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A layer of the checkpoint with the rows of several layers of the model, such as qkv_proj; or one renamed."""
+
+    name: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes the models of one model_type."""
+
+    defaults: Mapping[str, Any]
+    """Values of keys that a config.json may leave out."""
+    windows: Callable[[Mapping[str, Any], int], Windows]
+    """Reads the sliding window of each of n layers."""
+    qkv_bias: bool | str = False
+    """Whether the query, key and value projections have a bias, or the key of config.json that decides it."""
+    o_bias: bool | str = False
+    """The same of the attention's output projection."""
+    mlp_bias: bool | str = False
+    """The same of the three MLP projections."""
+    single_values: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that only this family's implementation reads, with the one value that litlora implements."""
+    fused: tuple[Fused, ...] = ()
+    """Layers that the checkpoint stores under another name or in one tensor."""
+
+    def check_keys(self, hub: Mapping[str, Any]) -> None:
+        """Refuse a key that has an effect in transformers and is not implemented for its value."""
+        for key, only in (SINGLE_VALUES | dict(self.single_values)).items():
+            if hub.get(key) is not None and hub[key] != only:
+                reason = f"only {shown(only)} is implemented"
+                raise refusal(key, hub[key], REASONS.get(key, reason))
+
+    def biases(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the flags of the biases for a config."""
+        flags = {"qkv_bias": self.qkv_bias, "o_bias": self.o_bias, "mlp_bias": self.mlp_bias}
+        return {name: boolean(values, flag) if isinstance(flag, str) else flag for name, flag in flags.items()}
+
+    def hub_name(self, name: str) -> str:
+        """Return the checkpoint's name of the tensor that holds a tensor of the model."""
+        dotted = f".{name}."
+        for fused in self.fused:
+            for layer in fused.layers:
+                dotted = dotted.replace(f".{layer}.", f".{fused.name}.")
+        return dotted[1:-1]
+
+    def layout(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return the checkpoint's tensors by name, each with those of the model whose rows it holds, in order."""
+        order = {layer: number for fused in self.fused for number, layer in enumerate(fused.layers)}
+        layout: dict[str, list[str]] = {}
+        for name in names:
+            layout.setdefault(self.hub_name(name), []).append(name)
+        for held in layout.values():
+            held.sort(key=lambda name: max((n for layer, n in order.items() if f".{layer}." in name), default=0))
+        return layout
+
+    @staticmethod
+    def from_hub(tensor: Tensor, rows: Mapping[str, int]) -> dict[str, Tensor]:
+        """Split a tensor of the checkpoint into those of the model, given their names and numbers of rows."""
+        return dict(zip(rows, torch.split(tensor, list(rows.values())), strict=True))
+
+    @staticmethod
+    def to_hub(tensors: Mapping[str, Tensor]) -> Tensor:
+        """Undo `from_hub`."""
+        return torch.cat(list(tensors.values())) if len(tensors) > 1 else next(iter(tensors.values()))
+
+
+def no_window(values: Mapping[str, Any], layers: int) -> Windows:
+    """Refuse windows, which transformers would apply in generation alone."""
+    if (window := values.get("sliding_window")) is not None:
+        raise refusal("sliding_window", window, f"a model of the type {values['model_type']} has none")
+    if SLIDING in (types := layer_types(values, layers)):
+        raise refusal("layer_types", types, f"a model of the type {values['model_type']} has no sliding window")
+    return (None,) * layers
+
+
+def one_window(values: Mapping[str, Any], layers: int) -> Windows:
+    """Read one window for all layers."""
+    return (None if values.get("sliding_window") is None else size(values, "sliding_window"),) * layers
+
+
+def window_by_layer(values: Mapping[str, Any], layers: int) -> Windows:
+    """Read a window for the layers of type sliding_attention: those from max_window_layers on, unless listed."""
+    window = None
+    if boolean(values, "use_sliding_window") and values.get("sliding_window") is not None:
+        window = size(values, "sliding_window")
+    first = values.get("max_window_layers")
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise refusal("max_window_layers", first, "it must be a whole number, 0 or above")
+    default = [FULL if window is None or layer < first else SLIDING for layer in range(layers)]
+    types = layer_types(values, layers) or default
+    if window is None and SLIDING in types:
+        raise refusal("layer_types", types, "there is no sliding window without use_sliding_window and sliding_window")
+    return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def layer_types(values: Mapping[str, Any], layers: int) -> list[str]:
+    """Read the type of each layer, or an empty list where config.json does not list them."""
+    types = values.get("layer_types")
+    if types is None:
+        return []
+    if not isinstance(types, list) or not all(isinstance(kind, str) and kind in LAYER_TYPES for kind in types):
+        raise refusal("layer_types", types, f"it must be a list of {FULL} and {SLIDING}")
+    if len(types) != layers:
+        raise refusal("layer_types", types, f"it must have num_hidden_layers ({layers}) entries")
+    return [LAYER_TYPES[kind] for kind in types]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        defaults={"max_position_embeddings": 2048},
+        windows=no_window,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+    ),
+    "mistral": Family(
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        windows=one_window,
+    ),
+}
+
+
+def family_of(hub: Mapping[str, Any]) -> Family:
+    """Return the family of a config.json."""
+    model_type = hub.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise refusal("model_type", model_type, f"supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
