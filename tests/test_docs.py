@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmarks.__main__ import build_parser as build_benchmark_parser
 from helpers.families import Family
 from helpers.hub_server import reachable_hub
 from helpers.markdown import Block, blocks
@@ -33,7 +32,7 @@ ADDED = {
     "prepare_alpaca": {"--source": "archive.json"},
     "finetune_lora": {"--train.max_steps": "2", "--eval.max_iters": "1", "--eval.max_new_tokens": "4"},
 }
-FLAGS_OF_OTHERS = {"--index-url", "--max-lora-rank", "--hypothesis-profile", "--data", "--show", "--lr"}
+FLAGS_OF_OTHERS = {"--index-url", "--max-lora-rank", "--hypothesis-profile", "--lr"}
 
 
 def named(pages: list[Path]) -> dict[str, Path]:
@@ -124,12 +123,10 @@ def test_most_commands_are_run():
 
 
 def test_flags_are_those_of_a_parser():
-    helps = (
-        build_benchmark_parser().format_help()
-        + get_torchrun_parser().format_help()
-        + "".join(command_help(name) for name in COMMANDS)
-    )
-    known = set(re.findall(r"--[\w.]+", helps)) | FLAGS_OF_OTHERS
+    helps = get_torchrun_parser().format_help() + "".join(command_help(name) for name in COMMANDS)
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").rglob("*.py"))
+    of_scripts = re.findall(r"add_argument\(\s*\"(--[\w.]+)\"", scripts)
+    known = {*re.findall(r"--[\w.]+", helps), *of_scripts} | FLAGS_OF_OTHERS
     for page in [*PAGES, ROOT / "CHANGELOG.md"]:
         flags = re.findall(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?", page.read_text(encoding="utf-8"))
         unknown = {flag for flag in flags if not flag.startswith("--optimizer.")} - known
