@@ -1,3 +1,23 @@
 """litlora: fine-tune language models with LoRA, from Hub checkpoints to PEFT adapters."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from litlora.args import FinetuneLoraArgs as FinetuneLoraArgs
+    from litlora.train.report import Report as Report
+    from litlora.train.setup import finetune as finetune
+
 __version__ = "0.1.0"
+_EXPORTS = {
+    "FinetuneLoraArgs": "litlora.args",
+    "Report": "litlora.train.report",
+    "finetune": "litlora.train.setup",
+}
+"""Names by the module that is imported when they are first used: `import litlora` does not import torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'litlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -76,7 +76,7 @@ class TrainArgs:
     max_steps: int | None = None
     """Stop after this many optimizer steps, however many epochs are asked for."""
     max_time: float | None = None
-    """Seconds after which the run saves a checkpoint and stops, to be gone on with by --resume."""
+    """Seconds after which the run saves a checkpoint and stops, to be resumed by --resume."""
     max_seq_length: int | None = None
     """Most tokens of one example; longer ones are cut. By default the checkpoint's own limit."""
     learning_rate: float = 2e-4
@@ -303,8 +303,8 @@ class FinetuneLoraArgs(CommandArgs):
     """Where metrics go: csv is metrics.csv in out_dir."""
     seed: int = 1337
     """Decides the adapter's start, the order of the examples and dropout."""
-    resume: bool | Path = False
-    """Go on from the newest whole checkpoint in out_dir (true), or from the one at this path."""
+    resume: bool | Literal["auto"] | Path = False
+    """Resume from out_dir's newest intact checkpoint (true), if there is one (auto), or from the one at this path."""
     overwrite: bool = False
     """Replace a run that out_dir holds; together with --resume, only the final adapter of a finished one."""
     dry_run: bool = False

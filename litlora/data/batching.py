@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from heapq import nlargest
 from itertools import pairwise
 from operator import itemgetter
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,24 @@ class MicroBatch:
 
 DUMMY_MICRO_BATCH = MicroBatch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE_INDEX), (1,))
 """For a rank that has less to do than another: where weights are sharded, all must go through the model as often."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples become global batches and micro-batches."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    micro_batch_tokens: int | None = None
+
+    @classmethod
+    def of(cls, train: TrainArgs) -> Self:
+        """Take the settings that matter here."""
+        return cls(train.global_batch_size, train.micro_batch_size, train.micro_batch_tokens)
+
+    def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        """Split a global batch, or a rank's share of it."""
+        return micro_batches(samples, self.micro_batch_size, self.micro_batch_tokens)
 
 
 class Samples:

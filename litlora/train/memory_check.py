@@ -3,64 +3,42 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch.distributed.fsdp import FSDPModule
 
-from litlora.args import FinetuneLoraArgs, TrainArgs
+from litlora.args import TrainArgs
 from litlora.data.batching import Sample, Samples, longest_micro_batch, optimize_layout, pack
-from litlora.distributed.process_group import Ranks
 from litlora.errors import LitLoraError, is_shortage
+from litlora.evaluation.engine import Engine
 from litlora.lora.layer import lora_parameters
-from litlora.train.loop import Run, loss_and_gradients
+from litlora.nn.backend import compute_dtype
+from litlora.train.loop import loss_and_gradients
 from litlora.train.memory_estimate import Load, Network, breakdown
 from litlora.train.schedule import orders, total_steps
 from litlora.train.train_state import Progress
 
-USABLE = 0.9  # share of a GPU's free memory; the rest is for its libraries, and for gaps
+USABLE = 0.9  # share of a GPU's free memory; the rest is for its libraries and for fragmentation
 
 
-def check_memory(run: Run, done: int) -> None:
-    """Refuse a run whose longest micro-batch, of all behind the steps that are done, is too much for the memory.
-
-    It goes forward and back before the first step; nothing of it stays, neither gradients nor random numbers drawn.
-    """
-    if done == total_steps(len(run.train), run.args.train):
-        return
-    longest = longest_ahead(run.train, run.args, run.ranks.world_size, done)
-    if not fits(run, longest):
-        # With sharded weights a rank cannot try again: the others may still be in the midst of the pass.
-        fitting = [] if isinstance(run.gpt, FSDPModule) else fitting_part(run, longest)
-        raise too_long(run, longest, fitting)
+def longest_ahead(samples: Samples, train: TrainArgs, seed: int, ranks: int, done: int = 0) -> list[Sample]:
+    """Return the samples of the longest micro-batch, on any rank, of all steps after those that are done."""
+    total = total_steps(len(samples), train)
+    ahead = orders(len(samples), train.global_batch_size, seed, after=done, total=total)
+    return longest_micro_batch(samples, (order for _, order in ahead), train, ranks)
 
 
-def longest_ahead(samples: Samples, args: FinetuneLoraArgs, ranks: int, done: int) -> list[Sample]:
-    """Return the samples of the longest micro-batch, on any rank, of all behind the steps that are done."""
-    ahead = orders(len(samples), args, after=done, total=total_steps(len(samples), args.train))
-    return longest_micro_batch(samples, (order for _, order in ahead), args.train, ranks)
+def load_of(samples: Sequence[Sample], network: Network, activation_checkpointing: bool, concurrent: int = 1) -> Load:
+    """Describe a number of concurrent micro-batches of these samples."""
+    micro = optimize_layout(pack(samples), network.backend, compute_dtype(network.precision))
+    return Load(micro.lengths, micro.supervised, activation_checkpointing, micro.shared, concurrent)
 
 
-def load_of(samples: Sequence[Sample], network: Network, activation_checkpointing: bool, at_once: int = 1) -> Load:
-    """Describe so many micro-batches of these samples."""
-    micro = optimize_layout(pack(samples), network.backend, network.dtype)
-    return Load(micro.lengths, micro.supervised, activation_checkpointing, micro.shared, at_once)
-
-
-def at_once(samples: Sequence[Sample], train: TrainArgs, ranks: int, lanes: int) -> int:
-    """Return how many of so many lanes have a micro-batch like this one, of those of a step."""
-    return min(lanes, math.ceil(train.global_batch_size / (ranks * len(samples))))
-
-
-def must_shard(args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks) -> bool:
-    """Tell whether each of several devices is to hold a part of the base only: as asked for, or for want of memory."""
-    if ranks.world_size == 1 or args.strategy != "auto" or network.backend.counts_process_memory:
-        return ranks.world_size > 1 and args.strategy == "fsdp"
-    longest = longest_ahead(samples, args, ranks.world_size, 0)
-    load = load_of(longest, network, args.train.activation_checkpointing)
-    free, _ = torch.cuda.mem_get_info(network.device)
-    return bool(ranks.all_reduce_max(int(not has_room(free, network, load, args.optimizer))))
+def concurrent_micro_batches(samples: Sequence[Sample], train: TrainArgs, ranks: int, workers: int) -> int:
+    """Return how many micro-batches of the size of this one a step computes concurrently."""
+    return min(workers, math.ceil(train.global_batch_size / (ranks * len(samples))))
 
 
 def has_room(free: int, network: Network, load: Load, optimizer: str | dict[str, Any]) -> bool:
@@ -68,30 +46,74 @@ def has_room(free: int, network: Network, load: Load, optimizer: str | dict[str,
     return sum(breakdown(network, load, optimizer).values()) <= free * USABLE
 
 
-def fits(run: Run, samples: Sequence[Sample]) -> bool:
-    """Tell whether there is memory for samples to go forward and back, in as many lanes as they would in a step."""
-    there_and_back = partial(loss_and_gradients, run, list(lora_parameters(run.gpt).values()), 1)
-    try:
-        for _ in run.workers.map(there_and_back, [pack(samples)] * workers_of(run, samples)):
-            pass
-    except (MemoryError, RuntimeError) as error:
-        if not is_shortage(error):
-            raise
-        return False
-    return True
+def check_memory(
+    engine: Engine, network: Network, train: TrainArgs, optimizer: str | dict[str, Any], longest: Sequence[Sample]
+) -> None:
+    """Refuse a run whose longest micro-batch needs too much memory.
+
+    Forward and backward run on it before the first step, and leave neither gradients nor another random state.
+    """
+    check = _Check(engine, network, train, optimizer)
+    if not check.fits(longest):
+        # With sharded weights a rank cannot try again: its peers may still be inside forward or backward.
+        fitting = [] if isinstance(engine.gpt, FSDPModule) else check.fitting_subset(longest)
+        raise check.error(longest, fitting)
 
 
-def workers_of(run: Run, samples: Sequence[Sample]) -> int:
-    """Return how many lanes have a micro-batch like this one at a time."""
-    return at_once(samples, run.args.train, run.ranks.world_size, run.workers.count)
+@dataclass(frozen=True)
+class _Check:
+    """What the check runs, and what it needs for the estimates in its error."""
 
+    engine: Engine
+    network: Network
+    train: TrainArgs
+    optimizer: str | dict[str, Any]
 
-def fitting_part(run: Run, samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Return as many of the samples as there is memory for, or the beginning of one, found by halving; or none."""
-    part = half(samples)
-    while part and not fits(run, part):
-        part = half(part)
-    return part
+    def fits(self, samples: Sequence[Sample]) -> bool:
+        """Tell whether forward and backward fit in memory, with as many concurrent micro-batches as in a step."""
+        parameters = list(lora_parameters(self.engine.gpt).values())
+        work = partial(loss_and_gradients, self.engine, parameters, 1)
+        try:
+            for _ in self.engine.workers.map(work, [pack(samples)] * self.concurrent(samples)):
+                pass
+        except (MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            return False
+        return True
+
+    def concurrent(self, samples: Sequence[Sample]) -> int:
+        """Return how many micro-batches of the size of this one are computed concurrently."""
+        return concurrent_micro_batches(samples, self.train, self.engine.ranks.world_size, self.engine.workers.count)
+
+    def fitting_subset(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Return as many of the samples as fit in memory, or the beginning of one, found by halving; or none."""
+        subset = half(samples)
+        while subset and not self.fits(subset):
+            subset = half(subset)
+        return subset
+
+    def need(self, samples: Sequence[Sample], activation_checkpointing: bool, concurrent: int) -> str:
+        """Return the memory of a run whose longest micro-batches have these samples, in words."""
+        load = load_of(samples, self.network, activation_checkpointing, concurrent)
+        return f"about {sum(breakdown(self.network, load, self.optimizer).values()) / 1e9:.1f} GB"
+
+    def error(self, samples: Sequence[Sample], fitting: Sequence[Sample]) -> LitLoraError:
+        """Return the error that names what needs too much memory, the settings to lower, and what they would need."""
+        recomputes, concurrent = self.train.activation_checkpointing, self.concurrent(samples)
+        ways = [lower(samples, fitting, self.train)]
+        if fitting:
+            ways[0] += f", which needs {self.need(fitting, recomputes, self.concurrent(fitting))}"
+        if concurrent > 1:
+            ways.append(f"or pass --train.parallel_micro_batches 1, which needs {self.need(samples, recomputes, 1)}")
+        if not recomputes:
+            needed = self.need(samples, True, concurrent)
+            ways.append(f"or pass --train.activation_checkpointing true, which needs {needed}")
+        longest = f"the longest micro-batch, examples: {len(samples)}, tokens: {total(samples):,}"
+        if concurrent > 1:
+            longest = f"{concurrent} times {longest}"
+        needed = self.need(samples, recomputes, concurrent)
+        return LitLoraError(f"there is too little memory for {longest}, which needs {needed}; {', '.join(ways)}")
 
 
 def half(samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -104,25 +126,8 @@ def half(samples: Sequence[Sample]) -> Sequence[Sample]:
     return [beginning] if beginning.supervised else []
 
 
-def too_long(run: Run, samples: Sequence[Sample], fitting: Sequence[Sample]) -> LitLoraError:
-    """Say what is too much, which settings to lower, and what they would need."""
-    kept, lanes = run.args.train.activation_checkpointing, workers_of(run, samples)
-    ways = [lower(samples, fitting, run.args.train)]
-    if fitting:
-        ways[0] += f", which needs {need(run, fitting, kept, workers_of(run, fitting))}"
-    if lanes > 1:
-        ways.append(f"or pass --train.parallel_micro_batches 1, which needs {need(run, samples, kept, 1)}")
-    if not kept:
-        ways.append(f"or pass --train.activation_checkpointing true, which needs {need(run, samples, True, lanes)}")
-    longest = f"the longest micro-batch, examples: {len(samples)}, tokens: {total(samples):,}"
-    if lanes > 1:
-        longest = f"{lanes} times {longest}"
-    needed = need(run, samples, kept, lanes)
-    return LitLoraError(f"there is too little memory for {longest}, which needs {needed}; {', '.join(ways)}")
-
-
 def lower(samples: Sequence[Sample], fitting: Sequence[Sample], train: TrainArgs) -> str:
-    """Name the settings to lower, with the values for which there is enough."""
+    """Name the settings to lower, with the values for which memory suffices."""
     enough, changes = total(fitting), []
     if fitting and train.micro_batch_tokens is not None:
         changes.append(f"--train.micro_batch_tokens ({train.micro_batch_tokens}) to {enough}")
@@ -134,21 +139,13 @@ def lower(samples: Sequence[Sample], fitting: Sequence[Sample], train: TrainArgs
 
 
 def total(samples: Sequence[Sample]) -> int:
+    """Return the number of tokens in samples."""
     return sum(len(sample.tokens) for sample in samples)
 
 
-def need(run: Run, samples: Sequence[Sample], activation_checkpointing: bool, lanes: int) -> str:
-    """Say how much memory a run takes whose longest micro-batches, in so many lanes, are of these samples."""
-    args = run.args
-    shards = run.ranks.world_size if isinstance(run.gpt, FSDPModule) else 1
-    network = Network(run.gpt.config, run.folder.lora, args.precision, args.quantize, run.fabric.device, shards)
-    load = load_of(samples, network, activation_checkpointing, lanes)
-    return f"about {sum(breakdown(network, load, args.optimizer).values()) / 1e9:.1f} GB"
-
-
 @contextmanager
-def shortage_said(progress: Progress, train: TrainArgs) -> Iterator[None]:
-    """Say in one sentence that memory has run out on the way, where others have taken what was there at the start."""
+def reporting_shortage(progress: Progress, train: TrainArgs) -> Iterator[None]:
+    """Report in one sentence that memory has run out during the run, where others have taken it meanwhile."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

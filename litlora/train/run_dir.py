@@ -2,10 +2,8 @@
 
 import csv
 import dataclasses
-import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +19,16 @@ from litlora.args import FinetuneLoraArgs, plain
 from litlora.errors import RESUME, LitLoraError
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
-from litlora.train.resume import BASE, Identity, newest_whole, whole
+from litlora.train.report import Report
+from litlora.train.resume import BASE, Identity, intact, newest_intact
 from litlora.train.train_state import Progress, write_state
-from litlora.utils.files import atomic_directory, reporting_write_errors, write_atomically
+from litlora.utils.console import log
+from litlora.utils.files import YAML_ERRORS, atomic_directory, reporting_write_errors, write_atomically
 from litlora.utils.manifest import write_manifest
 
 METRICS = "metrics.csv"
+HYPERPARAMETERS = "hyperparameters.yaml"
+AUTO = "auto"  # of --resume
 STEP = re.compile("[0-9]{1,18}")
 COLUMNS = (
     "step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb",
@@ -66,70 +68,84 @@ class RunFolder:
     def check(self) -> Path | None:
         """Return the checkpoint to start from, or None for a run from the start; nothing is created or removed.
 
-        Refuses a folder that holds another run, or no whole checkpoint of this one to go on with.
+        Refuses a folder that holds another run, or no intact checkpoint of this one.
         """
         start = self._start()
         if self.final.exists() and not self.args.overwrite:
             hint = "choose another, or replace it by --overwrite true"
             raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {hint}")
-        own = self.args.resume is True or self._is_own(start)
-        if (self.metrics.exists() or self.checkpoints) and not own and not self.args.overwrite:
+        resumes = self.args.resume in (True, AUTO) or self._is_local(start)
+        if (self.metrics.exists() or self.checkpoints) and not resumes and not self.args.overwrite:
             hint = "choose another, resume it by --resume true, or replace it by --overwrite true"
             raise LitLoraError(f"--out_dir ({self.path}) holds a run already: {hint}")
         if start is not None:
             self.identity.check(start)
         return start
 
+    def is_left_alone(self) -> bool:
+        """Tell whether --resume auto finds this run finished, and refuse a finished run of other settings."""
+        if self.args.resume != AUTO or self.args.overwrite or not self.final.exists():
+            return False
+        if changes := self.identity.changed_settings(read_yaml(self.path / HYPERPARAMETERS)):
+            hint = "choose another, or resume it by --overwrite true"
+            raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {', '.join(changes)}; {hint}")
+        return True
+
     def _start(self) -> Path | None:
-        if isinstance(self.args.resume, Path):
-            return whole(self.args.resume)
+        if isinstance(self.args.resume, Path):  # which "auto" is not
+            return intact(self.args.resume)
         if not self.args.resume:
             return None
         if not self.checkpoints:
-            sys.stderr.write(f"there is no checkpoint in {self.path} yet: starting at the first step\n")
+            if self.metrics.exists() or self.args.resume is True:
+                log(f"there is no checkpoint in {self.path} yet: starting at the first step")
             return None
-        return newest_whole(self.checkpoints)
+        return newest_intact(self.checkpoints)
 
-    def _is_own(self, start: Path | None) -> bool:
+    def _is_local(self, start: Path | None) -> bool:
         return start is not None and start.resolve().parent == self.path.resolve()
 
     def open(self, start: Path | None, step: int) -> None:
-        """Remove what lies behind the start, and write the settings and a metrics.csv that ends there."""
-        for path in list(self.path.glob(".*.partial")):  # left by a killed run, for this one has the lock
+        """Remove what comes after the start, and write the settings and a metrics.csv that ends there."""
+        for path in list(self.path.glob(".*.partial")):  # left by a killed run: this one holds the lock
             remove(path)
         for path in self.checkpoints:
-            if step_of(path) > step or not self._is_own(start):
+            if step_of(path) > step or not self._is_local(start):
                 remove(path)
-        if not self._is_own(start):
+        if not self._is_local(start):
             remove(self.final)
         settings = plain(dataclasses.replace(self.args, resume=False, overwrite=False))
         write_atomically(
             {
-                self.path / "hyperparameters.yaml": yaml.safe_dump(settings, sort_keys=False).encode(),
+                self.path / HYPERPARAMETERS: yaml.safe_dump(settings, sort_keys=False).encode(),
                 self.metrics: "".join(f"{row}\n" for row in rows_until(start, step)).encode(),
             }
         )
 
     def log(self, **values: float | None) -> None:
-        """Append a row to metrics.csv, at once, so that a killed run keeps its log."""
+        """Append a row to metrics.csv, at once, so that a killed run loses none."""
         path = self.metrics
-        with self._kept_said(), reporting_write_errors(path), path.open("a", newline="", encoding="utf-8") as file:
+        with (
+            self._naming_checkpoint(),
+            reporting_write_errors(path),
+            path.open("a", newline="", encoding="utf-8") as file,
+        ):
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
 
     def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
-        """Save the adapter and all that an exact continuation needs, and return its folder."""
+        """Save the adapter and all that an exact resume needs, and return its folder."""
         path = self.step(progress)
-        with self._kept_said(), atomic_directory(path) as folder:
+        with self._naming_checkpoint(), atomic_directory(path) as folder:
             self._write_adapter(folder, model)
             write_state(folder, optimizer, progress)
             self.identity.write(folder)
             write_manifest(folder)
-        self._keep_to_limit(progress.best.step)
+        self._remove_old(progress.best.step)
         return path
 
     @contextmanager
-    def _kept_said(self) -> Iterator[None]:
-        """Add to what could not be written from where the run can go on."""
+    def _naming_checkpoint(self) -> Iterator[None]:
+        """Add to an error in writing the checkpoint from which the run can resume."""
         try:
             yield
         except LitLoraError as error:
@@ -137,18 +153,18 @@ class RunFolder:
                 raise
             raise LitLoraError(f"{error}; {self.checkpoints[-1]} is saved: fix that, and {RESUME}") from error
 
-    def _keep_to_limit(self, best: int) -> None:
+    def _remove_old(self, best: int) -> None:
         limit = self.args.train.save_total_limit
         for path in self.checkpoints[:-limit] if limit else ():
             if step_of(path) != best:
                 remove(path)
 
-    def save_final(self, model: nn.Module, report: dict[str, Any]) -> Path:
+    def save_final(self, model: nn.Module, report: Report) -> Path:
         """Save the adapter with the report of the run, and return its folder."""
         remove(self.final)
-        with self._kept_said(), atomic_directory(self.final) as folder:
+        with self._naming_checkpoint(), atomic_directory(self.final) as folder:
             self._write_adapter(folder, model)
-            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            report.write(folder)
         return self.final
 
     def _write_adapter(self, folder: Path, model: nn.Module) -> None:
@@ -159,21 +175,30 @@ class RunFolder:
 
 
 class ReadOnlyRunFolder(RunFolder):
-    """The same folder for a process that leaves the writing to another."""
+    """The same folder for a rank that leaves the writing to rank 0."""
 
     def open(self, start: Path | None, step: int) -> None:
-        """Leave it as it is."""
+        """Do nothing."""
 
     def log(self, **values: float | None) -> None:
-        """Leave the log to the one that writes."""
+        """Do nothing."""
 
     def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
-        """Return the folder that is being written."""
+        """Return the folder that rank 0 writes."""
         return self.step(progress)
 
-    def save_final(self, model: nn.Module, report: dict[str, Any]) -> Path:
-        """Return the folder that is being written."""
+    def save_final(self, model: nn.Module, report: Report) -> Path:
+        """Return the folder that rank 0 writes."""
         return self.final
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the settings of a run."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, *YAML_ERRORS) as error:
+        raise LitLoraError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def step_of(checkpoint: Path) -> int:
@@ -183,18 +208,18 @@ def step_of(checkpoint: Path) -> int:
 
 
 def rows_until(start: Path | None, step: int) -> list[str]:
-    """Return the header of metrics.csv, and the rows that the run of a checkpoint has left up to its step."""
+    """Return the header of metrics.csv, and the rows of a checkpoint's run up to its step."""
     header = ",".join(COLUMNS)
     metrics = None if start is None else start.parent / METRICS
     if metrics is None or not metrics.is_file():
         return [header]
     rows = (row.split(",") for row in metrics.read_text(encoding="utf-8", errors="replace").splitlines())
-    whole_rows = (row for row in rows if len(row) == len(COLUMNS) and STEP.fullmatch(row[0]))
-    return [header, *(",".join(row) for row in whole_rows if int(row[0]) <= step)]
+    intact_rows = (row for row in rows if len(row) == len(COLUMNS) and STEP.fullmatch(row[0]))
+    return [header, *(",".join(row) for row in intact_rows if int(row[0]) <= step)]
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there, so that a folder is never seen in part."""
+    """Remove a file or folder, if it exists, so that no partial folder is ever visible."""
     if not path.exists():
         return
     with reporting_write_errors(path):

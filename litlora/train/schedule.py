@@ -6,35 +6,32 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from litlora.args import FinetuneLoraArgs, TrainArgs
+from litlora.args import TrainArgs
 from litlora.data.batching import Sample, Samples, epoch_order
 
 
-def steps(
-    samples: Samples, args: FinetuneLoraArgs, *, after: int, total: int
-) -> Iterator[tuple[int, int, list[Sample]]]:
-    """Yield epoch, step and global batch of every step behind `after`."""
-    size, step = args.train.global_batch_size, after
-    for epoch, order in orders(len(samples), args, after=after, total=total):
+def steps(samples: Samples, size: int, seed: int, *, after: int, total: int) -> Iterator[tuple[int, int, list[Sample]]]:
+    """Yield epoch, step and global batch, of `size` samples, of every step after `after`."""
+    step = after
+    for epoch, order in orders(len(samples), size, seed, after=after, total=total):
         for start in range(0, len(order), size):
             step += 1
             yield epoch, step, [samples[number] for number in order[start : start + size].tolist()]
 
 
-def orders(samples: int, args: FinetuneLoraArgs, *, after: int, total: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each epoch with the numbers of its samples behind step `after`; all of it follows from the seed alone."""
-    size = args.train.global_batch_size
+def orders(samples: int, size: int, seed: int, *, after: int, total: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each epoch with the indices of its samples after step `after`; the order follows from the seed alone."""
     per_epoch = math.ceil(samples / size)
     for epoch in range(after // per_epoch + 1, math.ceil(total / per_epoch) + 1):
         before = (epoch - 1) * per_epoch
         first, last = max(after - before, 0), min(total - before, per_epoch)
-        yield epoch, epoch_order(samples, seed=args.seed, epoch=epoch)[first * size : last * size]
+        yield epoch, epoch_order(samples, seed=seed, epoch=epoch)[first * size : last * size]
 
 
 def total_steps(samples: int, args: TrainArgs) -> int:
-    """Return how many optimizer steps a run takes; the last, smaller global batch of an epoch counts."""
-    wanted = args.epochs * math.ceil(samples / args.global_batch_size)
-    return wanted if args.max_steps is None else min(wanted, args.max_steps)
+    """Return the number of optimizer steps of a run; the last, smaller global batch of an epoch counts."""
+    requested = args.epochs * math.ceil(samples / args.global_batch_size)
+    return requested if args.max_steps is None else min(requested, args.max_steps)
 
 
 def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:

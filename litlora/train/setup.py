@@ -1,22 +1,21 @@
 """Building a fine-tuning run from its arguments, and carrying it out."""
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from litlora.args import FinetuneLoraArgs
-from litlora.data.batching import Samples, epoch_order, micro_batches
+from litlora.data.batching import Batching, Samples, epoch_order
 from litlora.data.encoding import Tokens
 from litlora.data.examples import Example, read_example
 from litlora.data.prompt_styles import PromptStyle
@@ -26,8 +25,9 @@ from litlora.distributed.fsdp import load_sharded
 from litlora.distributed.launcher import find_rank_info
 from litlora.distributed.process_group import Ranks, monitor_peers, open_fabric, reporting_once
 from litlora.errors import LitLoraError
-from litlora.generation.sampler import Sampler
-from litlora.generation.session import generate
+from litlora.evaluation.engine import Engine
+from litlora.evaluation.samples import sample_completion
+from litlora.evaluation.validation import validate
 from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
@@ -38,14 +38,23 @@ from litlora.models.transformer import GPT, evaluating
 from litlora.nn.backend import backend
 from litlora.nn.nf4 import Quantization, import_bitsandbytes
 from litlora.train.loop import Run, fit, loss_and_gradients
-from litlora.train.memory_check import at_once, check_memory, load_of, longest_ahead, must_shard, shortage_said
+from litlora.train.memory_check import (
+    check_memory,
+    concurrent_micro_batches,
+    has_room,
+    load_of,
+    longest_ahead,
+    reporting_shortage,
+)
 from litlora.train.memory_estimate import Network, breakdown, table
 from litlora.train.metrics import peak_memory_gb
 from litlora.train.optimizers import build_optimizer, check_optimizer
+from litlora.train.report import Report
 from litlora.train.resume import BASE, Identity, no_checkpoint
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.schedule import orders, total_steps
 from litlora.train.train_state import Progress, restore_state
+from litlora.utils.console import log
 from litlora.utils.locks import locked
 from litlora.utils.signals import StopRequest
 
@@ -53,94 +62,199 @@ FISHER_EXAMPLES = 32
 """Examples that measure the Fisher information; eight times as many gave no lower loss."""
 
 
-def finetune(args: FinetuneLoraArgs) -> None:
-    """Fine-tune a checkpoint with LoRA."""
-    stopping = StopRequest(args.train.max_time)
+def finetune(args: FinetuneLoraArgs) -> Report:
+    """Fine-tune a checkpoint with LoRA, and return the report of the run.
+
+    Called in a Python program, it trains in the program's process, on one device.
+    """
+    stop = StopRequest(args.train.max_time)
+    with joined(args) as (fabric, ranks):
+        inputs = find_inputs(args, fabric.device)
+        folder = run_folder(args, inputs, ranks)
+        if ranks.broadcast_result(folder.is_left_alone):
+            log(f"the run in {args.out_dir} is finished: adapter in {folder.final}")
+            return Report.read(folder.final)
+        start = ranks.broadcast_result(folder.check)
+        data = read_data(args, inputs, ranks)
+        network = Network(inputs.config, folder.lora, args.precision, args.quantize, fabric.device)
+        run, progress = build_run(args, inputs, data, network, folder, fabric, ranks, stop, start)
+        log_plan(run)
+        if progress.step < total_steps(len(data.train), args.train):
+            longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size, progress.step)
+            shards = ranks.world_size if isinstance(run.engine.gpt, FSDPModule) else 1
+            check_memory(run.engine, replace(network, shards=shards), args.train, args.optimizer, longest)
+        return carry_out(run, progress, start, inputs.checkpoint)
+
+
+def forecast(args: FinetuneLoraArgs) -> str:
+    """Return what a run would compute and the parts of its peak memory, as a table; no weight is loaded (--dry_run)."""
+    with joined(args) as (fabric, ranks):
+        inputs = find_inputs(args, fabric.device)
+        folder = run_folder(args, inputs, ranks)
+        ranks.broadcast_result(folder.check)
+        data = read_data(args, inputs, ranks)
+        network = Network(inputs.config, folder.lora, args.precision, args.quantize, fabric.device)
+        return memory_table(args, network, data.train)
+
+
+@contextmanager
+def joined(args: FinetuneLoraArgs) -> Iterator[tuple[Fabric, Ranks]]:
+    """Join the other processes of the run, if any, and lock the output folder."""
     rank_info = find_rank_info(args.devices, args.num_nodes)
     with reporting_once(rank_info):
         # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
         fabric = open_fabric(rank_info, "bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
         ranks = Ranks(rank_info.rank, rank_info.world_size, fabric.device)
+        if ranks.world_size == 1 and args.devices * args.num_nodes > 1 and not args.dry_run:
+            hint = "start them by the litlora command, torchrun or srun"
+            raise LitLoraError(f"--devices ({args.devices}) needs a process for each of them: {hint}")
         if args.resume is True and not args.out_dir.exists():
             raise no_checkpoint(args.out_dir)
         lock = locked(args.out_dir, "--out_dir") if ranks.is_first and not args.dry_run else nullcontext()
         with monitor_peers(rank_info), lock:
-            train_adapter(args, stopping, fabric, ranks)
+            yield fabric, ranks
 
 
-def train_adapter(args: FinetuneLoraArgs, stopping: StopRequest, fabric: Fabric, ranks: Ranks) -> None:
-    """Train in a folder that is the first rank's own."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, found and checked."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    style: PromptStyle
+    max_seq_length: int
+    encoder: SplitEncoder
+    splits: tuple[Split, ...]
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.checkpoint.config
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of the base's weights, and of the tokens of each split."""
+        tokens = {f"the rows or the tokenizer of {split.path.name}": split.name for split in self.splits}
+        return {BASE: self.checkpoint.fingerprint()} | tokens
+
+
+def find_inputs(args: FinetuneLoraArgs, device: torch.device) -> Inputs:
+    """Open the base and find the splits; refuse settings that do not fit them."""
     checkpoint = Checkpoint.open(args.checkpoint_dir)
-    config = checkpoint.config
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     style = tokenizer.prompt_style(args.prompt_style)
-    limit = sequence_limit(args.train.max_seq_length, config.max_position_embeddings)
-    check_optimizer(args.optimizer, args.train.learning_rate, fabric.device)
+    limit = sequence_limit(args.train.max_seq_length, checkpoint.config.max_position_embeddings)
+    check_optimizer(args.optimizer, args.train.learning_rate, device)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, args.prompt_style, args.mask_prompt)
-    splits = [find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val")]
-    read = contents(checkpoint, splits)
-    ranks.require_identical(read)
+    splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
+    return Inputs(checkpoint, tokenizer, style, limit, encoder, splits)
+
+
+def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolder:
+    """Return the output folder, to which rank 0 alone writes."""
+    hashes = inputs.hashes
+    ranks.require_identical(hashes)
     kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
-    folder = kind(args, lora_config(args), tokenizer.files, Identity.of(args, read))
-    start = ranks.broadcast_result(folder.check)
-    shown = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
+    return kind(args, lora_config(args), inputs.tokenizer.files, Identity.of(args, hashes))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples of a run, and the example of the validation split whose completion is printed."""
+
+    train: Samples
+    val: Samples
+    example: Example
+
+
+def read_data(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> Data:
+    """Open the splits as tokens; those that are not cached yet are tokenized by rank 0."""
+    example = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
     with ranks.first_ahead():
-        opened = open_splits(splits, encoder)
-    named = {split.path.name: tokens for split, tokens in zip(splits, opened, strict=True)}
-    require_embedded(named, tokenizer, config)
-    train, val = (samples_of(name, tokens, limit, args.train.micro_batch_tokens) for name, tokens in named.items())
+        opened = open_splits(inputs.splits, inputs.encoder)
+    named = {split.path.name: tokens for split, tokens in zip(inputs.splits, opened, strict=True)}
+    require_embedded(named, inputs.tokenizer, inputs.config)
+    limit, most = inputs.max_seq_length, args.train.micro_batch_tokens
+    train, val = (samples_of(name, tokens, limit, most) for name, tokens in named.items())
+    return Data(train, val, example)
 
+
+def build_run(
+    args: FinetuneLoraArgs,
+    inputs: Inputs,
+    data: Data,
+    network: Network,
+    folder: RunFolder,
+    fabric: Fabric,
+    ranks: Ranks,
+    stop: StopRequest,
+    start: Path | None,
+) -> tuple[Run, Progress]:
+    """Load model, adapter and optimizer, and the state of the checkpoint that the run starts from, if any."""
     torch.manual_seed(args.seed)
-    network = Network(config, folder.lora, args.precision, args.quantize, fabric.device)
-    if args.dry_run:
-        sys.stdout.write(forecast(args, network, train))
-        return
-    gpt = build_model(args, checkpoint, folder.lora, fabric, sharded=must_shard(args, network, train, ranks))
+    gpt = build_model(args, inputs.checkpoint, folder.lora, fabric, sharded=is_sharded(args, network, data, ranks))
     optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
-    _, optimizer = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
-    progress = go_on(checkpoint, start, gpt, optimizer)
+    _, wrapped = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
+    progress = restore(inputs.checkpoint, start, gpt, cast(Optimizer, wrapped))
+    workers = 1 if isinstance(gpt, FSDPModule) else network.backend.workers(args.train.parallel_micro_batches)
+    engine = Engine(gpt, fabric, args.precision, network.backend.worker_pool(workers), ranks)
+    completion = partial(sample_completion, engine, inputs.tokenizer, inputs.style, data.example)
+    loss = partial(validate, engine, data.val, Batching.of(args.train), args.eval.max_iters)
+    limit = args.eval.max_new_tokens
+    show = partial(validate_and_print, loss, partial(completion, limit) if limit else None)
+    run = Run(engine, cast(Optimizer, wrapped), data.train, args.train, args.eval, args.seed, show, folder, stop)
+    return run, progress
 
-    answer = partial(
-        sample_answer, fabric, gpt, tokenizer, style, shown, args.eval.max_new_tokens, OneChoice(ranks=ranks)
-    )
-    its_backend = backend(fabric.device)
-    count = 1 if isinstance(gpt, FSDPModule) else its_backend.workers(args.train.parallel_micro_batches)
-    workers = its_backend.worker_pool(count)
-    run = Run(fabric, gpt, cast(Optimizer, optimizer), train, val, args, folder, answer, stopping, ranks, workers)
-    carry_out(run, checkpoint, progress, start)
+
+def is_sharded(args: FinetuneLoraArgs, network: Network, data: Data, ranks: Ranks) -> bool:
+    """Tell whether each of several devices holds a shard of the base: as requested, or where memory is too small."""
+    if ranks.world_size == 1 or args.strategy != "auto" or network.backend.counts_process_memory:
+        return ranks.world_size > 1 and args.strategy == "fsdp"
+    longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size)
+    load = load_of(longest, network, args.train.activation_checkpointing)
+    free, _ = torch.cuda.mem_get_info(network.device)
+    return bool(ranks.all_reduce_max(int(not has_room(free, network, load, args.optimizer))))
 
 
-def carry_out(run: Run, checkpoint: Checkpoint, progress: Progress, start: Path | None) -> None:
-    """Train from where a run stands to its end, and leave what comes of it in its folder."""
-    say_plan(run)
-    check_memory(run, progress.step)
+def validate_and_print(loss: Callable[[], float], completion: Callable[[], str] | None, step: int) -> float:
+    """Validate, and print the loss and a sample completion on stderr."""
+    val_loss = loss()
+    tqdm.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
+    if completion is not None:
+        tqdm.write(completion(), file=sys.stderr)
+    return val_loss
+
+
+def carry_out(run: Run, progress: Progress, start: Path | None, checkpoint: Checkpoint) -> Report:
+    """Train to the end, and save the final adapter with the report."""
     run.folder.open(start, progress.step)
-    with shortage_said(progress, run.args.train):
+    with reporting_shortage(progress, run.train):
         if start is None:
             initialize_adapter(run, checkpoint)
-        with run.stopping.handling_signals():
+        with run.stop.handling_signals():
             fit(run, progress)
-        final = run.folder.save_final(run.gpt, report(run.gpt, progress, take_best(run.gpt, progress)))
-    say(f"adapter in {final}")
+        report = Report.of(run.engine.gpt, progress, select_final_adapter(run.engine.gpt, progress))
+        final = run.folder.save_final(run.engine.gpt, report)
+    log(f"adapter in {final}")
+    return report
 
 
 def initialize_adapter(run: Run, checkpoint: Checkpoint) -> None:
     """Initialize a new adapter as --lora_init says."""
-    calibration = Calibration(checkpoint, partial(backward_over_some, run), run.ranks.broadcast)
-    INITIALIZERS[run.folder.lora.init](lora_layers(run.gpt), calibration)
+    backward = partial(calibrate, run.engine, run.samples, Batching.of(run.train), run.seed)
+    calibration = Calibration(checkpoint, backward, run.engine.ranks.broadcast)
+    INITIALIZERS[run.folder.lora.init](lora_layers(run.engine.gpt), calibration)
 
 
 @torch.enable_grad()
-def backward_over_some(run: Run) -> None:
+def calibrate(engine: Engine, samples: Samples, batching: Batching, seed: int) -> None:
     """Run forward and backward over the first examples of the first epoch; no gradient is retained."""
-    first = epoch_order(len(run.train), seed=run.args.seed, epoch=1)[:FISHER_EXAMPLES].tolist()
-    samples, train = [run.train[number] for number in first], run.args.train
-    matrices = list(lora_parameters(run.gpt).values())
-    with evaluating(run.gpt):
-        for micro in micro_batches(samples, train.micro_batch_size, train.micro_batch_tokens):
-            loss_and_gradients(run, matrices, 1, micro)
+    first = epoch_order(len(samples), seed=seed, epoch=1)[:FISHER_EXAMPLES].tolist()
+    parameters = list(lora_parameters(engine.gpt).values())
+    with evaluating(engine.gpt):
+        for micro in batching.micro_batches([samples[number] for number in first]):
+            loss_and_gradients(engine, parameters, 1, micro)
 
 
 def require_embedded(tokens: Mapping[str, Tokens], tokenizer: Tokenizer, config: GPTConfig) -> None:
@@ -153,7 +267,7 @@ def require_embedded(tokens: Mapping[str, Tokens], tokenizer: Tokenizer, config:
 def build_model(
     args: FinetuneLoraArgs, checkpoint: Checkpoint, lora: LoRAConfig, fabric: Fabric, *, sharded: bool
 ) -> GPT:
-    """Load the base, whole or this device's part of it, with a new adapter."""
+    """Load the base, or this device's shard of it, with a new adapter."""
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
     if sharded:
@@ -166,31 +280,25 @@ def build_model(
     return gpt
 
 
-def contents(checkpoint: Checkpoint, splits: Sequence[Split]) -> dict[str, str]:
-    """Return the hashes of what a run reads: the base's weights, and the tokens of each split."""
-    tokens = {f"the rows or the tokenizer of {split.path.name}": split.name for split in splits}
-    return {BASE: checkpoint.fingerprint()} | tokens
-
-
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
     targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
     return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets, init=args.lora_init)
 
 
-def sequence_limit(asked: int | None, positions: int) -> int:
-    """Return the most tokens of an example: what is asked for, or all the positions that the checkpoint has."""
-    if asked is not None and asked > positions:
+def sequence_limit(requested: int | None, positions: int) -> int:
+    """Return the most tokens of an example: as requested, or all positions of the checkpoint."""
+    if requested is not None and requested > positions:
         need = f"must be at most the checkpoint's max_position_embeddings ({positions})"
-        raise LitLoraError(f"--train.max_seq_length ({asked}) {need}")
-    return asked or positions
+        raise LitLoraError(f"--train.max_seq_length ({requested}) {need}")
+    return requested or positions
 
 
 def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | None) -> Samples:
-    """Cut the examples of a split to the limit, and say what of them is lost."""
+    """Cut the examples of a split to the limit, and report what is lost of them."""
     samples = Samples(tokens, limit)
     if samples.cut:
         dropped = f", {samples.dropped} of them dropped: nothing of the response is left" if samples.dropped else ""
-        say(f"{name}: {samples.cut} of {len(samples) + samples.dropped} examples are cut to {limit} tokens{dropped}")
+        log(f"{name}: {samples.cut} of {len(samples) + samples.dropped} examples are cut to {limit} tokens{dropped}")
     if not len(samples):
         fault = f"has no example with a response within --train.max_seq_length ({limit}): raise it"
         raise LitLoraError(f"{name} {fault}")
@@ -201,109 +309,59 @@ def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | 
     return samples
 
 
-def go_on(checkpoint: Checkpoint, start: Path | None, gpt: GPT, optimizer: Optimizer) -> Progress:
-    """Put the adapter and the training state to where the checkpoint stands that the run starts from, if any."""
+def restore(checkpoint: Checkpoint, start: Path | None, gpt: GPT, optimizer: Optimizer) -> Progress:
+    """Load adapter and training state from the checkpoint that the run starts from, if any."""
     if start is None:
         return Progress()
     load_matrices(gpt, start, checkpoint)
     return restore_state(start, optimizer)
 
 
-def take_best(gpt: GPT, progress: Progress) -> float | None:
-    """Put the best adapter in the place of the last one, if it is kept; return the validation loss of the result."""
+def select_final_adapter(gpt: GPT, progress: Progress) -> float | None:
+    """Load the best adapter into the model, if it was retained; return the validation loss of the final adapter."""
     best = progress.best
     if not best.matrices:
         return progress.val_loss
-    say(f"the best validation loss is that of step {best.step}: {best.loss:.4f}")
+    log(f"the best validation loss is that of step {best.step}: {best.loss:.4f}")
     with torch.no_grad():
         for name, parameter in lora_parameters(gpt).items():
             parameter.copy_(best.matrices[name])
     return best.loss
 
 
-@dataclass(frozen=True)
-class OneChoice(Sampler):
-    """Has all ranks take the token that the first chooses: one that went another way would leave them waiting."""
-
-    ranks: Ranks = field(kw_only=True)
-
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """Choose as the first rank does."""
-        return self.ranks.broadcast(super().choose(logits))
-
-
-def sample_answer(
-    fabric: Fabric, gpt: GPT, tokenizer: Tokenizer, style: PromptStyle, example: Example, limit: int, sampler: Sampler
-) -> str:
-    """Return a question and the likeliest answer of at most `limit` tokens; nothing if the limit is 0."""
-    if not limit:
-        return ""
-    turn = example.turns[0]
-    prompt = style.prompt(turn.instruction, turn.input, example.system)
-    ids = tokenizer.encode(prompt, style.add_special_tokens).ids
-    with fabric.autocast():
-        tokens = generate(gpt, ids, sampler, max_new_tokens=limit, stop_ids=tokenizer.stop_ids)
-        question = " ".join(filter(None, (turn.instruction, turn.input)))
-        return f"  {question}\n  -> {''.join(tokenizer.stream(ids, tokens))}"
+def log_plan(run: Run) -> None:
+    """Print what is trained, on which devices and for how long."""
+    engine = run.engine
+    trainable, frozen = (count(engine.gpt, trainable=kind) for kind in (True, False))
+    tokens, devices = int(run.samples.lengths.sum()), f"on {engine.fabric.device}"
+    if engine.ranks.world_size > 1:
+        how = "sharded over" if isinstance(engine.gpt, FSDPModule) else "on each of"
+        devices = f"{how} {engine.ranks.world_size} devices, the first of them {engine.fabric.device}"
+    log(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, {devices}")
+    log(f"{len(run.samples):,} examples with {tokens:,} tokens, {total_steps(len(run.samples), run.train):,} steps")
 
 
-def say_plan(run: Run) -> None:
-    trainable, frozen = (count(run.gpt, trainable=kind) for kind in (True, False))
-    tokens, devices = int(run.train.lengths.sum()), f"on {run.fabric.device}"
-    if run.ranks.world_size > 1:
-        how = "sharded over" if isinstance(run.gpt, FSDPModule) else "on each of"
-        devices = f"{how} {run.ranks.world_size} devices, the first of them {run.fabric.device}"
-    say(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, {devices}")
-    say(f"{len(run.train):,} examples with {tokens:,} tokens, {total_steps(len(run.train), run.args.train):,} steps")
-
-
-def forecast(args: FinetuneLoraArgs, network: Network, train: Samples) -> str:
-    """Say what a run would compute, and what parts its peak memory would have."""
-    total = total_steps(len(train), args.train)
-    devices = args.devices * args.num_nodes
-    longest = longest_ahead(train, args, devices, 0)
+def memory_table(args: FinetuneLoraArgs, network: Network, samples: Samples) -> str:
+    """Return what a run computes and the parts of its peak memory, as a table."""
+    train, devices = args.train, args.devices * args.num_nodes
+    longest = longest_ahead(samples, train, args.seed, devices)
     if args.strategy == "fsdp":
         network = replace(network, shards=devices)
-    asked = 1 if network.shards > 1 else args.train.parallel_micro_batches
-    together = at_once(longest, args.train, devices, network.backend.workers(asked, args.devices))
-    load = load_of(longest, network, args.train.activation_checkpointing, together)
+    requested = 1 if network.shards > 1 else train.parallel_micro_batches
+    workers = network.backend.workers(requested, args.devices)
+    concurrent = concurrent_micro_batches(longest, train, devices, workers)
+    parts = breakdown(network, load_of(longest, network, train.activation_checkpointing, concurrent), args.optimizer)
+    if network.backend.counts_process_memory:
+        parts["Python and torch"] = round(peak_memory_gb() * 1e9)  # of this process, which has loaded no weight
+    steps = total_steps(len(samples), train)
+    epochs = orders(len(samples), train.global_batch_size, args.seed, after=0, total=steps)
     outline = network.outline()
     counts = {
         "trainable parameters": count(outline, trainable=True),
         "frozen parameters": count(outline, trainable=False),
-        "examples": len(train),
-        "steps": total,
-        "tokens": sum(int(train.lengths[order].sum()) for _, order in orders(len(train), args, after=0, total=total)),
+        "examples": len(samples),
+        "steps": steps,
+        "tokens": sum(int(samples.lengths[order].sum()) for _, order in epochs),
         "tokens in the longest micro-batch": sum(len(sample.tokens) for sample in longest),
     }
-    parts = breakdown(network, load, args.optimizer)
-    if network.backend.counts_process_memory:
-        parts["Python and torch"] = round(peak_memory_gb() * 1e9)  # of this process, which has loaded no weight
     return table(counts, parts)
-
-
-def report(gpt: GPT, progress: Progress, val_loss: float | None) -> dict[str, Any]:
-    """Return the content of report.json."""
-    return {
-        "train_loss": progress.train_loss,
-        "val_loss": val_loss,
-        "val_perplexity": perplexity(val_loss),
-        "steps": progress.step,
-        "supervised_tokens": progress.supervised_tokens,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "tokens_per_second": progress.tokens / progress.seconds,
-        "peak_memory_gb": peak_memory_gb(),
-        "trainable_parameters": count(gpt, trainable=True),
-        "frozen_parameters": count(gpt, trainable=False),
-        "versions": {package: version(package) for package in ("litlora", "torch", "bitsandbytes")},
-    }
-
-
-def perplexity(loss: float | None) -> float | None:
-    """Return e to the power of a loss, or None where there is none or no float is as large."""
-    return None if loss is None or loss > math.log(sys.float_info.max) else math.exp(loss)
-
-
-def say(line: str) -> None:
-    sys.stderr.write(line + "\n")

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
-from litlora.train.setup import perplexity
+from litlora.train.report import perplexity
 
 
 @pytest.fixture(scope="module")

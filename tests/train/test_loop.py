@@ -1,4 +1,3 @@
-import csv
 import json
 import math
 from itertools import product
@@ -9,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from helpers.families import WHOLE_BLOCKS
 from helpers.reference import in_4_bits, with_peft
+from helpers.runs import adapter, finetune, metrics, report
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from litlora.__main__ import main
-from litlora.args import FinetuneLoraArgs, TrainArgs
+from litlora.args import TrainArgs
 from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT
 from litlora.nn.nf4 import Quantization
 from litlora.train import loop
@@ -26,36 +25,6 @@ INIT_ARGS = {
     "SGD": ["--optimizer.init_args.momentum", 0.9],
     "AdamW8bit": ["--optimizer.init_args.min_8bit_size", 1],  # or the state of matrices this small would be float32
 }
-
-
-def finetune(checkpoint: Path, data_dir: Path, out_dir: Path, *flags: object) -> Path:
-    """Run finetune_lora in float32 and return its final adapter."""
-    folders = ["--checkpoint_dir", checkpoint, "--data_dir", data_dir, "--out_dir", out_dir]
-    settings = [
-        "--precision",
-        "32-true",
-        "--lora_dropout",
-        0,
-        "--eval.max_new_tokens",
-        0,
-        "--train.learning_rate",
-        1e-2,
-    ]
-    assert main(["finetune_lora", *map(str, [*folders, *settings, *flags])]) == 0
-    return out_dir / "final"
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def report(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "report.json").read_text())
-
-
-def metrics(out_dir: Path) -> list[dict[str, str]]:
-    with (out_dir / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def loss_by_peft(checkpoint: Path, adapter_dir: Path, rows: Path, base: PreTrainedModel | None = None) -> float:
@@ -77,7 +46,7 @@ def loss_by_peft(checkpoint: Path, adapter_dir: Path, rows: Path, base: PreTrain
 
 @pytest.mark.parametrize("warmup", [0, 1, 7, 20, 50])
 @pytest.mark.parametrize("min_lr", [0.0, 1e-4])
-def test_the_learning_rate_peaks_after_warm_up_and_no_step_has_none(warmup, min_lr):
+def test_learning_rate_peaks_after_warm_up_and_is_never_zero(warmup, min_lr):
     args = TrainArgs(learning_rate=1e-3, lr_warmup_steps=warmup, min_lr=min_lr)
     rates = [learning_rate(step, 20, args) for step in range(1, 21)]
     peak = min(max(warmup, 1), 20)
@@ -88,34 +57,33 @@ def test_the_learning_rate_peaks_after_warm_up_and_no_step_has_none(warmup, min_
     assert min(rates[peak - 1 :]) >= min_lr
 
 
-def test_the_learning_rate_follows_the_cosine():
+def test_learning_rate_follows_the_cosine():
     args = TrainArgs(learning_rate=1.0, lr_warmup_steps=4, min_lr=0.2)
     assert [learning_rate(step, 23, args) for step in (1, 2, 4, 14)] == pytest.approx([0.25, 0.5, 1.0, 0.6])
 
 
-def test_the_warm_up_may_be_a_fraction_of_all_steps():
+def test_warm_up_may_be_a_fraction_of_all_steps():
     args = TrainArgs(learning_rate=1.0, lr_warmup_fraction=0.5)
     assert learning_rate(10, 20, args) == 1.0
     assert learning_rate(9, 20, args) == 0.9
 
 
-def test_the_smaller_last_global_batch_of_an_epoch_is_a_step():
+def test_smaller_last_global_batch_is_a_step():
     assert total_steps(17, TrainArgs(global_batch_size=8, epochs=2)) == 6
     assert total_steps(17, TrainArgs(global_batch_size=8, epochs=2, max_steps=4)) == 4
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 4, 7, 8])
-def test_a_run_goes_on_behind_any_step_with_the_samples_that_are_left(after):
-    args = FinetuneLoraArgs(Path("base"), Path("data"), train=TrainArgs(global_batch_size=4, epochs=3))
-    whole = [number for _, order in orders(10, args, after=0, total=8) for number in order]
+def test_run_resumes_after_any_step_with_the_remaining_samples(after):
+    whole = [number for _, order in orders(10, 4, seed=1, after=0, total=8) for number in order]
     assert [sorted(whole[:10]), sorted(whole[10:20]), len(whole)] == [[*range(10)], [*range(10)], 28]
-    left = [(epoch, number) for epoch, order in orders(10, args, after=after, total=8) for number in order]
+    left = [(epoch, number) for epoch, order in orders(10, 4, seed=1, after=after, total=8) for number in order]
     done = sum((4, 4, 2)[step % 3] for step in range(after))
     assert left == [(1 + place // 10, number) for place, number in enumerate(whole)][done:]
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_adapter_does_not_depend_on_how_a_global_batch_is_split(tiny, data_dir, tmp_path, base):
+def test_adapter_is_independent_of_micro_batch_split(tiny, data_dir, tmp_path, base):
     flags = [*base, "--train.global_batch_size", 16, "--train.epochs", 5, "--train.max_steps", 5, "--lora_head", "true"]
     splits = [("--train.micro_batch_size", size) for size in (1, 2, 4, 16)] + [("--train.micro_batch_tokens", 300)]
     runs = [
@@ -127,14 +95,14 @@ def test_the_adapter_does_not_depend_on_how_a_global_batch_is_split(tiny, data_d
             torch.testing.assert_close(other[name], matrix, atol=1e-5, rtol=0)
 
 
-def test_the_longest_micro_batch_of_a_step_comes_first(tiny, data_dir, tmp_path, monkeypatch):
-    lengths, passing = [], loop.loss_and_gradients
+def test_longest_micro_batch_of_a_step_comes_first(tiny, data_dir, tmp_path, monkeypatch):
+    lengths, original = [], loop.loss_and_gradients
 
-    def noted(run, matrices, supervised, micro):
+    def recording(engine, parameters, supervised, micro):
         lengths.append(len(micro.tokens))
-        return passing(run, matrices, supervised, micro)
+        return original(engine, parameters, supervised, micro)
 
-    monkeypatch.setattr(loop, "loss_and_gradients", noted)
+    monkeypatch.setattr(loop, "loss_and_gradients", recording)
     flags = ["--train.max_steps", 1, "--train.micro_batch_size", 1, "--train.parallel_micro_batches", 1]
     finetune(tiny, data_dir, tmp_path / "out", *flags)
     assert len(set(lengths)) > 1
@@ -142,14 +110,12 @@ def test_the_longest_micro_batch_of_a_step_comes_first(tiny, data_dir, tmp_path,
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_the_adapter_does_not_depend_on_how_many_micro_batches_are_computed_at_a_time(
-    tiny, data_dir, tmp_path, checkpointing, four_threads
-):
+def test_adapter_is_independent_of_concurrent_micro_batches(tiny, data_dir, tmp_path, checkpointing, four_threads):
     flags = ["--lora_dropout", 0.2, "--lora_mlp", "true", "--lora_head", "true", "--train.micro_batch_size", 2]
     flags += ["--train.max_steps", 3, "--train.activation_checkpointing", checkpointing]
     runs = [
-        adapter(finetune(tiny, data_dir, tmp_path / str(lanes), *flags, "--train.parallel_micro_batches", lanes))
-        for lanes in (1, 2, 3)
+        adapter(finetune(tiny, data_dir, tmp_path / str(workers), *flags, "--train.parallel_micro_batches", workers))
+        for workers in (1, 2, 3)
     ]
     for other in runs[1:]:
         for name, matrix in runs[0].items():
@@ -157,14 +123,14 @@ def test_the_adapter_does_not_depend_on_how_many_micro_batches_are_computed_at_a
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_activation_checkpointing_changes_nothing_but_what_is_kept(tiny, data_dir, tmp_path, base):
+def test_activation_checkpointing_leaves_the_adapter_unchanged(tiny, data_dir, tmp_path, base):
     flags = [*base, "--train.max_steps", 3, "--lora_dropout", 0.2, "--lora_mlp", "true"]
     flags += ["--train.activation_checkpointing"]
     with_it, without = (adapter(finetune(tiny, data_dir, tmp_path / on, *flags, on)) for on in ("true", "false"))
     assert all(torch.equal(with_it[name], without[name]) for name in without)
 
 
-def test_the_same_command_gives_the_same_adapter_to_the_bit_and_another_seed_another(tiny, data_dir, tmp_path):
+def test_same_command_gives_the_same_adapter_bit_for_bit(tiny, data_dir, tmp_path):
     flags = ["--lora_dropout", 0.2, "--train.max_steps", 3]
     first, again, other = (
         adapter(finetune(tiny, data_dir, tmp_path / name, *flags, "--seed", seed))
@@ -174,7 +140,7 @@ def test_the_same_command_gives_the_same_adapter_to_the_bit_and_another_seed_ano
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_the_reported_validation_loss_equals_that_of_transformers_and_peft(checkpoint, data_dir, tmp_path, device):
+def test_validation_loss_equals_that_of_peft(checkpoint, data_dir, tmp_path, device):
     final = finetune(checkpoint, data_dir, tmp_path, "--train.epochs", 4, "--lora_mlp", "true")
     val_loss = report(final)["val_loss"]
     by_peft = loss_by_peft(checkpoint, final, data_dir / "val.jsonl")
@@ -182,7 +148,7 @@ def test_the_reported_validation_loss_equals_that_of_transformers_and_peft(check
     assert report(final)["val_perplexity"] == pytest.approx(math.exp(val_loss))
 
 
-def test_training_lowers_the_loss_and_leaves_a_row_per_step(tiny, data_dir, tmp_path):
+def test_training_lowers_the_loss_and_logs_each_step(tiny, data_dir, tmp_path):
     final = finetune(
         tiny, data_dir, tmp_path, "--train.epochs", 5, "--train.global_batch_size", 8, "--eval.interval", 4
     )
@@ -195,7 +161,7 @@ def test_training_lowers_the_loss_and_leaves_a_row_per_step(tiny, data_dir, tmp_
     assert report(final)["tokens"] == int(rows[-1]["tokens"])
 
 
-def test_a_validation_may_be_limited_to_its_first_micro_batches(tiny, data_dir, tmp_path):
+def test_validation_may_be_limited_to_its_first_micro_batches(tiny, data_dir, tmp_path):
     finetune(tiny, data_dir, tmp_path / "one", "--eval.max_iters", 1, "--train.micro_batch_size", 1)
     first = float(metrics(tmp_path / "one")[0]["val_loss"])
     (tmp_path / "val").mkdir()
@@ -207,7 +173,7 @@ def test_a_validation_may_be_limited_to_its_first_micro_batches(tiny, data_dir, 
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_validation_on_the_way_changes_nothing(tiny, data_dir, tmp_path, base):
+def test_validation_leaves_training_unchanged(tiny, data_dir, tmp_path, base):
     flags = [*base, "--lora_dropout", 0.2, "--eval.max_new_tokens", 5, "--train.max_steps", 3, "--train.epochs", 3]
     often, never = (
         adapter(finetune(tiny, data_dir, tmp_path / str(interval), *flags, "--eval.interval", interval))
@@ -218,7 +184,7 @@ def test_a_validation_on_the_way_changes_nothing(tiny, data_dir, tmp_path, base)
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "AdamW8bit"])
-def test_a_resumed_run_ends_as_the_unbroken_one_to_the_bit(tiny, data_dir, tmp_path, optimizer, base):
+def test_resumed_run_equals_the_unbroken_one_bit_for_bit(tiny, data_dir, tmp_path, optimizer, base):
     flags = ["--lora_dropout", 0.1, "--train.epochs", 3, "--train.global_batch_size", 4, "--train.save_interval", 5]
     flags += [*base, "--optimizer", optimizer, *INIT_ARGS.get(optimizer, [])]
     whole = finetune(tiny, data_dir, tmp_path, *flags)
@@ -231,7 +197,7 @@ def test_a_resumed_run_ends_as_the_unbroken_one_to_the_bit(tiny, data_dir, tmp_p
     assert [[row[k] for k in kept] for row in metrics(tmp_path)] == [[row[k] for k in kept] for row in rows]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny, data_dir, tmp_path, capsys):
+def test_loss_that_is_not_finite_stops_the_run(tiny, data_dir, tmp_path, capsys):
     flags = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path, "--precision", "32-true"]
     assert main(["finetune_lora", *map(str, flags), "--train.learning_rate", "1e30", "--train.epochs", "9"]) == 1
     sentence = capsys.readouterr().err.splitlines()[-1]
@@ -256,7 +222,7 @@ def test_other_precisions_come_close_to_float32(tiny, data_dir, tmp_path, precis
     [*product(["32-true", "bf16-true"], [None, "bnb.nf4", "bnb.nf4-dq"]), ("bf16-mixed", None)],
 )
 @pytest.mark.parametrize("checkpointing", ["false", "true"], ids=["whole", "checkpointed"])
-def test_the_loss_on_a_gpu_is_that_of_peft_in_every_precision(
+def test_loss_on_gpu_equals_that_of_peft_in_every_precision(
     make_checkpoint, data_dir, tmp_path, precision, base, checkpointing
 ):
     checkpoint = make_checkpoint(WHOLE_BLOCKS)
@@ -270,7 +236,7 @@ def test_the_loss_on_a_gpu_is_that_of_peft_in_every_precision(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PAGED)
-def test_a_gpu_has_every_optimizer_of_bitsandbytes(tiny, data_dir, tmp_path, name):
+def test_gpu_has_every_optimizer_of_bitsandbytes(tiny, data_dir, tmp_path, name):
     flags = ["--train.epochs", 3, "--train.learning_rate", 1e-3]
     losses = [report(finetune(tiny, data_dir, tmp_path / n, *flags, "--optimizer", n)) for n in ("AdamW", name)]
     assert losses[1]["val_loss"] == pytest.approx(losses[0]["val_loss"], rel=1e-2)

@@ -1,24 +1,24 @@
-"""Going on with a run: from which checkpoint, with which settings, and what it leaves."""
+"""Resuming a run: from which checkpoint, with which settings, and what it leaves."""
 
-import csv
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import WEIGHTS, metrics, report
+from helpers.runs import same_adapter as same
 from safetensors.torch import load_file, save_file
 
+import litlora
 from litlora.__main__ import main
-from litlora.args import FinetuneLoraArgs
+from litlora.args import FinetuneLoraArgs, TrainArgs
 from litlora.errors import RESUME, LitLoraError
 from litlora.train.resume import Identity
 from litlora.utils.locks import locked
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -26,6 +26,21 @@ def world(tiny, data_dir, tmp_path, monkeypatch) -> None:
     shutil.copytree(tiny, tmp_path / "base")
     shutil.copytree(data_dir, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
+
+
+OVERFITTING = ["--lora_head", "true", "--train.learning_rate", 0.1, "--eval.interval", 1]
+
+
+@pytest.fixture
+def contradicting(world) -> None:
+    """Have the validation split contradict the training split.
+
+    The sooner a model is sure of the responses to train on, the higher is the loss of the others: with OVERFITTING, it
+    rises from that of a guess by several nats within the first epoch, whatever rounding does.
+    """
+    for name, response in (("train", "a"), ("val", "b")):
+        rows = [{"instruction": f"Write {n}.", "input": "", "output": response * 12} for n in range(16)]
+        Path(f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture
@@ -42,26 +57,12 @@ def run(*flags: object, out: str = "out") -> int:
     return main(["finetune_lora", *folders, *settings.split(), *sizes.split(), *map(str, flags)])
 
 
-def adapter(folder: str) -> dict[str, torch.Tensor]:
-    return load_file(f"{folder}/{WEIGHTS}")
-
-
-def same(folder: str, other: str) -> bool:
-    ours, theirs = adapter(folder), adapter(other)
-    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def metrics(out_dir: str = "out") -> list[dict[str, str]]:
-    with Path(out_dir, "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def steps(out_dir: str = "out") -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in Path(out_dir).glob("step-*"))
 
 
 def refusal(capsys, *flags: object, out: str = "out") -> str:
-    """Return the sentence by which a run is refused that must leave everything as it is."""
+    """Return the sentence that refuses a run, which must leave all files as they are."""
     before = {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")}
     capsys.readouterr()
     assert run(*flags, out=out) == 1
@@ -70,11 +71,11 @@ def refusal(capsys, *flags: object, out: str = "out") -> str:
 
 
 def other_run(was: str, checkpoint: str = "out/step-000002") -> str:
-    hint = "go on with what it was started with, or start anew in another --out_dir"
+    hint = "resume with the settings of that run, or start a new one in another --out_dir"
     return f"litlora: --resume {checkpoint} would not continue the same run: {was}; {hint}\n"
 
 
-def test_settings_that_change_the_result_are_refused_by_name(stopped, capsys):
+def test_changed_settings_are_refused_by_name(stopped, capsys):
     changed = ["--lora_alpha", 32, "--seed", 1, "--prompt_style", "none", "--eval.max_iters", 1]
     was = "--lora_alpha was 16 and is 32, --prompt_style was alpaca and is none, --eval.max_iters was null and is 1, "
     was += "--seed was 1337 and is 1, the rows or the tokenizer of train.jsonl have changed, "
@@ -113,25 +114,25 @@ def test_settings_without_effect_on_the_result_may_change(world):
     assert steps("again") == [1, 2, 4]
 
 
-def test_more_epochs_go_on_and_a_finished_run_is_replaced_only_when_asked(world, capsys):
+def test_more_epochs_resume_a_finished_run_with_overwrite(world, capsys):
     assert run() == 0
     more = ["--resume", "true", "--train.epochs", 2]
     hint = "choose another, or replace it by --overwrite true"
     assert refusal(capsys, *more) == f"litlora: --out_dir (out) holds a finished run: {hint}\n"
-    first = metrics()
+    first = metrics("out")
     assert run(*more, "--overwrite", "true") == 0
-    assert json.loads(Path("out/final/report.json").read_text())["steps"] == 8
-    assert metrics()[:5] == first
-    assert [row["step"] for row in metrics()[5:]] == ["5", "6", "7", "8"]
+    assert report("out/final")["steps"] == 8
+    assert metrics("out")[:5] == first
+    assert [row["step"] for row in metrics("out")[5:]] == ["5", "6", "7", "8"]
 
 
-def test_a_run_that_was_killed_before_its_last_word_says_the_same(world):
+def test_run_killed_before_its_report_writes_the_same_one(world):
     assert run() == 0
-    report = Path("out/final/report.json").read_text()
+    val_loss = report("out/final")["val_loss"]
     shutil.move("out/final", "first")
     assert run("--resume", "true") == 0
     assert same("out/final", "first")
-    assert json.loads(Path("out/final/report.json").read_text())["val_loss"] == json.loads(report)["val_loss"]
+    assert report("out/final")["val_loss"] == val_loss
 
 
 def cut(path: Path) -> None:
@@ -145,36 +146,36 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["training_state.safetensors", WEIGHTS, "run.json", "manifest.json"])
-@pytest.mark.parametrize("spoil", [cut, flip, Path.unlink])
-def test_a_damaged_checkpoint_is_left_out_for_the_newest_whole_one(stopped, capsys, name, spoil):
-    if (name, spoil) == ("manifest.json", flip):
-        spoil = cut  # its last byte is a line end, and any other would do as well
-    spoil(Path("out/step-000002", name))
+@pytest.mark.parametrize("corrupt", [cut, flip, Path.unlink])
+def test_corrupt_checkpoint_is_skipped(stopped, capsys, name, corrupt):
+    if (name, corrupt) == ("manifest.json", flip):
+        corrupt = cut  # its last byte is a line end, and any other would do as well
+    corrupt(Path("out/step-000002", name))
     capsys.readouterr()
     assert run("--resume", "true", "--train.max_steps", 2) == 0
-    assert capsys.readouterr().err.startswith("out/step-000002 is damaged and left out: ")
-    assert [row["step"] for row in metrics()] == ["0", "1", "2"]
+    assert capsys.readouterr().err.startswith("out/step-000002 is corrupt and skipped: ")
+    assert [row["step"] for row in metrics("out")] == ["0", "1", "2"]
 
 
-def test_a_damaged_checkpoint_that_is_named_is_refused(stopped, capsys):
+def test_named_corrupt_checkpoint_is_refused(stopped, capsys):
     flip(Path("out/step-000002", WEIGHTS))
-    fault = f"is damaged ({WEIGHTS} differs from its entry in manifest.json); name another, or pass --resume true"
+    fault = f"is corrupt ({WEIGHTS} differs from its entry in manifest.json); name another, or pass --resume true"
     assert refusal(capsys, "--resume", "out/step-000002") == f"litlora: --resume: out/step-000002 {fault}\n"
 
 
-def test_a_run_without_one_whole_checkpoint_is_refused(stopped, capsys):
+def test_run_without_an_intact_checkpoint_is_refused(stopped, capsys):
     for step in (1, 2):
         cut(Path(f"out/step-00000{step}", WEIGHTS))
     *_, sentence = refusal(capsys, "--resume", "true").splitlines()
-    assert sentence == "litlora: --resume: no checkpoint in out is whole; start anew with --overwrite true"
+    assert sentence == "litlora: --resume: no checkpoint in out is intact; start again with --overwrite true"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(stopped, capsys):
+def test_run_killed_before_its_first_checkpoint_starts_again(stopped, capsys):
     for step in (1, 2):
         shutil.rmtree(f"out/step-00000{step}")
     assert run("--resume", "true", "--train.max_steps", 1) == 0
     assert "there is no checkpoint in out yet: starting at the first step\n" in capsys.readouterr().err
-    assert [row["step"] for row in metrics()] == ["0", "1"]
+    assert [row["step"] for row in metrics("out")] == ["0", "1"]
 
 
 def test_checkpoints_are_in_the_order_of_their_numbers(stopped, capsys):
@@ -183,11 +184,11 @@ def test_checkpoints_are_in_the_order_of_their_numbers(stopped, capsys):
     cut(Path("out/step-1000000", WEIGHTS))
     capsys.readouterr()
     assert run("--resume", "true", "--train.max_steps", 2) == 0
-    assert capsys.readouterr().err.startswith("out/step-1000000 is damaged and left out: ")
+    assert capsys.readouterr().err.startswith("out/step-1000000 is corrupt and skipped: ")
     assert steps() == [1, 2]
 
 
-def test_a_named_checkpoint_may_go_on_in_another_folder(world):
+def test_named_checkpoint_resumes_in_another_folder(world):
     assert run() == 0
     assert run("--resume", "out/step-000002", out="elsewhere") == 0
     assert same("out/final", "elsewhere/final")
@@ -197,12 +198,12 @@ def test_a_named_checkpoint_may_go_on_in_another_folder(world):
     assert timeless[:5] == timeless[5:]
 
 
-def test_an_older_checkpoint_that_is_named_leaves_nothing_behind_it(stopped):
+def test_later_checkpoints_than_the_named_one_are_removed(stopped):
     assert run("--resume", "out/step-000001", "--train.save_interval", 4) == 0
     assert steps() == [1, 4]
 
 
-def test_another_run_is_replaced_only_when_asked(stopped, capsys):
+def test_existing_run_is_replaced_only_with_overwrite(stopped, capsys):
     hint = "choose another, resume it by --resume true, or replace it by --overwrite true"
     assert refusal(capsys) == f"litlora: --out_dir (out) holds a run already: {hint}\n"
     Path("out/mine.txt").touch()
@@ -219,24 +220,23 @@ def test_an_out_dir_in_use_is_refused(stopped, capsys):
         assert refusal(capsys, "--resume", "true") == f"litlora: --out_dir (out) is in use by another run: {hint}\n"
 
 
-def test_only_the_newest_checkpoints_and_the_best_are_kept(world):
-    growing = ["--lora_head", "true", "--train.learning_rate", 8, "--train.lr_warmup_steps", 8]  # and the loss with it
-    flags = [*growing, "--train.epochs", 2, "--eval.interval", 1, "--train.save_total_limit", 2]
+def test_only_the_newest_checkpoints_and_the_best_remain(contradicting):
+    flags = [*OVERFITTING, "--train.epochs", 2, "--train.save_total_limit", 2]
     assert run(*flags) == 0
-    losses = [float(row["val_loss"]) for row in metrics()[1:]]
+    losses = [float(row["val_loss"]) for row in metrics("out")[1:]]
     best = losses.index(min(losses)) + 1
     assert steps() == sorted({best, 7, 8})
     assert best < 7
 
 
-def test_the_final_adapter_is_the_best_one_when_asked(world):
-    flags = ["--train.epochs", 2, "--train.learning_rate", 3, "--eval.interval", 1]
+def test_final_adapter_is_the_best_with_keep_best(contradicting):
+    flags = [*OVERFITTING, "--train.epochs", 2]
     assert run(*flags, "--eval.keep_best", "true") == 0
-    losses = [float(row["val_loss"]) for row in metrics()[1:]]
+    losses = [float(row["val_loss"]) for row in metrics("out")[1:]]
     best = losses.index(min(losses)) + 1
     assert best < 8
     assert same("out/final", f"out/step-00000{best}")
-    assert json.loads(Path("out/final/report.json").read_text())["val_loss"] == min(losses)
+    assert report("out/final")["val_loss"] == min(losses)
     for late in range(best + 1, 9):
         shutil.rmtree(f"out/step-00000{late}")
     shutil.move("out/final", "first")
@@ -244,20 +244,51 @@ def test_the_final_adapter_is_the_best_one_when_asked(world):
     assert same("out/final", "first")
 
 
-def test_patience_ends_a_run_that_gets_no_better(world, capsys):
-    flags = ["--train.epochs", 4, "--train.learning_rate", 3, "--eval.interval", 1, "--eval.patience", 2]
+def test_patience_ends_a_run_that_gets_no_better(contradicting, capsys):
+    flags = [*OVERFITTING, "--train.epochs", 4, "--eval.patience", 2]
     assert run(*flags) == 0
-    losses = [float(row["val_loss"]) for row in metrics()[1:]]
+    losses = [float(row["val_loss"]) for row in metrics("out")[1:]]
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 2 < 16
     said = f"stopped early after step {best + 2}: no validation has been better than that of step {best} "
     assert said + f"({min(losses):.4f})" in capsys.readouterr().err
     shutil.rmtree("out/final")
     assert run(*flags, "--resume", "true") == 0
-    assert len(metrics()) == best + 3
+    assert len(metrics("out")) == best + 3
 
 
-def test_a_run_out_of_time_saves_and_can_be_gone_on_with(world, capsys):
+def test_resume_auto_starts_resumes_or_leaves_a_finished_run_alone(world, capsys):
+    auto = ["--resume", "auto"]
+    assert run(*auto, "--train.max_time", 0.001) == 124
+    assert steps() == [1]
+    assert run(*auto, "--train.save_interval", 9) == 0
+    assert [row["step"] for row in metrics("out")] == ["0", "1", "2", "3", "4"]
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
+    capsys.readouterr()
+    assert run(*auto) == 0
+    assert capsys.readouterr().err == "the run in out is finished: adapter in out/final\n"
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
+    changes = "--lora_alpha was 16 and is 32, --train.epochs was 1 and is 2"
+    hint = "choose another, or resume it by --overwrite true"
+    sentence = refusal(capsys, *auto, "--train.epochs", 2, "--lora_alpha", 32)
+    assert sentence == f"litlora: --out_dir (out) holds a finished run: {changes}; {hint}\n"
+    assert run(*auto, "--train.epochs", 2, "--overwrite", "true") == 0
+    assert [row["step"] for row in metrics("out")] == [*"012345678"]
+
+
+def test_finetune_returns_its_report(world):
+    args = litlora.FinetuneLoraArgs(
+        Path("base"), Path("data"), Path("out"), train=TrainArgs(max_steps=1), precision="32-true", resume="auto"
+    )
+    made = litlora.finetune(args)
+    assert made.steps == 1
+    assert asdict(made) == report("out/final")
+    assert litlora.finetune(args) == made
+    with pytest.raises(LitLoraError, match="needs a process for each"):
+        litlora.finetune(replace(args, devices=2))
+
+
+def test_run_out_of_time_saves_and_resumes(world, capsys):
     assert run("--train.save_interval", 9) == 0
     assert run("--train.save_interval", 9, "--train.max_time", 0.001, out="parts") == 124
     said = "litlora: stopped after --train.max_time (0.001 seconds) after step 1 of 4, which is saved in "
@@ -267,7 +298,7 @@ def test_a_run_out_of_time_saves_and_can_be_gone_on_with(world, capsys):
 
 
 def renew_manifest(checkpoint: Path) -> None:
-    """Have a checkpoint pass for whole whatever was done to its files."""
+    """Let a checkpoint pass for intact whatever was done to its files."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for name in manifest:
         content = (checkpoint / name).read_bytes()
@@ -275,14 +306,14 @@ def renew_manifest(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_state_of_another_optimizer_is_refused(stopped, capsys):
+def test_state_of_another_optimizer_is_refused(stopped, capsys):
     checkpoint = Path("out/step-000002")
     (checkpoint / "training_state.json").write_text(json.dumps({"progress": {"nonsense": 1}, "optimizer": {}}))
     renew_manifest(checkpoint)
     assert "out/step-000002 holds no training state of this optimizer: " in refusal(capsys, "--resume", "true")
 
 
-def test_a_state_of_another_shape_is_refused(stopped, capsys):
+def test_state_of_another_shape_is_refused(stopped, capsys):
     path = Path("out/step-000002/training_state.safetensors")
     state = load_file(path)
     shape = [*state["optimizer.0.exp_avg"].shape]

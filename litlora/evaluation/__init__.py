@@ -1,0 +1,1 @@
+"""Measuring a model: validation loss and sample completions. Nothing here trains or writes files."""

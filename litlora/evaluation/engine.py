@@ -1,0 +1,33 @@
+"""A model with what it computes on, and its loss."""
+
+from dataclasses import dataclass
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from litlora.args import Precision
+from litlora.data.batching import MicroBatch, optimize_layout
+from litlora.distributed.process_group import Ranks
+from litlora.models.transformer import GPT
+from litlora.nn.backend import WorkerThreads, backend, compute_dtype
+from litlora.nn.dropout import drawing_from
+from litlora.nn.loss import supervised_loss
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model, and the device, precision, worker threads and ranks that compute its loss."""
+
+    gpt: GPT
+    fabric: Fabric
+    precision: Precision
+    workers: WorkerThreads
+    ranks: Ranks
+
+    def summed_loss(self, micro: MicroBatch) -> Tensor:
+        """Return the sum of the losses of a micro-batch's supervised tokens; training and validation share it."""
+        micro = optimize_layout(micro, backend(self.fabric.device), compute_dtype(self.precision))
+        tokens, labels = self.fabric.to_device((micro.tokens, micro.labels))
+        with self.fabric.autocast(), drawing_from(torch.Generator().manual_seed(micro.seed)):
+            return supervised_loss(self.gpt(tokens, micro.lengths, shared=micro.shared), self.gpt.lm_head, labels)

@@ -1,0 +1,72 @@
+"""The report of a finished run: report.json."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from litlora.lora.layer import count
+from litlora.models.transformer import GPT
+from litlora.train.metrics import peak_memory_gb
+from litlora.train.train_state import Progress
+from litlora.utils.files import read_json
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of a run; losses are means over supervised tokens, in nats."""
+
+    train_loss: float
+    """Of the last epoch, as it was trained."""
+    val_loss: float | None
+    """Of the final adapter; None if its step was not validated."""
+    val_perplexity: float | None
+    steps: int
+    supervised_tokens: int
+    tokens: int
+    seconds: float
+    """Of all optimizer steps, without validation and saving."""
+    tokens_per_second: float
+    peak_memory_gb: float
+    trainable_parameters: int
+    frozen_parameters: int
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, gpt: GPT, progress: Progress, val_loss: float | None) -> Self:
+        """Summarize a run whose final adapter has this validation loss."""
+        return cls(
+            train_loss=progress.train_loss,
+            val_loss=val_loss,
+            val_perplexity=perplexity(val_loss),
+            steps=progress.step,
+            supervised_tokens=progress.supervised_tokens,
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            tokens_per_second=progress.tokens / progress.seconds,
+            peak_memory_gb=peak_memory_gb(),
+            trainable_parameters=count(gpt, trainable=True),
+            frozen_parameters=count(gpt, trainable=False),
+            versions={package: version(package) for package in ("litlora", "torch", "bitsandbytes")},
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the report in the folder of a final adapter; figures that it lacks are None."""
+        content = read_json(folder / REPORT)
+        figures: dict[str, Any] = {field.name: content.get(field.name) for field in fields(cls)}
+        return cls(**figures)
+
+    def write(self, folder: Path) -> None:
+        """Write the report into the folder of a final adapter."""
+        (folder / REPORT).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def perplexity(loss: float | None) -> float | None:
+    """Return e to the power of a loss, or None where there is none or no float is as large."""
+    return None if loss is None or loss > math.log(sys.float_info.max) else math.exp(loss)
