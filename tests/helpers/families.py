@@ -48,5 +48,10 @@ FAMILIES = [
     Family("mistral", MistralConfig, {"num_key_value_heads": 2, "sliding_window": 7}),
     Family("mistral-no-window", MistralConfig, {"sliding_window": None, "head_dim": 4}),
 ]
-# Its rows end with a block, so that bitsandbytes' own product is right on every CPU, and fast on a GPU.
-WHOLE_BLOCKS = Family("whole-blocks", LlamaConfig, {"hidden_size": 64, "intermediate_size": 128})
+# Rows end with a block of NF4, so that bitsandbytes' own product is right on every CPU, and fast on a GPU.
+BLOCK_SIZES = {"hidden_size": 64, "intermediate_size": 128}
+WHOLE_BLOCKS = Family("whole-blocks", LlamaConfig, BLOCK_SIZES)
+BIASED_BLOCKS = [
+    Family("llama-biases", LlamaConfig, {**BLOCK_SIZES, "attention_bias": True, "mlp_bias": True}),
+]
+"""Families with biases, for comparisons in NF4."""

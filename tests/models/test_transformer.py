@@ -1,6 +1,7 @@
 import pytest
 import torch
-from helpers.reference import hugging_face
+from helpers.families import BIASED_BLOCKS
+from helpers.reference import hugging_face, in_4_bits
 from torch import nn
 
 from litlora.generation.sampler import Sampler
@@ -10,6 +11,7 @@ from litlora.lora.layer import add_lora
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT
+from litlora.nn.nf4 import Quantization
 from litlora.nn.norm import RMSNorm
 from litlora.nn.swiglu import _SwiGLU
 
@@ -70,6 +72,16 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(checkp
     with torch.no_grad():
         theirs = hugging_face(checkpoint, torch.bfloat16)(tokens[None]).logits[0]
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.parametrize("family", BIASED_BLOCKS, ids=lambda family: family.name)
+def test_nf4_logits_with_biases_equal_those_of_transformers(family, make_checkpoint):
+    folder, tokens = make_checkpoint(family, dtype=torch.bfloat16), random_tokens(40)[0]
+    quantization = Quantization("bnb.nf4", torch.float32)
+    ours = logits(Checkpoint.open(folder).load(torch.float32, torch.device("cpu"), quantization), tokens, [40])
+    with torch.no_grad():
+        theirs = in_4_bits(folder, quantization, torch.device("cpu"))(tokens[None]).logits[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_the_gradient_of_the_gated_activation_is_exact():

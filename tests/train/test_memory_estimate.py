@@ -40,8 +40,11 @@ GPU = torch.device("cuda")
 ALL = tuple(name for names in TARGET_MODULES.values() for name in names)
 
 
-def network(precision="32-true", targets=("q_proj", "v_proj"), tied=False) -> Network:
-    config = replace(CONFIG, tie_word_embeddings=tied)
+BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
+
+def network(precision="32-true", targets=("q_proj", "v_proj"), tied=False, **flags) -> Network:
+    config = replace(CONFIG, tie_word_embeddings=tied, **flags)
     return Network(config, LoRAConfig(4, 16, 0.1, targets), precision, None, torch.device("cpu"))
 
 
@@ -53,10 +56,11 @@ def real(network: Network) -> GPT:
     return gpt
 
 
+@pytest.mark.parametrize("flags", [{}, BIASES], ids=["no bias", "biases"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_weights_and_adapter_take_the_bytes_of_the_real_ones(precision, tied):
-    described = network(precision, ALL[:-1] if tied else ALL, tied)
+def test_weights_and_adapter_take_the_bytes_of_the_real_ones(precision, tied, flags):
+    described = network(precision, ALL[:-1] if tied else ALL, tied, **flags)
     gpt = real(described)
     parts = breakdown(described, Load(LENGTHS, SUPERVISED), "AdamW")
     frozen, matrices = ([p for p in gpt.parameters() if p.requires_grad is kind] for kind in (False, True))
@@ -142,6 +146,16 @@ def test_activations_take_the_bytes_that_a_graph_really_keeps(
 ):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", has_products)
     described, load = network(precision, targets), Load(LENGTHS, SUPERVISED, checkpointing)
+    assert activation_bytes(described, load) == kept_bytes(described, load)
+
+
+WINDOWS = {"sliding_window": 20, "full_attention_layers": (0, 2)}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("flags", [BIASES, WINDOWS], ids=["biases", "windows"])
+def test_activation_bytes_are_exact_with_the_flags_of_a_family(flags, precision):
+    described, load = network(precision, ALL, **flags), Load(LENGTHS, SUPERVISED)
     assert activation_bytes(described, load) == kept_bytes(described, load)
 
 
@@ -272,7 +286,7 @@ def test_a_forecast_for_several_devices_is_that_of_one_of_them(tiny, data_dir, t
     assert ("gathered weights" in capsys.readouterr().out) == (strategy == "fsdp")
 
 
-PARAMETERS = [1_235_814_400, 6_738_415_616, 13_015_864_320, 68_976_648_192]
+PARAMETERS = [134_515_008, 1_235_814_400, 6_738_415_616, 13_015_864_320, 68_976_648_192]
 
 
 @pytest.mark.parametrize(("name", "parameters"), list(zip(memory_table.SHAPES, PARAMETERS, strict=True)))
