@@ -19,7 +19,7 @@ ORDER = """
     hub
     nn
     cpu utils args
-    errors
+    errors torch_private
 """
 LEVELS = {name: -level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
 TREES = {path.relative_to(PACKAGE): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
@@ -65,3 +65,13 @@ def test_only_split_imports_late():
     late = {(str(path), function.name, name) for path, tree in TREES.items() for function in ast.walk(tree)
             if isinstance(function, ast.FunctionDef) for name in imports(function)}  # fmt: skip
     assert late == {("data/examples.py", "split", "torch"), ("data/examples.py", "split", "torch.utils.data")}
+
+
+def test_only_the_backend_knows_the_device():
+    """Outside nn/, cpu/ and the launcher nothing imports cpu/ or tells devices apart."""
+    allowed = {path for path in TREES if path.parts[0] in ("nn", "cpu") or path == Path("distributed/launcher.py")}
+    for path in TREES.keys() - allowed:
+        source = (PACKAGE / path).read_text(encoding="utf-8")
+        assert not [name for name in imports(TREES[path]) if name.startswith("litlora.cpu")], path
+        assert ".is_cuda" not in source, path
+        assert "device.type" not in source, path

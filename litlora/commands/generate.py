@@ -7,20 +7,17 @@ import torch
 from litlora.args import GenerateArgs
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.generation.compile import compile_step, lay_out
+from litlora.generation.compile import compile_decode_step, prepare_for_decoding
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate as stream_tokens
 from litlora.lora.checkpoint import find_base, load_with_adapter, read_prompt_style, read_quantization
 from litlora.models.checkpoint import Checkpoint
-from litlora.nn.backend import backend, default_device, disable_cudnn_attention
+from litlora.nn.backend import backend, default_device
 from litlora.nn.nf4 import Quantization
-
-WORTH_LAYING_OUT = 128
-"""From how many tokens on, if all come that may, a CPU is done sooner that lays its weights out before the first."""
 
 
 def generate(args: GenerateArgs) -> None:
-    """Answer a prompt with a checkpoint, or with an adapter on its base."""
+    """Complete a prompt with a checkpoint, or with an adapter on its base."""
     base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
     base = Checkpoint.open(base_dir)
     tokenizer = Tokenizer(base.dir, base.hub_config)
@@ -33,12 +30,11 @@ def generate(args: GenerateArgs) -> None:
     dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))
     if args.compile and quantization:
         raise LitLoraError(f"--compile does not go with a base in 4 bits ({quantization.name}): leave one of them out")
-    disable_cudnn_attention()
     model = load_with_adapter(base, adapter_dir, dtype, device, quantization)
     if args.compile:
-        compile_step(model)
-    elif not backend(device).decodes_repacked or args.max_new_tokens * args.num_samples >= WORTH_LAYING_OUT:
-        lay_out(model)
+        compile_decode_step(model)
+    elif args.max_new_tokens * args.num_samples >= backend(device).repacking_pays_from:
+        prepare_for_decoding(model)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):
         tokens = stream_tokens(model, prompt, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids)
@@ -49,7 +45,7 @@ def generate(args: GenerateArgs) -> None:
 
 
 def storage(args: GenerateArgs, trained: Quantization | None) -> tuple[torch.dtype, Quantization | None]:
-    """Return dtype and quantization of the base: as asked for, else as the adapter was trained."""
+    """Return dtype and quantization of the base: as requested, else as the adapter was trained."""
     dtype = trained.dtype if trained else torch.bfloat16
     if args.precision:
         dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32

@@ -9,19 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litlora.cpu.onednn import arithmetic, writes_kernels
-
-BLOCK = 128
-"""Queries whose scores exist at one time on a CPU: they stay in its cache, and little is computed that is masked."""
-
-KEPT = 256
-"""Keys that a block may see for its probabilities to be kept for its gradient, which else computes them again."""
-
-ROWS, KEYS = 32, 64
-"""Of what a block's queries and keys are a multiple in their gradients, where each shape of a product costs memory."""
+from litlora.cpu.onednn import caches_kernels, matmul_dtype
+from litlora.cpu.tuning import BLOCK, PAD_KEYS, PAD_QUERIES, RETAINED_KEYS
+from litlora.torch_private import softmax_backward
 
 Span = tuple[int, int]
-"""How many keys of the sequence before it a sequence begins with, and how many positions it has of its own."""
+"""The length of the prefix that a sequence shares with the one before it, and the number of its own positions."""
 
 
 def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
@@ -31,13 +24,18 @@ def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
     return mask if window is None else mask & ones.triu(S - T - window + 1)
 
 
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+    """Let every packed sequence attend to itself, causally, and to the prefix that it shares with the one before."""
+    out: Tensor = _BlockedAttention.apply(q, k, v, spans, window)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _BlockedAttention(torch.autograd.Function):
-    """Exact attention on a CPU, one block of queries at a time.
+    """Exact attention, one block of queries at a time.
 
     The output is computed in float32 whatever the inputs are, and rounded once; gradients are products of the inputs'
-    dtype, where a CPU can multiply it. The heads of a group stand below each other, so their keys and values are not
-    repeated. Blocks that see few keys keep their probabilities for their gradients, others do not: memory grows with
-    T alone.
+    dtype, where the CPU can multiply it. The heads of a group are stacked, so their keys and values are not repeated.
+    Blocks that see few keys save their probabilities for the backward pass, others do not: memory is linear in T.
     """
 
     @staticmethod
@@ -45,74 +43,72 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.spans, ctx.window = spans, window
         mask, (keys, values) = _block_mask(_group(q, k), tuple(spans), window), (_seen(t, spans) for t in (k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        kept: list[Tensor | None] = []
+        saved: list[Tensor | None] = []
         for rows, seen in _blocks(spans, window):
             probabilities = _probabilities(_grouped(q[rows], k), _by_head(keys[seen]), mask)
             out[rows] = _ungrouped(probabilities @ _by_head(values[seen]).float(), q[rows])
-            keeps = any(ctx.needs_input_grad) and probabilities.shape[2] <= KEPT
-            kept.append(_filled(probabilities, _group(q, k), q.dtype) if keeps else None)
-        ctx.save_for_backward(q, k, v, *kept)
+            saves = any(ctx.needs_input_grad) and probabilities.shape[2] <= RETAINED_KEYS
+            saved.append(_padded(probabilities, _group(q, k), q.dtype) if saves else None)
+        ctx.save_for_backward(q, k, v, *saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, *kept), spans = ctx.saved_tensors, ctx.spans
+        (q, k, v, *saved), spans = ctx.saved_tensors, ctx.spans
         keys, values = (_seen(t, spans) for t in (k, v))
-        q_gradient, *others = _gradients(gradient, q, keys, values, kept, spans, ctx.window)
+        q_gradient, *others = _gradients(gradient, q, keys, values, saved, spans, ctx.window)
         return q_gradient, *(_summed(t, spans).to(k.dtype) for t in others), None, None
 
 
-def probability_bytes(
-    heads: int, n_kv: int, spans: Sequence[Span], window: int | None, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Return the bytes of the probabilities that a CPU keeps for gradients."""
+def probability_bytes(heads: int, n_kv: int, spans: Sequence[Span], window: int | None, dtype: torch.dtype) -> int:
+    """Return the bytes of the probabilities that are saved for the backward pass."""
     group = heads // n_kv
     sizes = [((rows.stop - rows.start) * group, seen.stop - seen.start) for rows, seen in _blocks(spans, window)]
-    shapes = [_suited_shape(*size, group, dtype, device) for size in sizes if size[1] <= KEPT]
-    return sum(n_kv * rows * keys for rows, keys in shapes) * arithmetic(dtype, device).itemsize
+    shapes = [_padded_shape(*size, group, dtype) for size in sizes if size[1] <= RETAINED_KEYS]
+    return sum(n_kv * rows * keys for rows, keys in shapes) * matmul_dtype(dtype).itemsize
 
 
-def _suited_shape(rows: int, keys: int, group: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Return to how many rows and keys a block is filled up for its gradients."""
-    if not writes_kernels(dtype, device):
+def _padded_shape(rows: int, keys: int, group: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the rows and keys of a block in the backward pass, where oneDNN caches a kernel for each shape."""
+    if not caches_kernels(dtype):
         return rows, keys
-    return rows + -rows % (ROWS * group), keys + -keys % KEYS
+    return rows + -rows % (PAD_QUERIES * group), keys + -keys % PAD_KEYS
 
 
-def _filled(probabilities: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """Return a block's probabilities as its gradients need them: in the dtype of their products, and filled up.
+def _padded(probabilities: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Return a block's probabilities as the backward pass needs them: in the dtype of its products, and padded.
 
-    Zeros stand for keys before the block's, and for queries behind them: whatever there is has no weight.
+    Zeros stand for keys before the block's, and for queries after its own: whatever is there has no weight.
     """
-    device, (n_kv, rows, keys) = probabilities.device, probabilities.shape
-    suited, needed = _suited_shape(rows, keys, group, dtype, device), arithmetic(dtype, device)
-    if suited == (rows, keys):
-        return probabilities.to(needed)
-    filled = probabilities.new_empty(n_kv, *suited, dtype=needed)
-    filled[:, :rows, :-keys] = 0
-    filled[:, :rows, -keys:] = probabilities
-    filled[:, rows:] = 0
-    return filled
+    n_kv, rows, keys = probabilities.shape
+    shape, product_dtype = _padded_shape(rows, keys, group, dtype), matmul_dtype(dtype)
+    if shape == (rows, keys):
+        return probabilities.to(product_dtype)
+    padded = probabilities.new_empty(n_kv, *shape, dtype=product_dtype)
+    padded[:, :rows, :-keys] = 0
+    padded[:, :rows, -keys:] = probabilities
+    padded[:, rows:] = 0
+    return padded
 
 
 def _seen(t: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Lay end to end what each sequence sees: behind what it shares with the one before it, its own."""
-    places = _places(tuple(spans))
-    return t if places is None else t[places]
+    """Concatenate what each sequence sees: the prefix that it shares with the one before it, and its own positions."""
+    indices = _seen_indices(tuple(spans))
+    return t if indices is None else t[indices]
 
 
 def _summed(gradient: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Undo `_seen` for its gradient: what sequences share has that of all of them."""
-    places = _places(tuple(spans))
-    if places is None:
+    """Return the gradient of the input of `_seen`: that of a shared prefix is summed over its sequences."""
+    indices = _seen_indices(tuple(spans))
+    if indices is None:
         return gradient
-    return gradient.new_zeros(sum(own for _, own in spans), *gradient.shape[1:]).index_add_(0, places, gradient)
+    return gradient.new_zeros(sum(own for _, own in spans), *gradient.shape[1:]).index_add_(0, indices, gradient)
 
 
 @lru_cache(maxsize=4)
-def _places(spans: tuple[Span, ...]) -> Tensor | None:
-    """Return where in the row each sequence finds the keys that it sees, or None where none shares any."""
+def _seen_indices(spans: tuple[Span, ...]) -> Tensor | None:
+    """Return the positions in the packed sequence that each sequence sees, or None where no prefix is shared."""
     if not any(shared for shared, _ in spans):
         return None
     start, seen = 0, [torch.zeros(0, dtype=torch.long)]
@@ -127,36 +123,36 @@ def _gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kept: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
     spans: Sequence[Span],
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, and in float32 of the keys and values that they see, given the output's.
 
-    Each block's probabilities are kept, or None. Before all keys stand zeros, for the first block is filled up as well.
+    Each block's probabilities are saved, or None. Zeros precede all keys, as the first block is padded as well.
     """
-    mask, dtype = _block_mask(_group(q, k), tuple(spans), window), arithmetic(q.dtype, q.device)
-    before = KEYS - 1 if writes_kernels(q.dtype, q.device) else 0
+    mask, dtype = _block_mask(_group(q, k), tuple(spans), window), matmul_dtype(q.dtype)
+    before = PAD_KEYS - 1 if caches_kernels(q.dtype) else 0
     queries, gradient = q.to(dtype), gradient.to(dtype)
     # The scores' scale is in the values: what is smaller than scores is scaled once.
     keys, values = (F.pad(t.to(dtype), (0, 0, 0, 0, before, 0)) for t in (k, v.to(dtype) * q.shape[-1] ** -0.5))
     q_gradient = torch.empty_like(q)
     k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
-    for (rows, own), probabilities in zip(_blocks(spans, window), kept, strict=True):
+    for (rows, own), probabilities in zip(_blocks(spans, window), saved, strict=True):
         if probabilities is None:
-            again = _probabilities(_grouped(q[rows], k), _by_head(k[own]), mask)
-            probabilities = _filled(again, _group(q, k), q.dtype)
+            recomputed = _probabilities(_grouped(q[rows], k), _by_head(k[own]), mask)
+            probabilities = _padded(recomputed, _group(q, k), q.dtype)
         seen = slice(own.stop + before - probabilities.shape[2], own.stop + before)
         here, upstream = (_grouped(t[rows], k, probabilities.shape[1]) for t in (queries, gradient))
         v_gradient[seen] += _by_head(probabilities.mT @ upstream)
-        scores = torch._softmax_backward_data(upstream @ _by_head(values[seen]).mT, probabilities, -1, dtype)
+        scores = softmax_backward(upstream @ _by_head(values[seen]).mT, probabilities, dtype)
         q_gradient[rows] = _ungrouped(scores @ _by_head(keys[seen]), q[rows])
         k_gradient[seen] += _by_head(scores.mT @ here)
     return q_gradient, k_gradient[before:], v_gradient[before:]
 
 
 def _blocks(spans: Sequence[Span], window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Yield the queries of each block, and of all that is seen the keys that at least one of them sees."""
+    """Yield the queries of each block, and the keys that at least one of them sees."""
     row = key = 0
     for shared, own in spans:
         for first in range(0, own, BLOCK):
@@ -186,9 +182,9 @@ def _group(q: Tensor, k: Tensor) -> int:
 
 
 def _grouped(q: Tensor, k: Tensor, rows: int | None = None) -> Tensor:
-    """Put the heads that share keys below each other: (block, n_head, head_dim) -> (n_kv, block * group, head_dim).
+    """Stack the heads that share keys: (block, n_head, head_dim) -> (n_kv, block * group, head_dim).
 
-    Zeros may follow, up to so many rows.
+    The result is padded with zeros to a number of rows, if one is given.
     """
     grouped = q.view(len(q), k.shape[1], -1, q.shape[-1]).transpose(0, 1).flatten(1, 2)
     more = 0 if rows is None else rows - grouped.shape[1]

@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from litlora.cpu.allocator import give_back
 
 ALIGNMENT = 64
-"""Bytes of which each weight's place is a multiple: a line of the cache, as everywhere in torch."""
+"""Each weight starts at a multiple of this many bytes: a cache line, as everywhere in torch."""
 
 
-def settle(weights: Iterable[nn.Parameter]) -> None:
-    """Move those weights that a CPU has, contiguous and end to end, to huge pages, of which 2 MB are one.
+def move_to_huge_pages(weights: Iterable[nn.Parameter]) -> None:
+    """Move weights, contiguous and end to end, to huge pages of 2 MB.
 
-    All of them are read for every token, and an address has to be looked up for each page: in all a sixth of the time.
+    All of them are read for every token, and each page needs an address translation.
     """
-    moved = [weight for weight in weights if weight.device.type == "cpu"]
+    moved = list(dict.fromkeys(weights))
     starts = list(accumulate((-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in moved), initial=0))
-    room = _room(starts[-1])
+    memory = _allocate(starts[-1])
     for weight, start in zip(moved, starts, strict=False):
-        place = room[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
-        weight.data = place.copy_(weight.data)
+        target = memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
+        weight.data = target.copy_(weight.data)
         give_back()  # or all weights would be in memory twice
 
 
-def _room(size: int) -> Tensor:
-    """Return so many bytes, which only Linux puts on huge pages at a program's request."""
+def _allocate(size: int) -> Tensor:
+    """Return a buffer of bytes, on huge pages under Linux, where a program can request them."""
     if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

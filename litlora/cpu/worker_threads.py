@@ -12,27 +12,27 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def worker_count(device: torch.device, asked: int, processes: int = 1) -> int:
-    """Return how many lanes, of those asked for, each of so many processes on a machine can have."""
-    return min(asked, max(1, torch.get_num_threads() // processes)) if device.type == "cpu" else 1
+def worker_count(requested: int, processes: int = 1) -> int:
+    """Return how many threads, of those requested, each of `processes` on a machine runs concurrently."""
+    return min(requested, max(1, torch.get_num_threads() // processes))
 
 
 class WorkerThreads:
-    """So many threads, each of which takes one thing at a time: a core that works alone never waits for the others.
+    """A pool of threads, each limited to its share of the cores, so that no core waits for another after each product.
 
-    A single lane is the calling thread itself; others know nothing of its torch.no_grad, autocast or contexts.
+    A single worker is the calling thread itself; others have neither its torch.no_grad nor autocast nor contexts.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         share = torch.get_num_threads() // count
-        self._pool = ThreadPoolExecutor(count, "lane", torch.set_num_threads, (share,))  # which start when they must
+        self._pool = ThreadPoolExecutor(count, "worker", torch.set_num_threads, (share,))  # which start on demand
 
     def map(self, work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-        """Yield what becomes of each item, in their order; few items are taken before they are needed.
+        """Yield the result for each item, in their order; few items are taken before they are needed.
 
-        A last one that would be alone has all cores, in the calling thread. What fails is raised when it is its turn,
-        and once no lane works any longer.
+        A leftover item uses all cores, in the calling thread. A failure is raised in its turn, once all workers have
+        stopped.
         """
         items = iter(items)
         ahead: deque[Future[U]] = deque()
@@ -52,7 +52,7 @@ class WorkerThreads:
             wait(ahead)
 
 
-def _results(ahead: deque[Future[U]], kept: int) -> Iterator[U]:
-    """Yield what has become of the first, until no more than so many are ahead."""
-    while len(ahead) > kept:
+def _results(ahead: deque[Future[U]], limit: int) -> Iterator[U]:
+    """Yield the first results, until no more than `limit` are pending."""
+    while len(ahead) > limit:
         yield ahead.popleft().result()

@@ -1,4 +1,4 @@
-"""The decode loop: the token stream of a model with a KV cache."""
+"""The decode loop: a session with a KV cache, and the tokens that it generates."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
@@ -11,28 +11,37 @@ from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT, evaluating
 
 
+class Session:
+    """A model and the KV cache of one sequence, which grows with every call."""
+
+    def __init__(self, model: GPT, max_length: int) -> None:
+        weight = model.model.embed_tokens.weight
+        self.model, self.device = model, weight.device
+        self.cache = KVCache(model.config, max_length, weight.dtype, weight.device)
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Append tokens (T,) and return the logits (vocab,) after the last; only single tokens use compiled code."""
+        # A stance imports the compiler, which takes seconds.
+        eager = self.model.is_compiled and len(tokens) > 1
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            hidden = self.model(tokens, [len(tokens)], self.cache)
+            logits: Tensor = self.model.lm_head(hidden[-1:])
+        return logits[0]
+
+
 @torch.inference_mode()
 def generate(
     model: GPT, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int, stop_ids: Collection[int]
 ) -> Iterator[int]:
     """Yield the tokens that follow the prompt, until a stop id (not yielded), the limit, or the last position."""
-    weight = model.model.embed_tokens.weight
     length = min(len(prompt) + max_new_tokens, model.config.max_position_embeddings)
-    cache = KVCache(model.config, length, weight.dtype, weight.device)
-    tokens = torch.tensor(prompt, device=weight.device)
+    session = Session(model, length)
+    tokens = torch.tensor(prompt, device=session.device)
     with evaluating(model):
         for _ in range(length - len(prompt)):
-            chosen = sampler.choose(next_logits(model, tokens, cache))
+            chosen = sampler.choose(session.next_logits(tokens))
             token = checked(int(chosen))
             if token in stop_ids:
                 return
             yield token
             tokens = chosen[None]
-
-
-def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Return the logits (vocab,) behind tokens (T,); several at once go through the model as it was written."""
-    # A stance imports the compiler, which takes seconds.
-    with torch.compiler.set_stance("force_eager") if model.is_compiled and len(tokens) > 1 else nullcontext():
-        logits: Tensor = model.lm_head(model(tokens, [len(tokens)], cache)[-1:])
-    return logits[0]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litlora.nn.backend import without_autocast
 from litlora.nn.dropout import Dropout, masked
 
 
@@ -20,7 +21,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dro
 
 def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, factor: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Add factor · B A x to y in place, for x under a dropout mask; return it and the (T, r) product with A."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         low = F.linear(masked(x, mask).to(a.dtype), a).mul_(factor)
         # A bfloat16 sum is rounded once, and stays bfloat16.
         return (y.addmm_(low, b.t()) if y.dtype == b.dtype else y.add_(F.linear(low, b))), low

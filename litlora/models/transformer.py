@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.kv_cache import KVCache
 from litlora.models.rope_scaling import inverse_frequencies
-from litlora.nn.attention import attend, attend_within
-from litlora.nn.backend import Span
+from litlora.nn.attention import attend
+from litlora.nn.backend import Span, backend
 from litlora.nn.dropout import drawn_again
 from litlora.nn.linear import Joint, Linear
 from litlora.nn.norm import RMSNorm
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         q, k, v = (t.view(len(t), -1, self.head_dim) for t in projected)
         q, k = rotate(q, rope), rotate(k, rope)  # (T, heads, head_dim)
         if past is None:
-            y = attend_within(q, k, v, spans, self.window)
+            y = backend(q.device).varlen_attention(q, k, v, spans, self.window)
         else:
             past[:, :, -len(k) :] = torch.stack((k, v)).transpose(1, 2)  # (2, n_kv, T, head_dim)
             y = attend(q.transpose(0, 1), *past, window=self.window).transpose(0, 1)

@@ -9,27 +9,56 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from litlora.args import Precision
 from litlora.cpu import attention as cpu_attention
+from litlora.cpu import matmul, onednn, tuning, weight_layouts
 from litlora.cpu.allocator import configure_for_training
-from litlora.cpu.matmul import SLAB
-from litlora.cpu.onednn import arithmetic, grain
+from litlora.cpu.huge_pages import move_to_huge_pages
 from litlora.cpu.worker_threads import WorkerThreads as WorkerThreads
 from litlora.cpu.worker_threads import worker_count
+from litlora.nn.attention import sdpa_per_sequence, varlen_flash_attention
 
 FLOAT32 = 4  # bytes
 WORKSPACES = 2 * 2**25
 """Bytes of cuBLAS's workspaces on a Hopper GPU, forward and backward; others take a quarter of it."""
-FRAGMENTATION = 0.27
-"""Share of the activations that glibc's allocator has free while they are in use; measured."""
-LEAST_FRAGMENTATION = 20
-"""The same at the least, in MLP values of each token: where few activations are saved."""
+LAUNCHED_LOGITS = 2**24
+"""Logits that become float32 probabilities at once on a GPU, which launches few kernels for them."""
 
 Span = tuple[int, int]
 """How many keys a sequence shares with the one before it, and how many positions it has of its own."""
+
+
+class FrozenWeight(Protocol):
+    """A frozen weight (out, in) in another storage than a tensor's."""
+
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its storage."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T + b (T, out) for x (T, in)."""
+
+    def rows(self, rows: slice, /) -> Tensor:
+        """Return some of its rows as a tensor."""
+
+    def to_dense(self) -> Tensor:
+        """Return it as a tensor (out, in)."""
+
+
+class NF4Storage(FrozenWeight, Protocol):
+    """A weight that bitsandbytes quantized."""
+
+    def bitsandbytes_matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b by bitsandbytes' own product."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +76,34 @@ class Backend(ABC):
 
     shares_prefixes: bool
     """Whether a prefix that sequences of a micro-batch share is computed once."""
-    decodes_repacked: bool
-    """Whether weights are repacked for decoding, which takes time before the first token."""
+    repacking_pays_from: int
+    """From how many new tokens on preparing the weights for decoding takes less time than it saves."""
     counts_process_memory: bool
     """Whether the memory of Python and torch comes out of the same memory as the run's tensors."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b (T, out) for x (T, in), and a frozen weight (out, in) and bias (out,)."""
+
+    @abstractmethod
+    def nf4_linear(self, x: Tensor, weight: NF4Storage, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b (T, out) for a weight in NF4."""
+
+    @abstractmethod
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+        """Let every packed sequence attend to itself, causally, and to the prefix that it shares with the one before.
+
+        q is (T, n_head, head_dim), k and v are (T, n_kv, head_dim); with a window, a query sees its own position and
+        the window - 1 before it. Returns (T, n_head, head_dim).
+        """
+
+    @abstractmethod
+    def scored_rows(self, rows: int, width: int) -> int:
+        """Return how many of these rows of logits become float32 probabilities at one time."""
+
+    @abstractmethod
+    def prepare_for_decoding(self, layers: Sequence[Any], *, compiled: bool) -> None:
+        """Store the dense weights of some linear layers as decoding reads them fastest; they train no more."""
 
     @abstractmethod
     def pad_multiple(self, rows: int, dtype: torch.dtype) -> int:
@@ -101,54 +154,88 @@ class CPUBackend(Backend):
     """The backend of `cpu/`."""
 
     shares_prefixes = True
-    decodes_repacked = True
+    repacking_pays_from = tuning.REPACK_TOKENS
     counts_process_memory = True
-    _device = torch.device("cpu")
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return matmul.linear(x, weight, bias)
+
+    def nf4_linear(self, x: Tensor, weight: NF4Storage, bias: Tensor | None) -> Tensor:
+        return matmul.sliced_linear(x, weight, bias)
+
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+        return cpu_attention.varlen_attention(q, k, v, spans, window)
+
+    def scored_rows(self, rows: int, width: int) -> int:
+        return min(rows, max(1, tuning.CACHED_LOGITS // width))
+
+    def prepare_for_decoding(self, layers: Sequence[Any], *, compiled: bool) -> None:
+        form = weight_layouts.in_bfloat16 if compiled else weight_layouts.repacked
+        workers = self.worker_pool(self.workers(torch.get_num_threads()))
+        weight_layouts.store(layers, workers.map(form, (layer.weight for layer in layers)))
+        move_to_huge_pages(parameter for layer in layers for parameter in stored_parameters(layer))
 
     def pad_multiple(self, rows: int, dtype: torch.dtype) -> int:
-        return grain(rows, dtype, self._device)
+        return onednn.pad_multiple(rows, dtype)
 
     def workers(self, requested: int, processes: int = 1) -> int:
-        return worker_count(self._device, requested, processes)
+        return worker_count(requested, processes)
 
     def prepare_for_training(self) -> None:
         configure_for_training()
 
     def matmul_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return arithmetic(dtype, self._device)
+        return onednn.matmul_dtype(dtype)
 
     def peak_memory(self) -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def cast_rows(self, rows: int) -> int:
-        return min(SLAB, rows)
+        return min(tuning.SLICE_ROWS, rows)
 
     def saves_attention_output(self, dtype: torch.dtype) -> bool:
         return False
 
     def attention_saved_bytes(self, shape: AttentionShape, spans: Sequence[Span], dtype: torch.dtype) -> int:
         tokens = sum(own for _, own in spans)
-        probabilities = cpu_attention.probability_bytes(
-            shape.n_head, shape.n_kv, spans, shape.window, dtype, self._device
-        )
+        probabilities = cpu_attention.probability_bytes(shape.n_head, shape.n_kv, spans, shape.window, dtype)
         return tokens * (shape.n_head + 2 * shape.n_kv) * shape.head_dim * dtype.itemsize + probabilities
 
     def attention_score_bytes(self, shape: AttentionShape, longest: int) -> int:
-        block = cpu_attention.BLOCK
+        block = tuning.BLOCK
         seen = longest if shape.window is None else min(longest, shape.window + block)
         return FLOAT32 * min(block, longest) * seen
 
     def memory_overheads(self, activations: int, mlp_bytes: int) -> dict[str, int]:
-        return {"fragmentation": max(int(FRAGMENTATION * activations), LEAST_FRAGMENTATION * mlp_bytes)}
+        return {"fragmentation": max(int(tuning.FRAGMENTATION * activations), tuning.LEAST_FRAGMENTATION * mlp_bytes)}
 
 
 class CUDABackend(Backend):
     """GPUs, by torch's own kernels."""
 
     shares_prefixes = False  # a GPU has more use for all sequences at once than for fewer tokens
-    decodes_repacked = False
+    repacking_pays_from = 0
     counts_process_memory = False
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def nf4_linear(self, x: Tensor, weight: NF4Storage, bias: Tensor | None) -> Tensor:
+        return weight.bitsandbytes_matmul(x, bias)
+
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+        lengths = tuple(own for _, own in spans)
+        assert sum(map(sum, spans)) == sum(lengths), "sequences share no prefixes on a GPU"
+        if _has_flash_attention(q.device, q.dtype, q.shape[2]):
+            return varlen_flash_attention(q, k, v, lengths, window)
+        return sdpa_per_sequence(q, k, v, lengths, window)
+
+    def scored_rows(self, rows: int, width: int) -> int:
+        return min(rows, max(1, LAUNCHED_LOGITS // width))
+
+    def prepare_for_decoding(self, layers: Sequence[Any], *, compiled: bool) -> None:
+        disable_cudnn_attention()  # a GPU reads weights as they are
 
     def pad_multiple(self, rows: int, dtype: torch.dtype) -> int:
         return 1
@@ -200,6 +287,23 @@ def default_device() -> torch.device:
 def compute_dtype(precision: Precision) -> torch.dtype:
     """Return the dtype of what the linear layers of a block return at this --precision."""
     return torch.float32 if precision == "32-true" else torch.bfloat16
+
+
+def stored_parameters(layer: Any) -> list[torch.nn.Parameter]:
+    """Return the parameters that hold a layer's weight, whatever its storage."""
+    return [p for name, p in layer.named_parameters() if name.split(".")[0] == "weight"]
+
+
+@cache
+def _has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether a GPU has FlashAttention's kernels (Dao 2023) for values of this dtype and heads of this width."""
+    fits = dtype is torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Return a context in which products are computed in the dtype of their factors, on the device of x."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def disable_cudnn_attention() -> None:

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litlora.cpu.matmul import frozen_linear as frozen_linear
+from litlora.nn.backend import FrozenWeight, backend
+
+
+def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b (T, out) for x (T, in), and a weight (out, in) and bias (out,) that need no gradient."""
+    return backend(x.device).linear(x, weight, bias) if isinstance(weight, Tensor) else weight.matmul(x, bias)
 
 
 class Linear(nn.Linear):

@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litlora.cpu.onednn import grain
+from litlora.nn.backend import backend
 
 IGNORE_INDEX = -100
 CHUNK = 256
 """Rows of logits that exist at one time: enough for an efficient product."""
-CACHED, LAUNCHED = 2**20, 2**24
-"""Logits that become probabilities at one time: a CPU has them in its cache, and a GPU has few kernels to start."""
 
 
 def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
@@ -38,8 +36,8 @@ def _summed(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 
 
 def _logits(hidden: Tensor, head: nn.Module) -> Tensor:
-    """Return the head's outputs for a chunk, which is filled up where each number of rows would cost memory."""
-    more = -len(hidden) % grain(len(hidden), hidden.dtype, hidden.device)
+    """Return the head's outputs for a chunk, which is padded where each number of rows would cost memory."""
+    more = -len(hidden) % backend(hidden.device).pad_multiple(len(hidden), hidden.dtype)
     logits: Tensor = head(F.pad(hidden, (0, 0, 0, more)))[: len(hidden)] if more else head(hidden)
     return logits
 
@@ -48,15 +46,9 @@ def _logits(hidden: Tensor, head: nn.Module) -> Tensor:
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of the cross-entropies and its gradient, which takes the place of the logits in memory."""
     logits = logits.detach()
-    rows = scored_at_once(len(logits), logits.shape[1], logits.device)
+    rows = backend(logits.device).scored_rows(*logits.shape)
     parts = zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
     return torch.stack([_loss_of(*part) for part in parts]).sum(), logits
-
-
-def scored_at_once(rows: int, width: int, device: torch.device) -> int:
-    """Return of how many of these rows of logits there are probabilities, in float32, at one time."""
-    most = CACHED if device.type == "cpu" else LAUNCHED
-    return min(rows, max(1, most // width))
 
 
 def _loss_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from litlora.cpu.onednn import arithmetic
 from litlora.errors import LitLoraError
+from litlora.nn.backend import backend
 from litlora.nn.linear import frozen_linear
 
 BLOCK = 64
@@ -23,6 +23,8 @@ OUTER_BLOCK = 256
 CHUNK = 2**17
 """Values that are quantized at one time, so that what bitsandbytes computes on the way stays small."""
 OLDEST = "0.49"
+FLAG = "a 4-bit base"
+"""What needs bitsandbytes once the flags are checked."""
 SINGLE, DOUBLE = NAMES = "bnb.nf4", "bnb.nf4-dq"
 
 
@@ -135,24 +137,47 @@ class NF4Weight(nn.Module):
     def device(self) -> torch.device:
         return self.packed.device
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        """Return some rows as numbers again; the first row must begin with a block."""
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T + b (T, out) for x (T, in)."""
+        return backend(x.device).nf4_linear(x, self, bias)
+
+    def to_dense(self) -> Tensor:
+        """Return the weight as a tensor (out, in)."""
+        return self.rows(slice(None))
+
+    def rows(self, rows: slice) -> Tensor:
+        """Return some rows, dequantized; the first row must start with a block."""
         start, stop, _ = (bound * self.shape[1] for bound in rows.indices(self.shape[0]))
         assert start % BLOCK == 0
         packed, scales = self.packed[start // 2 : -(-stop // 2)], self._scales()[start // BLOCK : -(-stop // BLOCK)]
         # Where a CPU has no bfloat16, float32 gives the same bits in half the time of bitsandbytes' own.
-        dtype = arithmetic(self.quantization.dtype, packed.device)
+        dtype = backend(packed.device).matmul_dtype(self.quantization.dtype)
         # Threads share the rows of a shape, but bitsandbytes' AVX-512 code is wrong if they do not end with a block.
         width = self.shape[1] if self.shape[1] % BLOCK == 0 else stop - start
         shape = ((stop - start) // width, width)
         numbers: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK, "nf4", shape, dtype)
         return numbers.view(-1, self.shape[1]).to(self.quantization.dtype)
 
-    def times_row(self, x: Tensor) -> Tensor:
-        """Return x W^T for a single row x (1, in) on a GPU, which reads the weight as it is stored."""
-        scales, levels = self._scales(), _levels(x.device)
-        out: Tensor = torch.ops.bitsandbytes.gemv_4bit(x, self.packed, self.shape, scales, levels, BLOCK)
+    def bitsandbytes_matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T + b by bitsandbytes' own product, which reads the weight as it is stored."""
+        packed = self.packed.view(-1, 1).t()
+        out: Tensor = import_bitsandbytes(FLAG).matmul_4bit(x, packed, self._quant_state(), bias=bias)
         return out
+
+    def _quant_state(self) -> Any:
+        """Return bitsandbytes' description of the weight, which refers to the tensors here."""
+        functional, device = _functional(), self.device
+        settings = {"shape": self.shape, "code": _levels(device), "blocksize": BLOCK, "quant_type": "nf4"}
+        settings["dtype"] = self.quantization.dtype
+        if not self.quantization.double:
+            return functional.QuantState(self.scales.view(torch.float32), **settings)
+        outer, offset = self.outer_scales.view(torch.float32), self.mean_scale.view(torch.float32)
+        nested = functional.QuantState(outer, code=_scale_levels(device), blocksize=OUTER_BLOCK, dtype=torch.float32)
+        return functional.QuantState(self.scales, offset=offset, state2=nested, **settings)
 
     def _scales(self) -> Tensor:
         if not self.quantization.double:
@@ -178,13 +203,20 @@ def _levels(device: torch.device) -> Tensor:
     return levels
 
 
+@cache
+def _scale_levels(device: torch.device) -> Tensor:
+    """Return the values that 8-bit scales stand for."""
+    levels: Tensor = _functional().create_dynamic_map().to(device)
+    return levels
+
+
 def _functional() -> Any:
-    return import_bitsandbytes("a base in 4 bits").functional
+    return import_bitsandbytes(FLAG).functional
 
 
 def dequantized(weight: Tensor, quantization: Quantization) -> Tensor:
     """Return a weight (out, in) in its own dtype as it is once it has been in NF4."""
-    return NF4Weight(weight, quantization)[:].to(weight.dtype)
+    return NF4Weight(weight, quantization).to_dense().to(weight.dtype)
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:

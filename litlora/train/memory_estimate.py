@@ -17,7 +17,7 @@ from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend, compute_dtype
 from litlora.nn.linear import Linear
-from litlora.nn.loss import CHUNK, scored_at_once
+from litlora.nn.loss import CHUNK
 from litlora.nn.nf4 import BLOCK as NF4_BLOCK
 from litlora.nn.nf4 import DOUBLE, OUTER_BLOCK
 from litlora.train.optimizers import build_optimizer
@@ -284,7 +284,7 @@ def temporary_bytes(network: Network, load: Load) -> int:
 def _loss_bytes(network: Network, load: Load) -> int:
     """Return the bytes of a chunk of logits, and of some in float32, and of the states that have a label."""
     config, rows = network.config, min(CHUNK, load.supervised)
-    wide = 0 if network.product == FLOAT32 else scored_at_once(rows, config.vocab_size, network.device)
+    wide = 0 if network.product == FLOAT32 else network.backend.scored_rows(rows, config.vocab_size)
     logits = config.vocab_size * (rows * network.product + wide * FLOAT32)
     cast = BFLOAT16 * config.vocab_size * config.hidden_size if network.precision == "bf16-mixed" else 0
     return logits + cast + load.supervised * config.hidden_size * network.stream

@@ -80,11 +80,11 @@ def generate(job: Job) -> Result:
 
     def timed_compilation(model: GPT) -> None:
         start = time.perf_counter()
-        compile_step(model)
+        compile_decode_step(model)
         compilations.append(time.perf_counter() - start)
 
-    stream, compile_step = command.stream_tokens, command.compile_step
-    with patch.multiple(command, stream_tokens=timed, compile_step=timed_compilation):
+    stream, compile_decode_step = command.stream_tokens, command.compile_decode_step
+    with patch.multiple(command, stream_tokens=timed, compile_decode_step=timed_compilation):
         run(generate_flags(job))
     seconds, ids = runs[1]
     return Result(

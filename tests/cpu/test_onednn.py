@@ -32,7 +32,7 @@ for number in range(60):
 
 
 @pytest.mark.skipif(not HAS_BFLOAT16_PRODUCTS, reason="oneDNN has no such products here")
-def test_micro_batches_of_ever_new_lengths_come_in_few_shapes(tiny):
+def test_micro_batches_of_many_lengths_have_few_shapes(tiny):
     environment = {"ONEDNN_VERBOSE": "profile_create", "PATH": ""}
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", TRAINING, tiny]
@@ -42,7 +42,7 @@ def test_micro_batches_of_ever_new_lengths_come_in_few_shapes(tiny):
 
 
 @pytest.mark.gpu
-def test_attention_on_a_gpu_is_not_that_which_plans_for_each_length():
+def test_attention_on_cuda_is_not_cudnn():
     disable_cudnn_attention()
     q = torch.ones(1, 4, 100, 64, dtype=torch.bfloat16, device="cuda")
     assert SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)) == SDPBackend.FLASH_ATTENTION

@@ -10,7 +10,7 @@ from litlora.cpu.worker_threads import WorkerThreads, worker_count
 pytestmark = pytest.mark.usefixtures("four_threads")
 
 
-def test_results_come_in_the_order_of_the_items_whichever_is_done_first():
+def test_results_are_in_the_order_of_the_items():
     done = []
 
     def work(delay: int) -> int:
@@ -22,19 +22,19 @@ def test_results_come_in_the_order_of_the_items_whichever_is_done_first():
     assert list(WorkerThreads(2).map(work, items)) == items != done
 
 
-def test_as_many_work_at_a_time_as_there_are_lanes_each_on_its_share_of_the_cores():
-    together = Barrier(2, timeout=30)  # which nobody passes alone
+def test_workers_are_concurrent_on_equal_shares_of_the_cores():
+    barrier = Barrier(2, timeout=30)  # which nobody passes alone
 
     def work(_: int) -> int:
-        together.wait()
+        barrier.wait()
         return torch.get_num_threads()
 
     assert list(WorkerThreads(2).map(work, range(6))) == [2] * 6
     assert torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize(("lanes", "items", "in_lanes"), [(1, 3, 0), (2, 1, 0), (2, 5, 4), (2, 4, 4), (4, 9, 8)])
-def test_what_is_alone_has_all_cores_of_the_calling_thread(lanes, items, in_lanes):
+@pytest.mark.parametrize(("workers", "items", "in_workers"), [(1, 3, 0), (2, 1, 0), (2, 5, 4), (2, 4, 4), (4, 9, 8)])
+def test_leftover_item_uses_all_cores_in_the_calling_thread(workers, items, in_workers):
     at_work = []
 
     def work(item: int) -> tuple[bool, int, list[int]]:
@@ -44,19 +44,19 @@ def test_what_is_alone_has_all_cores_of_the_calling_thread(lanes, items, in_lane
         at_work.remove(item)
         return current_thread() is main_thread(), torch.get_num_threads(), others
 
-    found = list(WorkerThreads(lanes).map(work, range(items)))
-    assert [share for *share, _ in found[:in_lanes]] == [[False, 4 // lanes]] * in_lanes
-    assert found[in_lanes:] == [(True, 4, [item]) for item in range(in_lanes, items)]
+    found = list(WorkerThreads(workers).map(work, range(items)))
+    assert [share for *share, _ in found[:in_workers]] == [[False, 4 // workers]] * in_workers
+    assert found[in_workers:] == [(True, 4, [item]) for item in range(in_workers, items)]
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_few_items_are_taken_before_they_are_needed(lanes):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_few_items_are_taken_ahead(workers):
     source = count()
-    assert list(islice(WorkerThreads(lanes).map(str, source), 10)) == list("0123456789")
+    assert list(islice(WorkerThreads(workers).map(str, source), 10)) == list("0123456789")
     assert next(source) <= 13
 
 
-def test_a_failure_is_raised_in_its_turn_and_once_no_lane_works_any_longer():
+def test_failure_is_raised_once_all_workers_have_stopped():
     at_work = []
 
     def work(item: int) -> int:
@@ -75,9 +75,6 @@ def test_a_failure_is_raised_in_its_turn_and_once_no_lane_works_any_longer():
     assert torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize(
-    ("device", "asked", "processes", "lanes"),
-    [("cpu", 2, 1, 2), ("cpu", 9, 1, 4), ("cpu", 2, 4, 1), ("cpu", 2, 8, 1), ("cuda", 2, 1, 1)],
-)
-def test_there_are_no_more_lanes_than_cores_and_one_on_a_gpu(device, asked, processes, lanes):
-    assert worker_count(torch.device(device), asked, processes) == lanes
+@pytest.mark.parametrize(("requested", "processes", "workers"), [(2, 1, 2), (9, 1, 4), (2, 4, 1), (2, 8, 1)])
+def test_no_more_workers_than_cores(requested, processes, workers):
+    assert worker_count(requested, processes) == workers

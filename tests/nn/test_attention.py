@@ -1,10 +1,16 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litlora.cpu import attention, onednn
-from litlora.cpu.attention import BLOCK, KEPT, _BlockedAttention
-from litlora.nn.attention import attend_within
+from litlora.cpu.attention import BLOCK, RETAINED_KEYS
+from litlora.nn import attention as nn_attention
+from litlora.nn import backend as nn_backend
+from litlora.nn.attention import attend, sdpa_per_sequence, varlen_flash_attention
+from litlora.nn.backend import CPU, CUDA, backend
 from litlora.nn.rope import rotate, turns
 
 LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
@@ -45,12 +51,16 @@ def outcome(
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
+def by_backend(q: torch.Tensor, *rest: object) -> torch.Tensor:
+    return backend(q.device).varlen_attention(q, *rest)
+
+
 @pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
 @pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2), (3, 1)])
 def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head, n_kv, window, device):
     tensors = problem(n_head, n_kv, device=device)
     exact = outcome(plain, [t.double().cpu() for t in tensors], window)
-    for ours, reference in zip(outcome(attend_within, tensors, window), exact, strict=True):
+    for ours, reference in zip(outcome(by_backend, tensors, window), exact, strict=True):
         torch.testing.assert_close(ours.double().cpu(), reference, atol=1e-5, rtol=1e-5)
 
 
@@ -59,7 +69,7 @@ def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head,
 def test_sequences_that_begin_alike_share_keys_whose_gradients_are_those_of_all(n_head, n_kv, window):
     tensors = problem(n_head, n_kv)
     exact = outcome(plain, [t.double() for t in tensors], window, SHARED)
-    for ours, reference in zip(outcome(attend_within, tensors, window, SHARED), exact, strict=True):
+    for ours, reference in zip(outcome(CPU.varlen_attention, tensors, window, SHARED), exact, strict=True):
         torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
 
 
@@ -70,15 +80,15 @@ def test_bfloat16_on_a_gpu_deviates_by_its_rounding_and_no_more(window, width):
     tensors = [t[..., :1].expand(-1, -1, width) + t.repeat(1, 1, 2)[..., :width] for t in problem(6, 2)]
     tensors = [t.to("cuda", torch.bfloat16) for t in tensors]
     exact = outcome(plain, [t.double().cpu() for t in tensors], window)
-    for ours, reference in zip(outcome(attend_within, tensors, window), exact, strict=True):
+    for ours, reference in zip(outcome(by_backend, tensors, window), exact, strict=True):
         assert (ours.double().cpu() - reference).norm() <= 2**-6 * reference.norm() + 1e-3
 
 
 def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_products_of_it(monkeypatch):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)
     tensors = problem(6, 2, torch.bfloat16)
-    exact = outcome(attend_within, [t.float() for t in tensors], None)
-    for ours, reference in zip(outcome(attend_within, tensors, None), exact, strict=True):
+    exact = outcome(CPU.varlen_attention, [t.float() for t in tensors], None)
+    for ours, reference in zip(outcome(CPU.varlen_attention, tensors, None), exact, strict=True):
         assert torch.equal(ours, reference.bfloat16())
 
 
@@ -88,7 +98,9 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_pro
 def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(width, window, spans, monkeypatch):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", True)
     tensors = problem(6, 2, torch.bfloat16, width=width)
-    exact, found = (outcome(attend_within, some, window, spans) for some in ([t.float() for t in tensors], tensors))
+    exact, found = (
+        outcome(CPU.varlen_attention, some, window, spans) for some in ([t.float() for t in tensors], tensors)
+    )
     assert torch.equal(found[0], exact[0].bfloat16())  # only gradients are of such products
     for ours, reference in zip(found, exact, strict=True):
         deviation = (ours.float() - reference).norm() / reference.norm()
@@ -99,9 +111,9 @@ def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(width, window,
 @pytest.mark.parametrize("window", [None, 50])
 def test_probabilities_that_are_computed_again_are_those_that_are_kept(window, dtype, monkeypatch):
     tensors, outcomes = problem(6, 2, dtype), []
-    for most in (KEPT, BLOCK + 20, 0):
-        monkeypatch.setattr(attention, "KEPT", most)
-        outcomes.append(outcome(attend_within, tensors, window, SHARED))
+    for most in (RETAINED_KEYS, BLOCK + 20, 0):
+        monkeypatch.setattr(attention, "RETAINED_KEYS", most)
+        outcomes.append(outcome(CPU.varlen_attention, tensors, window, SHARED))
     for others in outcomes[1:]:
         assert all(map(torch.equal, others, outcomes[0]))
 
@@ -112,12 +124,82 @@ def test_what_a_sequence_keeps_grows_with_its_length_alone(window):
         values: list[torch.Tensor] = []
         leaves = [torch.randn(length, heads, 16, requires_grad=True) for heads in (6, 2, 2)]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: values.append(t) or t, lambda t: t):
-            _BlockedAttention.apply(*leaves, [(0, length)], window).sum().backward()
+            CPU.varlen_attention(*leaves, [(0, length)], window).sum().backward()
         return sum(t.numel() for t in values)
 
-    first, step = kept(2 * KEPT), kept(3 * KEPT) - kept(2 * KEPT)
-    assert first <= 2 * KEPT * (6 * KEPT + (6 + 2 + 2) * 16)
-    assert step == kept(4 * KEPT) - kept(3 * KEPT)
+    first, step = kept(2 * RETAINED_KEYS), kept(3 * RETAINED_KEYS) - kept(2 * RETAINED_KEYS)
+    assert first <= 2 * RETAINED_KEYS * (6 * RETAINED_KEYS + (6 + 2 + 2) * 16)
+    assert step == kept(4 * RETAINED_KEYS) - kept(3 * RETAINED_KEYS)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2)])
+def test_sdpa_per_sequence_equals_float64(n_head, n_kv, window):
+    """What a GPU without FlashAttention computes."""
+
+    def per_sequence(q, k, v, spans, window):
+        return sdpa_per_sequence(q, k, v, [own for _, own in spans], window)
+
+    tensors = problem(n_head, n_kv)
+    exact = outcome(plain, [t.double() for t in tensors], window)
+    for ours, reference in zip(outcome(per_sequence, tensors, window), exact, strict=True):
+        torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not nn_attention.HAS_VARLEN, reason="this torch has no public varlen attention")
+@pytest.mark.parametrize("window", [None, 50])
+def test_varlen_attention_is_torch_s_public_one(window, monkeypatch):
+    """Run torch's own function on tensors without data, which checks arguments, output and the backward pass."""
+    monkeypatch.setattr(nn_backend, "_has_flash_attention", lambda *_: True)
+    monkeypatch.setattr(nn_attention, "_bounds", nn_attention._bounds.__wrapped__)  # a cache of tensors without data
+    calls, public = [], nn_attention.VARLEN.varlen_attn
+    monkeypatch.setattr(nn_attention.VARLEN, "varlen_attn", lambda *a, **k: calls.append(k) or public(*a, **k))
+    with FakeTensorMode():
+        q, k, v, gradient = problem(6, 2, torch.bfloat16)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        y = CUDA.varlen_attention(*leaves, APART, window)
+        y.backward(gradient)
+    assert calls == [{"window_size": (-1 if window is None else window - 1, 0), "enable_gqa": True}]
+    assert (y.shape, y.dtype) == (q.shape, q.dtype)
+    assert [leaf.grad.shape for leaf in leaves] == [leaf.shape for leaf in leaves]
+
+
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("public", [True, False])
+def test_varlen_attention_has_the_arguments_of_the_sequences(window, public, monkeypatch):
+    """FlashAttention's kernels, which need a GPU, are replaced by attention under a mask, as they document it."""
+
+    def kernel(q, k, v, bounds, longest, window):
+        lengths = bounds.diff().tolist()
+        assert longest == max(lengths)
+        return plain(q, k, v, [(0, length) for length in lengths], window)
+
+    def varlen_attn(q, k, v, starts, ends, longest, longest_keys, *, window_size, enable_gqa):
+        assert enable_gqa
+        assert torch.equal(starts, ends)
+        assert longest == longest_keys
+        assert window_size[1] == 0
+        return kernel(q, k, v, starts, longest, None if window_size[0] == -1 else window_size[0] + 1)
+
+    monkeypatch.setattr(nn_attention, "HAS_VARLEN", public)
+    monkeypatch.setattr(nn_attention, "VARLEN", SimpleNamespace(varlen_attn=varlen_attn))
+    monkeypatch.setattr(nn_attention, "flash_attention", kernel)
+    q, k, v, _ = problem(6, 2)
+    torch.testing.assert_close(
+        varlen_flash_attention(q, k, v, tuple(LENGTHS), window), CPU.varlen_attention(q, k, v, APART, window)
+    )
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("native", [True, False], ids=["bf16 matmul", "no bf16 matmul"])
+def test_new_tokens_attend_to_the_cache(window, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)
+    q, k, v, _ = (t[:60].transpose(0, 1) for t in problem(6, 2, torch.bfloat16))
+    exact = attend(q.double(), k.double(), v.double(), window=window)
+    for rows in (1, 5, 60):
+        y = attend(q[:, -rows:], k, v, window=window)
+        torch.testing.assert_close(y.double(), exact[:, -rows:], atol=2**-7, rtol=2**-7)
 
 
 def test_a_rotation_keeps_lengths_and_its_gradient_turns_back():

@@ -1,14 +1,18 @@
+import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from litlora.cpu import matmul, onednn, weight_layouts
-from litlora.cpu.matmul import SLAB, _SlabLinear
-from litlora.cpu.weight_layouts import HalfWeight, narrowed, packed
+from litlora.cpu.matmul import SLICE_ROWS, sliced_linear
+from litlora.cpu.weight_layouts import HalfWeight, StripedWeight, in_bfloat16, repacked
 from litlora.lora.layer import LoRALinear
+from litlora.nn.backend import CUDA
 from litlora.nn.linear import Joint, Linear, frozen_linear
-from litlora.nn.nf4 import NAMES, NF4Linear, Quantization
+from litlora.nn.nf4 import NAMES, NF4Linear, NF4Weight, Quantization
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,12 +28,12 @@ def outcome(product, dtype: torch.dtype, bias: torch.Tensor | None = None) -> tu
     return y.detach(), x.grad
 
 
-@pytest.mark.parametrize("slab", [SLAB, 20])
+@pytest.mark.parametrize("slab", [SLICE_ROWS, 20])
 def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once(slab, monkeypatch):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)  # or float32 is not asked for
-    monkeypatch.setattr(matmul, "SLAB", slab)  # a weight of 48 rows is one slab, or two and a part
+    monkeypatch.setattr(matmul, "SLICE_ROWS", slab)  # a weight of 48 rows is one slab, or two and a part
     bias = torch.linspace(-3, 3, 48).bfloat16()
-    found = outcome(_SlabLinear.apply, torch.bfloat16, bias)
+    found = outcome(sliced_linear, torch.bfloat16, bias)
     exact = outcome(F.linear, torch.float64, bias)
     for ours, reference in zip(found, exact, strict=True):
         assert ours.dtype is torch.bfloat16
@@ -40,15 +44,15 @@ def test_a_gradient_in_many_slabs_is_as_exact_as_in_one_where_a_cpu_multiplies_b
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", True)
     _, exact = outcome(F.linear, torch.float64)
     deviations = []
-    for slab in (SLAB, 2):
-        monkeypatch.setattr(matmul, "SLAB", slab)
-        _, found = outcome(_SlabLinear.apply, torch.bfloat16)
+    for slab in (SLICE_ROWS, 2):
+        monkeypatch.setattr(matmul, "SLICE_ROWS", slab)
+        _, found = outcome(sliced_linear, torch.bfloat16)
         deviations.append((found.double() - exact).norm())
     assert deviations[1] < 1.5 * deviations[0]
 
 
 def test_the_product_is_the_same_by_every_way():
-    ways = (F.linear, frozen_linear, _SlabLinear.apply)
+    ways = (F.linear, frozen_linear, sliced_linear)
     first, *others = (outcome(way, torch.bfloat16) for way in ways)
     for other in others:
         for a, b in zip(first, other, strict=True):
@@ -57,8 +61,8 @@ def test_the_product_is_the_same_by_every_way():
 
 @pytest.mark.parametrize("part", [48, 20])
 def test_a_product_of_many_outputs_is_the_same_in_parts(part, monkeypatch):
-    monkeypatch.setattr(matmul, "LONG", 48)
-    monkeypatch.setattr(matmul, "PART", part)
+    monkeypatch.setattr(matmul, "LONG_OUTPUTS", 48)
+    monkeypatch.setattr(matmul, "LONG_SLICE", part)
     bias = torch.randn(48)
     for ours, exact in zip(
         outcome(frozen_linear, torch.float32, bias), outcome(F.linear, torch.float64, bias), strict=True
@@ -68,7 +72,7 @@ def test_a_product_of_many_outputs_is_the_same_in_parts(part, monkeypatch):
 
 @torch.autocast("cpu", torch.bfloat16)
 def test_a_product_of_many_outputs_is_torch_s_own_in_mixed_precision(monkeypatch):
-    monkeypatch.setattr(matmul, "LONG", 48)
+    monkeypatch.setattr(matmul, "LONG_OUTPUTS", 48)
     x, weight, _ = problem(torch.float32)
     y, reference = frozen_linear(x, weight), F.linear(x, weight)
     assert y.dtype is torch.bfloat16
@@ -108,7 +112,7 @@ def test_bias_that_trains_gets_its_gradient():
 def test_bias_that_trains_is_refused_where_it_would_get_no_gradient():
     x, weight, _ = problem(torch.bfloat16)
     with pytest.raises(AssertionError, match="no gradient"):
-        _SlabLinear.apply(x, weight, torch.zeros(48, dtype=torch.bfloat16, requires_grad=True))
+        sliced_linear(x, weight, torch.zeros(48, dtype=torch.bfloat16, requires_grad=True))
 
 
 @torch.no_grad()
@@ -126,7 +130,7 @@ def test_bias_over_an_nf4_weight(name, rows):
     layer = NF4Linear(torch.randn(96, 64), Quantization(name, torch.float32), bias)
     assert set(dict(layer.named_parameters())) == {"bias", "weight.packed", "weight.scales"}
     actual, exact = layer(x), x.detach().requires_grad_()
-    expected = F.linear(exact, layer.weight[:], bias)
+    expected = F.linear(exact, layer.weight.to_dense(), bias)
     torch.testing.assert_close(actual, expected)
     for y in (actual, expected):
         y.square().sum().backward()
@@ -152,66 +156,131 @@ def test_one_row_is_multiplied_as_exactly_as_many(dtype, out_features):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def check_storage(weight, dense: torch.Tensor, rows: int) -> None:
+    """Check a weight in another storage against the tensor that it holds."""
+    x, bias = torch.randn(rows, dense.shape[1]).to(dense.dtype), torch.randn(len(dense)).to(dense.dtype)
+    actual, exact = frozen_linear(x, weight), F.linear(x.double(), dense.double())
+    assert actual.dtype is dense.dtype
+    assert weight.shape == dense.shape
+    assert torch.equal(weight.to_dense(), dense)
+    assert torch.equal(weight.rows(slice(3, 9)), dense[3:9])
+    torch.testing.assert_close(actual.double(), exact, atol=1e-4, rtol=1e-5 if dense.dtype is torch.float32 else 2**-8)
+    assert torch.equal(frozen_linear(x, weight, bias), actual + bias)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 40])
-@pytest.mark.parametrize("out_features", [96, 331, 333], ids=["one stripe", "a prime number", "three stripes"])
-def test_a_packed_weight_multiplies_as_exactly_as_it_did(dtype, rows, out_features):
+@pytest.mark.parametrize(("out_features", "width"), [(96, 96), (333, 111)])
+def test_striped_weight(rows, out_features, width):
     torch.manual_seed(0)
-    weight, x = torch.randn(out_features, 600).to(dtype), torch.randn(rows, 600).to(dtype)
-    stored, bias = packed(weight).contiguous(), torch.randn(out_features).to(dtype)
-    found, exact = frozen_linear(x, stored), F.linear(x.double(), weight.double())
-    assert torch.equal(frozen_linear(x, stored, bias), found + bias)
-    assert found.dtype is dtype
-    torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5 if dtype is torch.float32 else 2**-8)
+    dense = torch.randn(out_features, 600).bfloat16()
+    weight = StripedWeight(dense, width)
+    assert weight.nbytes == dense.nbytes
+    check_storage(weight, dense, rows)
 
 
-def test_a_weight_is_packed_where_a_cpu_can_multiply_it(monkeypatch):
+@pytest.mark.skipif(not weight_layouts.HAS_FBGEMM, reason="torch has no FBGEMM here")
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_half_weight(rows, parts, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(weight_layouts, "HALF_ROWS", 333 // parts + 1)
+    dense = torch.randn(333, 600).bfloat16().float()
+    weight = HalfWeight.holding(dense)
+    assert weight.nbytes == dense.nbytes / 2
+    check_storage(weight, dense, rows)
+
+
+def test_repacked_chooses_the_storage_that_the_cpu_multiplies(monkeypatch):
     weight = torch.randn(384, 64)
     monkeypatch.setattr(weight_layouts, "HAS_FBGEMM", True)
-    monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)
-    assert packed(weight).shape == (4, 64, 96)
-    assert packed(weight[:331]).shape == (331, 64)  # there are no stripes of a prime number
-    assert packed(weight.bfloat16()).shape == weight.shape
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", True)
-    assert packed(weight.bfloat16()).shape == (2, 64, 192)
+    assert repacked(weight) is weight  # float16 would round it
+    assert repacked(weight.bfloat16()).stripes.shape == (2, 64, 192)
+    prime = weight[:331].bfloat16()
+    assert repacked(prime) is prime
+    monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)
+    rounded = weight.bfloat16()
+    assert repacked(rounded) is rounded
     monkeypatch.setattr(weight_layouts, "HAS_FBGEMM", False)
-    assert packed(weight) is weight
+    rounded = weight.bfloat16().float()
+    assert repacked(rounded) is rounded
 
 
-def test_a_weight_is_narrowed_where_no_number_of_it_is_rounded(device):
-    weight = torch.randn(64, 32).bfloat16().float().to(device)
-    narrow = narrowed(weight)
-    assert narrow.dtype is (torch.bfloat16 if device.type == "cpu" else torch.float32)
-    assert torch.equal(narrow.float(), weight)
+def test_in_bfloat16_rounds_no_value():
+    weight = torch.randn(64, 32).bfloat16().float()
+    assert in_bfloat16(weight).dtype is torch.bfloat16
+    assert torch.equal(in_bfloat16(weight).float(), weight)
     weight[5, 7] += 2**-12 * weight[5, 7].abs()
-    assert narrowed(weight) is weight
+    assert in_bfloat16(weight) is weight
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40])
-@pytest.mark.parametrize("form", [narrowed, packed])
-@pytest.mark.parametrize("parts", [1, 4])
-def test_a_weight_in_half_the_bytes_multiplies_in_float32(monkeypatch, form, rows, parts):
+def test_bfloat16_weight_in_a_float32_product(rows):
     torch.manual_seed(0)
-    monkeypatch.setattr(weight_layouts, "PACKED", 333 // parts + 1)
-    weight, x = torch.randn(333, 600).bfloat16().float(), torch.randn(rows, 600)
-    bias = torch.randn(333)
-    found, exact = frozen_linear(x, form(weight), bias), F.linear(x.double(), weight.double(), bias.double())
-    assert found.dtype is torch.float32
-    torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
+    weight, x, bias = torch.randn(333, 600).bfloat16(), torch.randn(rows, 600), torch.randn(333).bfloat16()
+    actual, exact = frozen_linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    assert actual.dtype is torch.float32
+    torch.testing.assert_close(actual.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.skipif(not weight_layouts.HAS_FBGEMM, reason="torch has no FBGEMM here")
 @pytest.mark.parametrize("exponent", [-20, 0, 17])
-def test_float16_holds_32_powers_of_two_below_the_largest_number(exponent):
+def test_half_weight_holds_32_powers_of_two_below_the_largest_value(exponent):
     most, least = 255 / 128 * 2.0**exponent, 255 / 128 * 2.0 ** (exponent - 32)
     weight = torch.tensor([[most, -least], [0.0, least]])
-    assert torch.equal(HalfWeight.holding(weight).product(torch.eye(2)), weight.t())
+    assert torch.equal(HalfWeight.holding(weight).to_dense(), weight)
+    assert torch.equal(HalfWeight.holding(weight).matmul(torch.eye(2)), weight.t())
     assert HalfWeight.holding(torch.tensor([[most, least / 2]])) is None
 
 
 @pytest.mark.parametrize("largest", [float("nan"), float("inf"), 0.0, 2.0**-140])
-def test_float16_holds_no_weight_that_nothing_brings_up_to_its_numbers(largest):
+def test_half_weight_refuses_what_cannot_be_scaled(largest):
     assert HalfWeight.holding(torch.tensor([[0.0, largest]])) is None
+
+
+class Calls(TorchFunctionMode):
+    """Count the torch functions that are called, but for the attributes that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[object] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") != "__get__":
+            self.functions.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_product_on_cuda_is_one_call(rows, dtype):
+    """With tensors that have a device but no data, no GPU is needed to see what is called."""
+    with FakeTensorMode(), torch.device("cuda"):
+        x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((rows, 64), (48, 64), (48,)))
+    with Calls() as calls:
+        frozen_linear(x, weight, bias)
+    assert calls.functions == [F.linear]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_nf4_product_on_cuda_is_one_call_of_bitsandbytes(name, rows, monkeypatch):
+    """bitsandbytes runs for real, on a CPU."""
+    torch.manual_seed(0)
+    calls, matmul_4bit = [], bitsandbytes.matmul_4bit
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: calls.append(a) or matmul_4bit(*a, **k))
+    weight, bias = NF4Weight(torch.randn(96, 64), Quantization(name, torch.float32)), torch.randn(96)
+    x = torch.randn(rows, 64, requires_grad=True)
+    exact = x.detach().requires_grad_()
+    with Calls() as functions:
+        actual = CUDA.nf4_linear(x, weight, bias)
+    expected = F.linear(exact, weight.to_dense(), bias)
+    assert len(calls) == 1
+    assert not {F.linear, torch.mm, torch.addmm} & set(functions.functions)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for y in (actual, expected):
+        y.square().sum().backward()
+    torch.testing.assert_close(x.grad, exact.grad, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()

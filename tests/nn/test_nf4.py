@@ -92,9 +92,9 @@ def test_levels_and_scales_are_those_of_transformers(name, dtype, whole_blocks, 
         if quantization.double:
             assert torch.equal(weight.scales, state.absmax)
             scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-        assert torch.equal(weight[:], levels_times_scales(weight, scales))
+        assert torch.equal(weight.to_dense(), levels_times_scales(weight, scales))
         if whole_blocks:
-            assert torch.equal(weight[:], bitsandbytes.functional.dequantize_4bit(expected.data, state))
+            assert torch.equal(weight.to_dense(), bitsandbytes.functional.dequantize_4bit(expected.data, state))
 
 
 def test_only_the_blocks_are_quantized(base, quantization):
@@ -117,19 +117,21 @@ def test_a_weight_takes_little_more_than_a_quarter_of_bfloat16(name, share):
 
 def test_any_rows_that_begin_with_a_block_come_out_alone(quantization):
     weight = NF4Weight(torch.randn(48, 40), quantization)
-    assert torch.equal(torch.cat([weight[:8], weight[8:40], weight[40:]]), weight[:])
+    assert torch.equal(
+        torch.cat([weight.rows(slice(*bounds)) for bounds in ((0, 8), (8, 40), (40, 48))]), weight.to_dense()
+    )
 
 
 def test_a_product_in_slabs_is_that_with_the_whole_weight(quantization, monkeypatch):
-    monkeypatch.setattr(matmul, "STORED_SLAB", 64)
-    monkeypatch.setattr(matmul, "STORED_VALUES", 1)
+    monkeypatch.setattr(matmul, "STORED_SLICE_ROWS", 64)
+    monkeypatch.setattr(matmul, "STORED_SLICE_VALUES", 1)
     torch.manual_seed(0)
     weight, x = NF4Weight(torch.randn(200, 48), quantization), torch.randn(7, 48, requires_grad=True)
     out = frozen_linear(x, weight)
     out.square().sum().backward()
     exact = x.detach().double().requires_grad_()
-    F.linear(exact, weight[:].double()).square().sum().backward()
-    torch.testing.assert_close(out.double(), F.linear(exact, weight[:].double()), atol=1e-5, rtol=1e-5)
+    F.linear(exact, weight.to_dense().double()).square().sum().backward()
+    torch.testing.assert_close(out.double(), F.linear(exact, weight.to_dense().double()), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x.grad.double(), exact.grad, atol=1e-4, rtol=1e-5)
 
 
@@ -167,9 +169,9 @@ def test_loading_never_holds_more_than_the_quantized_model_and_two_tensors(base,
 def test_a_cast_of_the_model_leaves_the_scales_alone(tiny, quantization):
     model = Checkpoint.open(tiny).load(torch.float32, CPU, quantization)
     weight = model.model.layers[0].self_attn.q_proj.weight
-    before = weight[:]
+    before = weight.to_dense()
     model.to(torch.bfloat16).to(torch.float32)
-    assert torch.equal(weight[:], before)
+    assert torch.equal(weight.to_dense(), before)
 
 
 def test_logits_are_those_of_transformers_with_bitsandbytes(base, pico, quantization, device):
@@ -257,4 +259,4 @@ def test_a_gpu_multiplies_one_row_with_the_weight_as_it_is_stored(name):
     weight = NF4Weight(torch.randn(128, 256, device="cuda"), Quantization(name, torch.bfloat16))
     x = torch.randn(1, 256, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
-        torch.testing.assert_close(frozen_linear(x, weight), x @ weight[:].T, atol=0.5, rtol=2**-6)
+        torch.testing.assert_close(frozen_linear(x, weight), x @ weight.to_dense().T, atol=0.5, rtol=2**-6)
