@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -16,6 +18,7 @@ def test_readme_is_short():
     assert len(README.split()) <= 2200
 
 
+@pytest.mark.slow
 def test_quickstart_teaches_pico_to_answer(tmp_path):
     folder = tmp_path / "clone"
     files = subprocess.run(

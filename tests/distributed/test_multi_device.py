@@ -79,15 +79,26 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("devices", "flags"), [(2, (*HEAD, *NF4)), (4, tuple(HEAD))])
-def test_adapter_is_independent_of_device_count(alone, few, tmp_path, devices, flags, strategy):
-    placed = "--devices", devices, "--strategy", strategy
-    done = run("-m", "litlora", *arguments(few, tmp_path / "out", *placed, *flags))
+def test_launched_ranks_train_the_adapter_of_one_device(alone, few, tmp_path, strategy):
+    flags = *HEAD, *NF4
+    done = run("-m", "litlora", *arguments(few, tmp_path / "out", "--devices", 2, "--strategy", strategy, *flags))
     assert done.returncode == 0, done.stderr
     assert_same(alone(*flags), tmp_path / "out")
     assert done.stdout == ""
-    assert done.stderr.count("trainable parameters over") == done.stderr.count("adapter in") == 1
-    assert "Warning" not in done.stderr
+    assert_reported_once(done.stderr)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_four_ranks_train_the_adapter_of_one_device(runs, alone, few, tmp_path, strategy):
+    runs.start_all(arguments(few, tmp_path / "out", "--devices", 4, "--strategy", strategy, *HEAD), srun(4))
+    assert runs.wait_all() == [0] * 4, runs.stderr.read_text()
+    assert_same(alone(*HEAD), tmp_path / "out")
+    assert_reported_once(runs.stderr.read_text())
+
+
+def assert_reported_once(stderr: str) -> None:
+    assert stderr.count("trainable parameters over") == stderr.count("adapter in") == 1
+    assert "Warning" not in stderr
 
 
 SMALL = ["--quantize", "bnb.nf4-dq", "--train.activation_checkpointing", "true", "--train.save_interval", "6"]
@@ -152,7 +163,7 @@ jobs = count(os.getpid() * 7)  # far from those of a test process beside this on
 
 def srun(number: int, **more: object) -> list[dict[str, str]]:
     """Return the variables that srun gives to each of a number of processes; the port follows from the job."""
-    job = next(job for job in jobs if is_free(15000 + job % 10_000))  # the port that Lightning derives from it
+    job = next(job for job in jobs if is_free(20_000 + job % 1000 * 10))  # their port follows from it and step 0
     step = {"JOB_ID": job, "STEP_ID": 0, "STEP_NODELIST": "127.0.0.1", "NODEID": 0}
     step |= {"STEP_NUM_TASKS": number, "STEP_TASKS_PER_NODE": number}
     variables = [step | {"PROCID": rank, "LOCALID": rank} for rank in range(number)]
@@ -268,7 +279,7 @@ def ranks_of(parent: int) -> dict[int, int]:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("stalled", [False, True])
-def test_launcher_names_a_killed_rank_and_the_run_resumes(alone, few, tmp_path, strategy, stalled):
+def test_launcher_names_a_killed_rank_and_the_run_resumes(runs, alone, few, tmp_path, strategy, stalled):
     parent = start(tmp_path, few, "--strategy", strategy)
     ranks = ranks_of(parent.pid)
     if stalled:
@@ -286,7 +297,7 @@ def test_launcher_names_a_killed_rank_and_the_run_resumes(alone, few, tmp_path, 
     ]
     assert "Traceback" not in stderr
     assert not any(Path(f"/proc/{child}").exists() for child in ranks.values())
-    resume(tmp_path / "out", few, alone, "--strategy", strategy, "--devices", 2 if strategy == "fsdp" else 1)
+    resume(runs, tmp_path / "out", few, alone, 2 if strategy == "fsdp" else 1, "--strategy", strategy)
 
 
 def start(folder: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
@@ -299,14 +310,15 @@ def start(folder: Path, few: Path, *flags: object) -> subprocess.Popen[str]:
     return parent
 
 
-def resume(out_dir: Path, few: Path, alone, *flags: object) -> None:
+def resume(runs, out_dir: Path, few: Path, alone, devices: int, *flags: object) -> None:
     """Resume what `start` has begun, which ends with the adapter of a single process."""
-    done = run("-m", "litlora", *arguments(few, out_dir, *HEAD, "--train.save_interval", 1, "--resume", "true", *flags))
-    assert done.returncode == 0, done.stderr
+    again = [*HEAD, "--train.save_interval", 1, "--resume", "true", "--devices", devices, *flags]
+    runs.start_all(arguments(few, out_dir, *again), srun(devices))
+    assert runs.wait_all() == [0] * devices, runs.stderr.read_text()
     assert_same(alone(*HEAD), out_dir)
 
 
-def test_signal_to_launcher_stops_all_and_its_end_ends_them(alone, few, tmp_path):
+def test_signal_to_launcher_stops_all_and_its_end_ends_them(runs, alone, few, tmp_path):
     parent = start(tmp_path, few)
     parent.send_signal(signal.SIGTERM)
     wait_for_signal(ranks_of(parent.pid)[0], signal.SIGTERM)
@@ -322,7 +334,7 @@ def test_signal_to_launcher_stops_all_and_its_end_ends_them(alone, few, tmp_path
     parent.communicate(timeout=HUNG)
     while any(map(is_running, ranks)):
         time.sleep(0.01)
-    resume(tmp_path / "out", few, alone)
+    resume(runs, tmp_path / "out", few, alone, 1)
 
 
 def wait_for_signal(process: int, number: int) -> None:
@@ -344,9 +356,7 @@ def test_torchrun_ends_all_when_one_rank_is_killed(few, tmp_path):
     stderr = torchrun.communicate(timeout=HUNG)[1]
     assert torchrun.returncode == 1
     assert re.search(r"Root Cause .*rank +: 1 .*exitcode +: -9 ", stderr, re.DOTALL), stderr
-    assert len(re.findall("^litlora: ", stderr, re.MULTILINE)) <= 1, (
-        stderr
-    )  # torchrun may end the others before they report
+    assert len(re.findall("^litlora: ", stderr, re.MULTILINE)) <= 1, stderr  # torchrun may end the others before that
     assert not any(is_running(child) for child in variables)
 
 

@@ -3,18 +3,21 @@
 Then it asks for more memory than it has had, so that a limit which came meanwhile is felt.
 """
 
+import importlib
 import os
 import sys
 import time
 from pathlib import Path
-
-import torch
+from types import ModuleType
 
 from litlora.__main__ import main
-from litlora.train import loop
 
 
 def wait_at(gate: Path) -> None:
+    import torch
+
+    from litlora.train import loop
+
     train_step = loop.train_step
 
     def waiting(run, batch, rate, step):
@@ -27,7 +30,18 @@ def wait_at(gate: Path) -> None:
     loop.train_step = waiting
 
 
-if __name__ != "tests.helpers.gate":  # also as multiprocessing names it in the processes that this one starts
-    wait_at(Path(os.environ["GATE"]))
+def wait_once_imported(import_module=importlib.import_module) -> None:
+    """Have this process wait if it imports a command: one that launches others does not, and needs no torch."""
+
+    def load(name: str, package: str | None = None) -> ModuleType:
+        module = import_module(name, package)
+        if name.startswith("litlora.commands."):
+            wait_at(Path(os.environ["GATE"]))
+        return module
+
+    importlib.import_module = load
+
+
 if __name__ == "__main__":
+    wait_once_imported()
     sys.exit(main())
