@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from litlora.__main__ import main
 from litlora.data import token_cache
 from litlora.data.batching import Samples
-from litlora.data.chat_template import ChatStyle
+from litlora.data.chat_template import ChatTemplate
 from litlora.data.examples import ALPACA, ANY, Example, Turn, read_file
+from litlora.data.prompt_styles import ChatStyle
 from litlora.data.readers import RawFile
-from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, SplitEncoder, find_split, open_splits
+from litlora.data.split_encoder import SplitEncoder
+from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.lora.checkpoint import find_base, load_adapter, load_with_adapter, read_prompt_style
@@ -207,7 +209,7 @@ def restored(tiny: Path, folder: Path) -> int:
     return restore_state(folder, build_optimizer("AdamW", lora_parameters(gpt).values(), 1e-3)).step
 
 
-def test_a_training_state_is_read_while_it_is_whole(tiny: Path, saved: Path):
+def test_intact_training_state_is_read(tiny: Path, saved: Path):
     assert restored(tiny, saved) == 2
 
 
@@ -252,7 +254,7 @@ def test_tokens(data_dir: Path, tmp_path: Path, encoder: SplitEncoder, data: st.
     path = split.folder / name
     path.write_bytes(data.draw(spoiled_json(path) if name == MANIFEST else damaged(path.read_bytes())))
     if listed:
-        path.with_name(MANIFEST).write_text(json.dumps(token_cache._digests(split.folder)), encoding="utf-8")
+        path.with_name(MANIFEST).write_text(json.dumps(token_cache.hash_files(split.folder)), encoding="utf-8")
     holds(lambda: read_all(Samples(open_splits([split], encoder)[0], 512)))
 
 
@@ -310,7 +312,7 @@ def test_sentencepiece_model(base: Path, pieces: bytes, data: st.DataObject):
     holds(lambda: use_tokenizer(base))
 
 
-def test_sentencepiece_model_is_read_while_it_is_whole(base: Path, pieces: bytes):
+def test_intact_sentencepiece_model_is_read(base: Path, pieces: bytes):
     (base / "tokenizer.json").unlink()
     (base / "tokenizer.model").write_bytes(pieces)
     assert Tokenizer(base).decode(Tokenizer(base).encode("a pear").ids) == "a pear"
@@ -335,7 +337,7 @@ def write_tokenizer_settings(folder: Path) -> None:
         (folder / file).write_bytes(as_json(settings))
 
 
-def test_tokenizer_settings_are_read_while_they_are_whole(base: Path):
+def test_intact_tokenizer_settings_are_read(base: Path):
     write_tokenizer_settings(base)
     assert Tokenizer(base).chat_template == "{{ messages }}"
 
@@ -352,7 +354,7 @@ def test_tokenizer_settings(base: Path, data: st.DataObject, name: str):
 def test_chat_template(template: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resource_limits, "MAX_SECONDS", 0.5)
-        holds(lambda: ChatStyle(template, "<s>", "</s>").render(CONVERSATION))
+        holds(lambda: ChatStyle(ChatTemplate(template, "<s>", "</s>"), "</s>").render(CONVERSATION))
 
 
 @given(data=st.data(), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))

@@ -220,13 +220,13 @@ def test_a_shard_that_is_none_is_refused(spoil, sentence, capsys):
         case("row with a null", lambda: write("data/train.jsonl", ROW + '{"instruction": "a", "output": null}\n'),
              f'data/train.jsonl line 2: "output" is null, not a string; {SHAPE}'),
         case("row that is no JSON", lambda: write("data/train.jsonl", ROW + "hello\n" + ROW),
-             f"data/train.jsonl line 2: this is no JSON (Expecting value at column 1); {SHAPE}"),
+             f"data/train.jsonl line 2: this is not valid JSON (Expecting value at column 1); {SHAPE}"),
         case("cut row", lambda: write("data/val.jsonl", ROW + ROW[:-3]),
-             f"data/val.jsonl line 2: this is no JSON (Unterminated string starting at at column 45); {SHAPE}"),
+             f"data/val.jsonl line 2: this is not valid JSON (Unterminated string starting at at column 45); {SHAPE}"),
         case("row that is a list", lambda: write("data/train.jsonl", "[1]\n2\n"),
-             f"data/train.jsonl line 1: this is a list, not an object (wrong rows after it: 1); {SHAPE}"),
+             f"data/train.jsonl line 1: this is a list, not an object (invalid rows after it: 1); {SHAPE}"),
         case("bytes that are no UTF-8", lambda: write("data/train.jsonl", ROW.encode() + b'{"x": "\xff"}\n'),
-             f"data/train.jsonl line 2: the byte 0xff is no UTF-8 text; save the file as UTF-8; {SHAPE}"),
+             f"data/train.jsonl line 2: the byte 0xff is not valid UTF-8; save the file as UTF-8; {SHAPE}"),
     ],
 )  # fmt: skip
 def test_data_that_is_none_is_refused(spoil, sentence, capsys):

@@ -1,4 +1,4 @@
-"""Prepare one's own .json, .jsonl or .csv file for fine-tuning."""
+"""Prepare a .json, .jsonl or .csv file for fine-tuning."""
 
 from litlora.args import PrepareJsonArgs
 from litlora.data.examples import ANY

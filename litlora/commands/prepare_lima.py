@@ -5,7 +5,7 @@ from itertools import cycle
 from pathlib import Path
 
 from litlora.args import PrepareLimaArgs
-from litlora.data.examples import Fields, Reading, RowFormat, read_messages
+from litlora.data.examples import Fields, ParsedRow, RowFormat, parse_messages
 from litlora.data.prepare import fetch, prepare
 from litlora.data.readers import PARSERS, RawFile, RowError
 from litlora.hub.download import REPO_ID, fetch_dataset_file
@@ -15,8 +15,8 @@ SHAPE = '{"conversations": ["question", "answer", ...]}'
 
 def prepare_lima(args: PrepareLimaArgs) -> None:
     """Turn LIMA's conversations, or their first turns, into a prepared data set."""
-    read = partial(_read_row, multiturn=args.include_multiturn_conversations)
-    prepare(args, _fetch(args), RowFormat(SHAPE, read))
+    parse = partial(_parse_row, multiturn=args.include_multiturn_conversations)
+    prepare(args, _fetch(args), RowFormat(SHAPE, parse))
 
 
 def _fetch(args: PrepareLimaArgs) -> RawFile:
@@ -28,17 +28,17 @@ def _fetch(args: PrepareLimaArgs) -> RawFile:
 
 
 def _names_dataset(source: str) -> bool:
-    """Tell the Hub's ORG/NAME from a file, which may be one that is missing."""
+    """Return whether `source` is ORG/NAME of the Hub and not a file, which may be missing."""
     path = Path(source)
     is_file = path.exists() or path.suffix.lower() in PARSERS
     return not is_file and REPO_ID.fullmatch(source) is not None
 
 
-def _read_row(fields: Fields, multiturn: bool) -> Reading:
-    said = fields.get("conversations")
-    if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+def _parse_row(fields: Fields, multiturn: bool) -> ParsedRow:
+    texts = fields.get("conversations")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RowError('there is no list of strings under "conversations"')
-    kept = said if multiturn else said[:2]
-    return read_messages(
-        [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), kept, strict=False)]
+    selected = texts if multiturn else texts[:2]
+    return parse_messages(
+        [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), selected, strict=False)]
     )

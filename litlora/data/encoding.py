@@ -11,72 +11,73 @@ from litlora.data.examples import Example
 from litlora.data.prompt_styles import PromptStyle
 from litlora.data.tokenizer import Tokenizer
 
-PIECE = 4_000_000  # bytes of a split, or ids, that a process reads at one time
+CHUNK = 4_000_000  # ids that are read at once
 
 
 class Tokens(NamedTuple):
-    """Examples end to end, in `ids`; a token that is no label is stored as -1 - id.
+    """The tokens of all examples, concatenated in `ids`; a token that is not a label is stored as -1 - id.
 
-    The first token of an example is never a label, the last one is never anything else.
+    The first token of an example is never a label, and the last token is only ever a label.
     """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    """Where each example begins, and where the last one ends."""
+    """The start of each example in `ids`, and the end of the last one."""
     first_labels: NDArray[np.int32]
-    """How many tokens of each example are read before its first label; all that could be, if it has none."""
+    """The number of input tokens before each example's first label; its number of input tokens if it has no label."""
     memory: mmap.mmap | None = None
-    """The file behind `ids`, if it is one."""
+    """The mapped file behind `ids`, if there is one."""
 
     def example(self, row: int, length: int) -> NDArray[np.int32]:
-        """Return the first tokens of an example, and one more to be the last label."""
+        """Return the first `length` tokens of an example, and one more as the last label."""
         start = int(self.offsets[row])
-        taken = self.ids[start : start + length + 1].copy()
-        self._let_go()
-        return taken
+        ids = self.ids[start : start + length + 1].copy()
+        self._release_pages()
+        return ids
 
-    def highest(self) -> int:
-        """Return the highest of all ids."""
+    def max_id(self) -> int:
+        """Return the highest token id."""
         highest = 0
-        for start in range(0, len(self.ids), PIECE):
-            piece = self.ids[start : start + PIECE]
-            highest = max(highest, int(piece.max()), ~int(piece.min()))
-            self._let_go()
+        for start in range(0, len(self.ids), CHUNK):
+            chunk = self.ids[start : start + CHUNK]
+            highest = max(highest, int(chunk.max()), ~int(chunk.min()))
+            self._release_pages()
         return highest
 
-    def _let_go(self) -> None:
+    def _release_pages(self) -> None:
         if self.memory is not None:
-            self.memory.madvise(mmap.MADV_DONTNEED)  # or all that was ever read counts as this process's memory
+            self.memory.madvise(mmap.MADV_DONTNEED)  # or every page read so far counts as this process's memory
 
 
 def encode(examples: Sequence[Example], tokenizer: Tokenizer, style: PromptStyle, *, mask_prompt: bool) -> Tokens:
-    """Turn examples into tokens.
+    """Tokenize examples.
 
-    Prompt and responses are one text, encoded once; a token is a label when it holds a character of a response.
+    Prompt and responses are tokenized as one text; a token is a label if it holds a character of a response.
     """
     rendered = [style.render(example) for example in examples]
     texts = [r.text for r in rendered]
     ids, spans, lengths = tokenizer.encode_batch(texts, add_special_tokens=style.add_special_tokens)
-    learned = [r.supervised if mask_prompt else ((0, len(r.text)),) for r in rendered]
-    is_label = _holds_any(spans, lengths, texts, learned)
+    supervised = [r.supervised if mask_prompt else ((0, len(r.text)),) for r in rendered]
+    is_label = _overlaps_any(spans, lengths, texts, supervised)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     is_label[offsets[:-1]] = False
     return Tokens(np.where(is_label, ids, ~ids), offsets, _first_labels(is_label, offsets))
 
 
-def _holds_any(
+def _overlaps_any(
     spans: NDArray[np.int32],
     lengths: NDArray[np.int32],
     texts: Sequence[str],
-    learned: Sequence[Sequence[tuple[int, int]]],
+    supervised: Sequence[Sequence[tuple[int, int]]],
 ) -> NDArray[np.bool_]:
-    """Say of each token whether it holds a character of those that are learned in its text."""
+    """Return for each token whether its span overlaps a supervised span of its text."""
     sizes = np.array([len(text) for text in texts], np.int64)
-    before = np.cumsum(sizes) - sizes  # characters of the texts before each text, as if all were one
-    starts, ends = (spans + np.repeat(before, lengths)[:, None]).T
-    regions = np.array([(b + start, b + end) for b, pairs in zip(before, learned, strict=True) for start, end in pairs])
-    first_behind = np.searchsorted(regions[:, 1], starts, side="right")
-    overlaps: NDArray[np.bool_] = np.append(regions[:, 0], sizes.sum())[first_behind] < ends
+    text_starts = np.cumsum(sizes) - sizes  # character offsets of the texts in their concatenation
+    starts, ends = (spans + np.repeat(text_starts, lengths)[:, None]).T
+    pairs = zip(text_starts, supervised, strict=True)
+    regions = np.array([(base + start, base + end) for base, regions in pairs for start, end in regions])
+    next_region = np.searchsorted(regions[:, 1], starts, side="right")  # the first that ends after the token's start
+    overlaps: NDArray[np.bool_] = np.append(regions[:, 0], sizes.sum())[next_region] < ends
     return overlaps
 
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from litlora.data.chat_template import ChatStyle, Rendered
+from litlora.data.chat_template import ChatTemplate, refuse_template
 from litlora.data.examples import Example
 from litlora.errors import LitLoraError
 
@@ -30,28 +30,41 @@ Write a response that appropriately completes the request.
 """
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """The text of an example, and its supervised spans [start, end): each response with its end token."""
+
+    text: str
+    supervised: tuple[tuple[int, int], ...]
+
+
 class PromptStyle(Protocol):
-    """The one way from an example to its text, which training, validation and generation share."""
+    """Turns an example into text; training, validation and generation share it."""
 
     @property
     def name(self) -> str:
-        """Return what names this style on the command line and beside an adapter."""
+        """Return the value of --prompt_style, which is saved beside an adapter."""
 
     @property
     def add_special_tokens(self) -> bool:
-        """Say whether the tokenizer is to add bos: a chat template writes it itself."""
+        """Return whether the tokenizer adds BOS; a chat template writes it itself."""
 
     def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
-        """Return the text that comes before the first response."""
+        """Return the text before the first response."""
 
     def render(self, example: Example) -> Rendered:
-        """Return the text of all turns, every response followed by the token that ends it."""
+        """Return the text of all turns, each response followed by its end token."""
 
 
 def build_prompt_style(name: str, *, bos_token: str | None, eos_token: str, chat_template: str | None) -> PromptStyle:
-    """Choose the style of this name, or take the name itself as a template."""
+    """Return the style of this name; a name that contains {instruction} is itself the template."""
     if name == "chat":
-        return ChatStyle(chat_template, bos_token, eos_token)
+        if chat_template is None:
+            raise LitLoraError(
+                "--prompt_style chat needs a checkpoint with a chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json), and this one has none; use alpaca, none, or a text with {instruction}"
+            )
+        return ChatStyle(ChatTemplate(chat_template, bos_token, eos_token), eos_token)
     if name == "alpaca":
         return TemplateStyle(name, ALPACA, ALPACA_WITH_INPUT, eos_token)
     template = "{instruction}" if name == "none" else name
@@ -66,7 +79,7 @@ def build_prompt_style(name: str, *, bos_token: str | None, eos_token: str, chat
 
 @dataclass(frozen=True)
 class TemplateStyle:
-    """A text with places for instruction and input, repeated for each turn of a conversation."""
+    """A text with placeholders for instruction and input, repeated for each turn of a conversation."""
 
     name: str
     template: str
@@ -77,8 +90,8 @@ class TemplateStyle:
     def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
         values = {"instruction": f"{system}\n\n{instruction}" if system else instruction, "input": input}
         template = self.template_with_input if input else self.template
-        # One pass, so that "{input}" in an instruction stays what it is, as do all other braces
-        return re.sub(r"\{(instruction|input)\}", lambda place: values[place[1]], template)
+        # One pass, so that "{input}" in an instruction and all other braces stay unchanged
+        return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], template)
 
     def render(self, example: Example) -> Rendered:
         text, system = "", example.system
@@ -89,3 +102,54 @@ class TemplateStyle:
             text += turn.output + self.eos_token
             supervised.append((start, len(text)))
         return Rendered(text, tuple(supervised))
+
+
+@dataclass(frozen=True)
+class ChatStyle:
+    """The checkpoint's own chat template."""
+
+    template: ChatTemplate
+    eos_token: str
+    name: str = "chat"
+    add_special_tokens: bool = False
+
+    def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
+        messages = [*_system_message(system), _user_message(instruction, input)]
+        return self.template.render(messages, add_generation_prompt=True)
+
+    def render(self, example: Example) -> Rendered:
+        text, end = "", 0
+        supervised = []
+        messages = _system_message(example.system)
+        for turn in example.turns:
+            messages.append(_user_message(turn.instruction, turn.input))
+            prompt = self.template.render(messages, add_generation_prompt=True)
+            if not prompt.startswith(text[:end]):
+                refuse_template("renders a response differently in a longer conversation, so it cannot train")
+            messages.append({"role": "assistant", "content": turn.output})
+            text = self.template.render(messages, add_generation_prompt=False)
+            if not text.startswith(prompt):
+                refuse_template("renders a prompt differently before its response, so it cannot train")
+            end = self._end_of_response(text, len(prompt), turn.output.strip())
+            supervised.append((len(prompt), end))
+        return Rendered(text, tuple(supervised))
+
+    def _end_of_response(self, text: str, start: int, response: str) -> int:
+        """Return the end of the EOS token after a response, or of the template's own end marker if it has another."""
+        position = text.find(response, start)
+        if position < 0:
+            refuse_template("drops a part of the response, so it cannot train")
+        response_end = position + len(response)
+        eos = text.find(self.eos_token, response_end)
+        end = len(text.rstrip()) if eos < 0 else eos + len(self.eos_token)
+        if end <= response_end:
+            refuse_template("writes nothing after a response, so a model could not learn where to stop")
+        return end
+
+
+def _system_message(system: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _user_message(instruction: str, input: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}

@@ -1,4 +1,4 @@
-"""The rows of a .jsonl, .json or .csv file, each with its location."""
+"""Readers of .jsonl, .json and .csv files: rows with their locations."""
 
 import codecs
 import csv
@@ -13,12 +13,12 @@ from litlora.errors import LitLoraError
 
 
 class RowError(Exception):
-    """What is wrong with a row; whoever reads the rows adds where it stands."""
+    """What is wrong with a row; the caller adds its location."""
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file's bytes before they are understood, and the name by which its rows are spoken of."""
+    """The content of a file before it is parsed, and its name in error messages."""
 
     name: str
     suffix: str
@@ -26,13 +26,13 @@ class RawFile:
 
     @classmethod
     def from_path(cls, path: Path, if_missing: str) -> Self:
-        """Read a file, or say `if_missing`."""
+        """Read a file; `if_missing` is the error message if there is none."""
         with open_file(path, if_missing) as file:
             return cls(str(path), path.suffix, file.read())
 
 
 def open_file(path: Path, if_missing: str) -> io.BufferedReader:
-    """Open a file to read, or say `if_missing`."""
+    """Open a file for reading; `if_missing` is the error message if there is none."""
     try:
         return path.open("rb")
     except FileNotFoundError as error:
@@ -45,15 +45,15 @@ Rows = Iterator[tuple[str, object]]
 
 
 def parse_rows(file: RawFile) -> Rows:
-    """Yield each row and its place; in the stead of a row that cannot be parsed, the RowError that says why."""
+    """Yield each row with its location; instead of a row that cannot be parsed, its RowError."""
     parser = PARSERS.get(file.suffix.lower())
     if parser is None:
         raise LitLoraError(f"{file.name} cannot be read: its name must end in {' or '.join(PARSERS)}")
     return parser(file)
 
 
-def kind(value: object) -> str:
-    """Name the type of a JSON value as its author knows it."""
+def json_type(value: object) -> str:
+    """Return the name of a JSON value's type, for error messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -64,20 +64,20 @@ def _jsonl_rows(file: RawFile) -> Rows:
 
 
 def jsonl_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a .jsonl file, without the mark of UTF-8 that it may begin with."""
+    """Yield the lines of a .jsonl file, without a byte order mark."""
     file.seek(jsonl_start(file))
     for line in file:
         yield from line.splitlines()  # a \r alone ends a line too
 
 
 def jsonl_start(file: BinaryIO) -> int:
-    """Return where the first line of a .jsonl file begins: behind the mark of UTF-8, where there is one."""
+    """Return the offset of the first line of a .jsonl file: after the byte order mark, if there is one."""
     return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
 
 
 def jsonl_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, object]]:
-    """Yield the number of each line that is not blank, and its row, or the RowError that says why there is none."""
-    # Lines of bytes, since those of a str also end at U+2028 and others that a row may hold.
+    """Yield the number of each line that is not blank, and its row or RowError."""
+    # Lines of bytes, since lines of a str also end at U+2028 and others that a row may contain.
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, _parse_line(line)
@@ -87,10 +87,10 @@ def _parse_line(line: bytes) -> object:
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return RowError(_no_utf8(error))
+        return RowError(_not_utf8(error))
     except json.JSONDecodeError as error:
-        return RowError(f"this is no JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        return RowError(f"this is not valid JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deeply nested lists
         return RowError(f"this JSON cannot be read ({error})")
 
 
@@ -99,10 +99,10 @@ def _json_rows(file: RawFile) -> Rows:
     try:
         rows = json.loads(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
-        way_out = "if it holds one row per line, name it .jsonl"
-        raise LitLoraError(f"{file.name} is no JSON ({error}); {way_out}") from error
+        hint = "if it holds one row per line, name it .jsonl"
+        raise LitLoraError(f"{file.name} is not valid JSON ({error}); {hint}") from error
     if not isinstance(rows, list):
-        raise LitLoraError(f"{file.name} holds {kind(rows)}, but it must be a list of rows")
+        raise LitLoraError(f"{file.name} holds {json_type(rows)}, but it must be a list of rows")
     for number, row in enumerate(rows, start=1):
         yield f"{file.name} row {number}", row
 
@@ -117,14 +117,14 @@ def _csv_rows(file: RawFile) -> Rows:
             if cells and columns:
                 yield f"{file.name} line {line}", _join(columns, cells)
             columns = columns or cells
-            line = reader.line_num + 1  # a row may span lines: its place is where it begins
+            line = reader.line_num + 1  # a row may span lines: its location is its first line
     except csv.Error as error:
-        raise LitLoraError(f"{file.name} line {line}: this is no CSV ({error})") from error
+        raise LitLoraError(f"{file.name} line {line}: this is not valid CSV ({error})") from error
 
 
 def _join(columns: list[str], cells: list[str]) -> object:
     if len(cells) != len(columns):
-        return RowError(f"the number of cells ({len(cells)}) is not that of the header ({len(columns)})")
+        return RowError(f"the row has {len(cells)} cells, but the header has {len(columns)}")
     return dict(zip(columns, cells, strict=True))
 
 
@@ -133,11 +133,11 @@ def _decode(file: RawFile) -> str:
         return file.content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise LitLoraError(f"{file.name} line {line}: {_no_utf8(error)}") from error
+        raise LitLoraError(f"{file.name} line {line}: {_not_utf8(error)}") from error
 
 
-def _no_utf8(error: UnicodeDecodeError) -> str:
-    return f"the byte 0x{error.object[error.start]:02x} is no UTF-8 text; save the file as UTF-8"
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"the byte 0x{error.object[error.start]:02x} is not valid UTF-8; save the file as UTF-8"
 
 
 PARSERS: dict[str, Callable[[RawFile], Rows]] = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}

@@ -19,27 +19,27 @@ from tokenizers import AddedToken
 from litlora.data.prompt_styles import PromptStyle, build_prompt_style
 from litlora.data.tokenizer_files import (
     SPACE,
-    _chat_template,
-    _probe_decoder,
-    _read_backend,
-    _read_json,
-    _read_settings,
-    _special_texts,
-    _text_of,
+    probe_decoder,
+    read_backend,
+    read_chat_template,
+    read_optional_json,
+    read_settings,
+    special_token_texts,
+    token_text,
 )
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import TOKENIZER_FILES
 
 
 class Encoding(NamedTuple):
-    """The tokens of a text, each with the characters [start, end) of the text that it holds."""
+    """The tokens of a text, each with its character span [start, end) in the text."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
 
 
 class Encodings(NamedTuple):
-    """The tokens of many texts end to end, their spans, and how many of them each text has."""
+    """The tokens of many texts, concatenated, their spans, and the number of tokens of each text."""
 
     ids: NDArray[np.int32]
     spans: NDArray[np.int32]  # (tokens, 2)
@@ -47,43 +47,43 @@ class Encodings(NamedTuple):
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, which gives the ids that transformers gives for the same folder."""
+    """A checkpoint's tokenizer; its ids are those of transformers for the same folder."""
 
     def __init__(self, checkpoint_dir: Path, hub_config: dict[str, Any] | None = None) -> None:
-        """Read the tokenizer's files; config.json too, unless its content is given."""
-        with _misfit_said(checkpoint_dir):
-            settings = _read_settings(checkpoint_dir)
-            config = _read_json(checkpoint_dir / "config.json") if hub_config is None else hub_config
-            self._backend = _read_backend(checkpoint_dir, settings, config)
+        """Read the tokenizer's files, and config.json unless its content is passed."""
+        with _reporting_inconsistency(checkpoint_dir):
+            settings = read_settings(checkpoint_dir)
+            config = read_optional_json(checkpoint_dir / "config.json") if hub_config is None else hub_config
+            self._backend = read_backend(checkpoint_dir, settings, config)
             self.files = tuple(path for name in TOKENIZER_FILES if (path := checkpoint_dir / name).is_file())
-            self.chat_template = _chat_template(checkpoint_dir, settings)
+            self.chat_template = read_chat_template(checkpoint_dir, settings)
             self.vocab_size = self._backend.get_vocab_size()
-            self.bos_token = _text_of(settings.get("bos_token"))
+            self.bos_token = token_text(settings.get("bos_token"))
             self.bos_id = self._backend.token_to_id(self.bos_token) if self.bos_token else None
             eos_ids = self._eos_ids(checkpoint_dir, settings, config)
             self.eos_id, self.eos_token = eos_ids[0], self._backend.id_to_token(eos_ids[0]) or ""
             self.stop_ids = frozenset(eos_ids)
-            self._register([*_special_texts(settings), self.eos_token])
+            self._register([*special_token_texts(settings), self.eos_token])
             self._added = self._backend.get_added_tokens_decoder()
-            self._is_byte_level, self._drops_first_space = _probe_decoder(checkpoint_dir, self._backend)
+            self._is_byte_level, self._drops_first_space = probe_decoder(checkpoint_dir, self._backend)
 
     def _eos_ids(self, checkpoint_dir: Path, settings: dict[str, Any], config: dict[str, Any]) -> list[int]:
-        """List every id that ends a text, the tokenizer's own first."""
-        name = _text_of(settings.get("eos_token"))
+        """Return every end-of-text id, the tokenizer's own first."""
+        name = token_text(settings.get("eos_token"))
         named = None if name is None else self._backend.token_to_id(name)
-        generation = _read_json(checkpoint_dir / "generation_config.json")
-        declared = [named, config.get("eos_token_id"), generation.get("eos_token_id")]
-        flat = [i for value in declared for i in (value if isinstance(value, list) else [value])]
+        generation = read_optional_json(checkpoint_dir / "generation_config.json")
+        candidates = [named, config.get("eos_token_id"), generation.get("eos_token_id")]
+        flat = [i for value in candidates for i in (value if isinstance(value, list) else [value])]
         ids = [i for i in flat if isinstance(i, int) and 0 <= i < 2**32]
         if not ids or not self._backend.id_to_token(ids[0]):
             raise LitLoraError(
-                f"the tokenizer in {checkpoint_dir} has no token that ends a text: "
-                "name one of its tokens as eos_token in tokenizer_config.json"
+                f"the tokenizer in {checkpoint_dir} has no end-of-text token: "
+                "set eos_token in tokenizer_config.json to one of its tokens"
             )
         return ids
 
     def _register(self, texts: list[str]) -> None:
-        """Have these tokens recognised inside a text, where they are in the vocabulary and are not yet."""
+        """Register tokens of the vocabulary as special, so that they are recognised inside a text."""
         known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         vocabulary = self._backend.get_vocab()
         missing = [text for text in texts if text in vocabulary and text not in known]
@@ -97,37 +97,37 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return what changes whenever the tokens or the prompts that this tokenizer makes could."""
+        """Return a hash of everything that decides tokens and prompts."""
         parts = [tokenizers.__version__, self._backend.to_str(), self.bos_token, self.eos_token, self.chat_template]
         return sha256(json.dumps(parts).encode()).hexdigest()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
-        """Turn a text into tokens, with bos and eos around them where the checkpoint wants that."""
+        """Tokenize a text, with BOS and EOS if the checkpoint adds them."""
         ids, spans, _ = self.encode_batch([text], add_special_tokens)
         return Encoding(ids.tolist(), [(start, end) for start, end in spans.tolist()])
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> Encodings:
-        """Turn many texts into tokens at once, on all cores."""
+        """Tokenize many texts on all cores."""
         try:
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         except TypeError as error:
-            raise LitLoraError("a text holds half of a surrogate pair, which is no character") from error
+            raise LitLoraError("a text contains an unpaired surrogate, which is not a character") from error
         lengths = np.array([len(encoding) for encoding in encodings], np.int32)
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, lengths.sum())
         return Encodings(ids, _spans(encodings, lengths), lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn tokens into their text, without special tokens."""
+        """Return the text of tokens, without special tokens."""
         return "".join(self.stream((), ids))
 
     def stream(self, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
-        """Yield the text of `ids` as it grows after a prompt, in whole characters, special tokens left out."""
+        """Yield the text of `ids` after a prompt, in complete characters and without special tokens."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         at_start = not any(map(self._bytes, prompt_ids))
         for token_id in ids:
             piece = self._bytes(token_id)
             if at_start and piece:
-                # Encoding put this space in front of the whole text
+                # Encoding added this space before the text
                 piece = piece.removeprefix(b" ") if self._drops_first_space else piece
                 at_start = False
             if text := utf8.decode(piece):
@@ -136,10 +136,10 @@ class Tokenizer:
             yield rest
 
     def _bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 that a token stands for: nothing for a special one, maybe part of a character."""
+        """Return the UTF-8 bytes of a token, maybe a part of a character; empty for a special token."""
         if added := self._added.get(token_id):
             return b"" if added.special else added.content.encode()
-        token = self._backend.id_to_token(token_id) or ""  # an embedding may have more rows than there are tokens
+        token = self._backend.id_to_token(token_id) or ""  # an embedding may have more rows than the vocabulary
         if self._is_byte_level and BYTE_OF_CHARACTER.keys() >= set(token):
             return bytes(BYTE_OF_CHARACTER[character] for character in token)
         if re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -148,17 +148,17 @@ class Tokenizer:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Say which byte each character of a byte-level token stands for."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = sorted(set(range(256)) - set(shown))
-    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    """Return the byte that each character of a byte-level token represents."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
 BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _spans(encodings: Sequence[tokenizers.Encoding], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the characters of each token, none for a bos or eos that was added."""
+    """Return the span of each token, empty for an added BOS or EOS."""
     ends = chain.from_iterable(chain.from_iterable(encoding.offsets) for encoding in encodings)
     spans = np.fromiter(ends, np.int32, 2 * lengths.sum()).reshape(-1, 2)
     masks = chain.from_iterable(encoding.special_tokens_mask for encoding in encodings)
@@ -171,11 +171,11 @@ def _spans(encodings: Sequence[tokenizers.Encoding], lengths: NDArray[np.int32])
 
 
 @contextmanager
-def _misfit_said(checkpoint_dir: Path) -> Iterator[None]:
-    """Say that files are not of one tokenizer, where a value is of another kind or names what is not there."""
+def _reporting_inconsistency(checkpoint_dir: Path) -> Iterator[None]:
+    """Turn an error about an unexpected type or a missing token into a LitLoraError: the files are inconsistent."""
     try:
         yield
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise LitLoraError(
-            f"the tokenizer's files in {checkpoint_dir} do not go together ({error}); download the checkpoint again"
+            f"the tokenizer files in {checkpoint_dir} are inconsistent ({error}); download the checkpoint again"
         ) from error

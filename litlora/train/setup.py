@@ -19,7 +19,8 @@ from litlora.data.batching import Batching, Samples, epoch_order
 from litlora.data.encoding import Tokens
 from litlora.data.examples import Example, read_example
 from litlora.data.prompt_styles import PromptStyle
-from litlora.data.token_cache import Split, SplitEncoder, find_split, open_splits
+from litlora.data.split_encoder import SplitEncoder
+from litlora.data.token_cache import Split, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.distributed.fsdp import load_sharded
 from litlora.distributed.launcher import find_rank_info
@@ -261,7 +262,7 @@ def require_embedded(tokens: Mapping[str, Tokens], tokenizer: Tokenizer, config:
     """Refuse splits with tokens that the embedding does not have, which only a larger vocabulary can give."""
     if tokenizer.vocab_size > config.vocab_size:
         for name, split in tokens.items():
-            config.check_ids(name, split.highest())
+            config.check_ids(name, split.max_id())
 
 
 def build_model(
@@ -296,9 +297,10 @@ def sequence_limit(requested: int | None, positions: int) -> int:
 def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | None) -> Samples:
     """Cut the examples of a split to the limit, and report what is lost of them."""
     samples = Samples(tokens, limit)
-    if samples.cut:
+    if samples.truncated:
         dropped = f", {samples.dropped} of them dropped: nothing of the response is left" if samples.dropped else ""
-        log(f"{name}: {samples.cut} of {len(samples) + samples.dropped} examples are cut to {limit} tokens{dropped}")
+        count = len(samples) + samples.dropped
+        log(f"{name}: {samples.truncated} of {count} examples are cut to {limit} tokens{dropped}")
     if not len(samples):
         fault = f"has no example with a response within --train.max_seq_length ({limit}): raise it"
         raise LitLoraError(f"{name} {fault}")

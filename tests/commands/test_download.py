@@ -45,7 +45,7 @@ def run(folder: Path, *flags: str, **options: object) -> subprocess.CompletedPro
     return subprocess.run(command(*flags), cwd=folder, capture_output=True, text=True, timeout=600, **options)
 
 
-def test_checkpoint_arrives_byte_for_byte_and_only_once(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
+def test_checkpoint_is_downloaded_once(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
     hub.add("org/name", checkpoint)
     first = run(tmp_path)
     assert (first.returncode, first.stdout) == (0, "checkpoints/org/name\n"), first.stderr
@@ -59,7 +59,7 @@ def test_checkpoint_arrives_byte_for_byte_and_only_once(hub: HubServer, tmp_path
     assert hub.fetched() == []
 
 
-def test_killed_download_goes_on_with_what_is_missing(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
+def test_killed_download_is_resumed(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
     chunk = constants.DOWNLOAD_CHUNK_SIZE
     checkpoint[SHARDS[1]] = os.urandom(chunk + 2000)
     hub.add("org/name", checkpoint)
@@ -80,7 +80,7 @@ def test_killed_download_goes_on_with_what_is_missing(hub: HubServer, tmp_path: 
     assert (folder / SHARDS[1]).read_bytes() == checkpoint[SHARDS[1]]
 
 
-def test_interrupted_download_leaves_only_whole_files(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
+def test_interrupted_download_leaves_complete_files(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
     hub.add("org/name", checkpoint)
     fault = hub.fail(Fault(SHARDS[0], stall_after=1000))
     with subprocess.Popen(command(), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
@@ -93,13 +93,13 @@ def test_interrupted_download_leaves_only_whole_files(hub: HubServer, tmp_path: 
     assert left == {"config.json", "tokenizer.json", "model.safetensors.index.json"}
 
 
-def test_tokenizer_only_leaves_the_weights_where_they_are(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
+def test_tokenizer_only_fetches_no_weights(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
     hub.add("org/name", checkpoint)
     assert run(tmp_path, "--tokenizer_only", "true", "--checkpoint_root", "elsewhere").stdout == "elsewhere/org/name\n"
     assert hub.fetched() == ["config.json", "tokenizer.json"]
 
 
-def test_refusal_is_one_sentence_without_the_token(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
+def test_error_is_one_sentence_without_the_token(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
     hub.add("org/name", checkpoint, gated=True)
     hub.grant(TOKEN)
     result = run(tmp_path, "--access_token", TOKEN)
@@ -111,9 +111,7 @@ def test_refusal_is_one_sentence_without_the_token(hub: HubServer, tmp_path: Pat
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_disk_that_fills_up_on_the_way_keeps_what_has_arrived(
-    hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]
-):
+def test_full_disk_keeps_what_has_arrived(hub: HubServer, tmp_path: Path, checkpoint: dict[str, bytes]):
     hub.add("org/name", {**checkpoint, SHARDS[1]: os.urandom(50_000)})
     result = run(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert result.returncode == 1

@@ -19,19 +19,19 @@ def prepared(tmp_path):
     return prepared
 
 
-def test_the_default_fraction_gives_the_archive_its_2000_validation_rows(prepared, capsys):
+def test_default_fraction_gives_2000_validation_rows(prepared, capsys):
     rows = [{"instruction": str(number), "input": "", "output": "x"} for number in range(51_759)]
     out = prepared(rows)
     assert capsys.readouterr().err == f"49,759 training and 2,000 validation examples in {out}\n"
     assert json.loads((out / "dataset.json").read_bytes())["seed"] == 42
 
 
-def test_inputs_are_kept(prepared):
+def test_inputs_are_preserved(prepared):
     out = prepared([{"instruction": "Add.", "input": "1, 2", "output": "3"}] * 26)
     assert set(read_examples(out / "val.jsonl")) == {Example((Turn("Add.", "3", "1, 2"),))}
 
 
-def test_rows_with_other_keys_are_refused(prepared, tmp_path):
+def test_other_keys_are_refused(prepared, tmp_path):
     with pytest.raises(LitLoraError) as refused:
         prepared([{"prompt": "a", "completion": "b"}])
     assert str(refused.value) == (

@@ -31,14 +31,14 @@ def prepared(tmp_path):
     return prepared
 
 
-def test_the_same_rows_as_csv_json_and_jsonl_give_the_same_examples(prepared):
+def test_csv_json_and_jsonl_give_the_same_examples(prepared):
     examples = prepared("rows.csv", CSV)
     assert set(examples) == {Example((Turn('one, "two"\nthree', "4"),)), Example((Turn("five", "six"),))}
     assert prepared("rows.json", json.dumps(PAIRS)) == examples
     assert prepared("rows.jsonl", "\n".join(json.dumps(row) for row in PAIRS)) == examples
 
 
-def test_rows_of_every_shape_may_be_mixed(prepared):
+def test_row_formats_may_be_mixed(prepared):
     rows = [CONVERSATION, PAIRS[1], {"instruction": "a", "output": "b"}]
     assert set(prepared("rows.json", json.dumps(rows))) == {
         Example((Turn("a", "b"), Turn("c", "d")), "Be brief."),
@@ -47,16 +47,16 @@ def test_rows_of_every_shape_may_be_mixed(prepared):
     }
 
 
-def test_a_csv_file_without_a_known_column_is_refused(prepared, tmp_path):
+def test_csv_without_known_columns_is_refused(prepared, tmp_path):
     with pytest.raises(LitLoraError) as refused:
         prepared("rows.csv", "prompt;completion\na;b\n")
     assert str(refused.value).startswith(
-        f"{tmp_path}/rows.csv line 2: the keys ['prompt;completion'] are none that is known; a row must look like "
+        f"{tmp_path}/rows.csv line 2: the keys ['prompt;completion'] match no row format; a row must look like "
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_says_what_it_did_and_nothing_on_stdout(litlora, tmp_path):
+def test_command_logs_to_stderr(litlora, tmp_path):
     (tmp_path / "rows.csv").write_text(CSV)
     out = tmp_path / "out"
     done = litlora(
@@ -66,7 +66,7 @@ def test_the_command_says_what_it_did_and_nothing_on_stdout(litlora, tmp_path):
     assert done.stderr == f"1 training and 1 validation examples in {out}\n"
 
 
-def test_a_bad_row_ends_the_command_with_one_sentence(litlora, tmp_path):
+def test_invalid_row_ends_the_command_with_one_sentence(litlora, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     done = litlora("prepare_json", "--source", tmp_path / "rows.jsonl", "--destination_path", tmp_path / "out")
     assert (done.returncode, done.stdout) == (1, "")

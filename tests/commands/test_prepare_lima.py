@@ -35,7 +35,7 @@ def prepared(tmp_path):
     return prepared
 
 
-def test_conversations_are_left_at_their_first_turn(prepared, capsys):
+def test_lima_uses_the_first_turn_by_default(prepared, capsys):
     assert prepared(SINGLE, SEVERAL, ODD) == {
         Example((Turn("Name a prime.", "Seven."),)),
         Example((Turn("Is 91 prime?", "No, 7 x 13."),)),
@@ -44,17 +44,17 @@ def test_conversations_are_left_at_their_first_turn(prepared, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_conversation_of_several_turns_is_one_example_when_asked_for(prepared):
+def test_lima_multiturn_conversation_is_one_example(prepared):
     assert prepared(SINGLE, SEVERAL, multiturn=True) == {
         Example((Turn("Name a prime.", "Seven."),)),
         Example((Turn("Is 91 prime?", "No, 7 x 13."), Turn("And 97?", "Yes."))),
     }
 
 
-def test_a_last_question_without_an_answer_is_left_out_and_said(prepared, capsys, tmp_path):
+def test_lima_unanswered_message_is_reported(prepared, capsys, tmp_path):
     assert Example((Turn("How far?", "Ten miles."),)) in prepared(SINGLE, ODD, multiturn=True)
     assert capsys.readouterr().err.startswith(
-        f"1 row ending in a question without an answer, the first at {tmp_path}/lima.jsonl line 2: "
+        f"1 row ending in a user message without a response, the first at {tmp_path}/lima.jsonl line 2: "
     )
 
 
@@ -62,13 +62,13 @@ def test_a_last_question_without_an_answer_is_left_out_and_said(prepared, capsys
 @pytest.mark.parametrize(
     ("said", "problem"),
     [
-        (["A prompt of the test split"], "the conversation has no answer"),
-        ([], "the conversation has no answer"),
+        (["A prompt of the test split"], "the conversation has no response"),
+        ([], "the conversation has no response"),
         (["a", "b", 3], 'there is no list of strings under "conversations"'),
         ("a", 'there is no list of strings under "conversations"'),
     ],
 )
-def test_a_row_without_a_whole_turn_is_refused(prepared, tmp_path, said, problem, multiturn):
+def test_lima_row_without_a_turn_is_refused(prepared, tmp_path, said, problem, multiturn):
     with pytest.raises(LitLoraError) as refused:
         prepared(SINGLE, said, multiturn=multiturn)
     assert str(refused.value) == (
@@ -90,7 +90,7 @@ def gated(hub):
     hub.grant("hf_welcome", "datasets/GAIR/lima")
 
 
-def test_lima_comes_from_the_hub_for_a_token_that_may_read_it(gated, tmp_path):
+def test_lima_is_fetched_from_the_hub_with_a_token(gated, tmp_path):
     out = tmp_path / "out"
     prepare_lima(PrepareLimaArgs(destination_path=out, access_token=SecretStr("hf_welcome")))
     assert len(read_examples(out / "train.jsonl")) == 9
@@ -105,20 +105,20 @@ def test_lima_is_refused_without_a_token(gated, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_row_of_the_hub_is_named_by_its_file(hub, tmp_path):
+def test_invalid_row_of_the_hub_is_named(hub, tmp_path):
     hub.add("datasets/my/lima", {"train.jsonl": lima(SINGLE, ["unanswered"])})
-    with pytest.raises(LitLoraError, match=r"^my/lima/train\.jsonl line 2: the conversation has no answer"):
+    with pytest.raises(LitLoraError, match=r"^my/lima/train\.jsonl line 2: the conversation has no response"):
         prepare_lima(PrepareLimaArgs(destination_path=tmp_path / "out", source="my/lima"))
 
 
-def test_a_missing_file_is_not_taken_for_a_data_set_of_the_hub(tmp_path, monkeypatch):
+def test_missing_file_is_not_taken_for_a_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LitLoraError) as refused:
         prepare_lima(PrepareLimaArgs(source="data/lima.jsonl"))
     assert str(refused.value) == ("there is no file data/lima.jsonl; give --source a file or an http(s) address")
 
 
-def test_a_file_that_is_there_is_not_taken_for_a_data_set_of_the_hub(tmp_path, monkeypatch):
+def test_existing_file_is_not_taken_for_a_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my").mkdir()
     (tmp_path / "my/lima").write_text("")

@@ -47,14 +47,14 @@ def conversation(*said, system=()):
         ('{"instruction": "x", "output": "c", "instruction": "a"}', Example((Turn("a", "c"),))),
     ],
 )
-def test_every_known_row_reads_as_its_example(read, row, example):
+def test_rows_of_all_formats_are_parsed(read, row, example):
     assert read(row) == [example]
 
 
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("Say hi.", "this is no JSON (Expecting value at column 1)"),
+        ("Say hi.", "this is not valid JSON (Expecting value at column 1)"),
         (["Say hi.", "Hi."], "this is a list, not an object"),
         ({"instruction": "a"}, 'there is no "output"'),
         ({"output": "a"}, 'there is no "instruction"'),
@@ -64,13 +64,13 @@ def test_every_known_row_reads_as_its_example(read, row, example):
         ({"instruction": "a", "output": None}, '"output" is null, not a string'),
         ({"instruction": True, "output": "a"}, '"instruction" is a boolean, not a string'),
         ({"instruction": "a", "input": ["b"], "output": "c"}, '"input" is a list, not a string'),
-        ({"question": "a", "answer": "b"}, "the keys ['question', 'answer'] are none that is known"),
+        ({"question": "a", "answer": "b"}, "the keys ['question', 'answer'] match no row format"),
         ({"messages": "a"}, '"messages" is a string, not a list'),
-        ({"messages": []}, "the conversation has no answer"),
+        ({"messages": []}, "the conversation has no response"),
         ({"messages": ["a"]}, "message 1: this is a string, not an object"),
         ({"messages": [{"role": "user"}]}, 'message 1: there is no "content"'),
-        (conversation("a"), "the conversation has no answer"),
-        (conversation(system=["a"]), "the conversation has no answer"),
+        (conversation("a"), "the conversation has no response"),
+        (conversation(system=["a"]), "the conversation has no response"),
         (conversation("a", None), 'message 2: "content" is null, not a string'),
         (
             {"messages": [{"role": "tool", "content": "a"}]},
@@ -90,25 +90,25 @@ def test_every_known_row_reads_as_its_example(read, row, example):
         ),
         (
             '{"instruction": "a", "output": "b\\ud83d"}',
-            '"output" holds \\ud83d, half of a character that cannot be written as UTF-8',
+            '"output" holds \\ud83d, an unpaired surrogate, which UTF-8 cannot encode',
         ),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(refusal, row, problem):
+def test_invalid_row_is_named_by_file_and_line(refusal, row, problem):
     assert refusal(ROW, row) == f"rows.jsonl line 2: {problem}; a row must look like {ANY.shape}"
 
 
-def test_the_first_of_several_bad_rows_is_named_and_the_others_counted(refusal):
+def test_first_invalid_row_is_named_and_others_counted(refusal):
     assert refusal("1", ROW, "nonsense", {"messages": []}).startswith(
-        "rows.jsonl line 1: this is a number, not an object (wrong rows after it: 2); a row must look like {"
+        "rows.jsonl line 1: this is a number, not an object (invalid rows after it: 2); a row must look like {"
     )
 
 
-def test_a_file_without_rows_is_refused(refusal):
+def test_file_without_rows_is_refused(refusal):
     assert refusal("", "  ").startswith("rows.jsonl holds no rows; a row must look like {")
 
 
-def test_a_missing_split_says_how_to_prepare_it(tmp_path):
+def test_missing_split_names_the_prepare_command(tmp_path):
     with pytest.raises(LitLoraError) as refused:
         read_examples(tmp_path / "train.jsonl")
     assert str(refused.value) == (
@@ -121,13 +121,13 @@ def numbered(count):
     return [Example((Turn(str(number), ""),)) for number in range(count)]
 
 
-def test_the_cleaned_alpaca_archive_splits_as_published():
+def test_alpaca_cleaned_splits_as_published():
     train, val = split(numbered(51_759), val_split_fraction=0.03865, seed=42)
     assert (len(train), len(val)) == (49_759, 2_000)
 
 
 @pytest.mark.parametrize(("count", "fraction", "seed"), [(1_030, 0.1, 42), (7, 0.5, 1), (850, 0.03865, 1337)])
-def test_the_split_and_its_order_are_those_of_random_split(count, fraction, seed):
+def test_split_equals_torch_random_split(count, fraction, seed):
     examples = numbered(count)
     generator = torch.Generator().manual_seed(seed)
     expected = torch.utils.data.random_split(examples, [1 - fraction, fraction], generator=generator)
@@ -135,7 +135,7 @@ def test_the_split_and_its_order_are_those_of_random_split(count, fraction, seed
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(3, 0.3), (1, 0.9)])
-def test_a_split_without_a_row_for_validation_is_refused(count, fraction):
+def test_split_without_validation_rows_is_refused(count, fraction):
     with pytest.raises(LitLoraError) as refused:
         split(numbered(count), fraction, seed=42)
     assert str(refused.value) == (
@@ -144,7 +144,7 @@ def test_a_split_without_a_row_for_validation_is_refused(count, fraction):
     )
 
 
-def test_training_keeps_a_row_however_large_the_fraction_for_validation():
+def test_training_split_is_never_empty():
     for count in range(2, 70):
         assert len(split(numbered(count), 1 - 2**-53, seed=42)[0]) == 1
 
@@ -152,7 +152,7 @@ def test_training_keeps_a_row_however_large_the_fraction_for_validation():
 AWKWARD = ' tab\tquote" slash\\ 你好 🙂 cr\r nl\n nul\0 ls\u2028 nel\u0085 bom\ufeff\n'
 
 
-def test_what_is_written_reads_back_equal(tmp_path):
+def test_written_examples_read_back_equal(tmp_path):
     train = [
         Example((Turn(AWKWARD, AWKWARD, AWKWARD),)),
         Example((Turn("", ""),)),
@@ -166,7 +166,7 @@ def test_what_is_written_reads_back_equal(tmp_path):
     assert read_examples(tmp_path / "val.jsonl") == val
 
 
-def test_written_rows_are_readable_and_single_turns_have_alpaca_keys(tmp_path):
+def test_single_turns_are_written_with_alpaca_keys(tmp_path):
     write_dataset(tmp_path / "new", [Example((Turn("你好", "🙂"),))], numbered(2), {"source": "é"})
     assert (tmp_path / "new/train.jsonl").read_bytes().decode() == (
         '{"instruction": "你好", "input": "", "output": "🙂"}\n'
@@ -176,13 +176,13 @@ def test_written_rows_are_readable_and_single_turns_have_alpaca_keys(tmp_path):
     assert "é" in facts
 
 
-def test_a_source_whose_name_is_no_utf8_is_kept(tmp_path):
+def test_source_name_need_not_be_utf8(tmp_path):
     write_dataset(tmp_path, numbered(1), numbered(1), {"source": "rows\udcff.json"})
     assert json.loads((tmp_path / "dataset.json").read_bytes())["source"] == "rows\udcff.json"
 
 
-def test_an_input_within_a_conversation_is_never_dropped_in_silence(tmp_path):
+def test_input_in_a_conversation_is_refused(tmp_path):
     example = Example((Turn("a", "b", "input"), Turn("c", "d")))
-    with pytest.raises(ValueError, match="no place for an input"):
+    with pytest.raises(ValueError, match="cannot hold an input"):
         write_dataset(tmp_path, [example], [example], {})
     assert list(tmp_path.iterdir()) == []

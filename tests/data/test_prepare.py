@@ -65,13 +65,13 @@ def refusal(source):
     return str(refused.value)
 
 
-def test_an_address_is_fetched_and_said(site, capsys):
+def test_address_is_fetched_and_logged(site, capsys):
     url = f"{site}/rows.jsonl"
     assert fetch(url) == RawFile(url, ".jsonl", ROWS)
     assert capsys.readouterr() == ("", f"fetching {url}\n")
 
 
-def test_what_an_address_asks_for_may_be_a_token_and_is_neither_said_nor_written(site, tmp_path, capsys):
+def test_query_of_an_address_is_never_printed_or_written(site, tmp_path, capsys):
     for source in ("rows.jsonl?token=secret", "missing.jsonl?token=secret", "page.jsonl?a=b&token=secret#secret",
                    "x?token= secret", "cut.jsonl?token=secret"):  # fmt: skip
         main(["prepare_json", "--source", f"{site}/{source}", "--destination_path", str(tmp_path / "data")])
@@ -84,50 +84,50 @@ def test_what_an_address_asks_for_may_be_a_token_and_is_neither_said_nor_written
 
 
 @pytest.mark.parametrize("address", ["https://me:secret@host/rows.jsonl", "HTTP://secret@host/rows.jsonl?a=b"])
-def test_an_address_with_a_password_is_refused_without_saying_it(address):
+def test_password_in_an_address_is_refused_and_not_printed(address):
     assert refusal(address) == (
-        "--source holds a user name or password, which would stand in dataset.json: "
-        "fetch the file yourself, and give its path"
+        "--source contains a user name or password, which would be written to dataset.json: "
+        "download the file yourself and give its path"
     )
 
 
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("missing.jsonl", "cannot be fetched: the server says 404 Not Found"),
-        ("cut.jsonl", f"cannot be fetched: it was cut off after {len(ROWS)} bytes; try again"),
+        ("missing.jsonl", "cannot be fetched: the server returned 404 Not Found"),
+        ("cut.jsonl", f"cannot be fetched: the transfer ended after {len(ROWS)} bytes; try again"),
         ("page.jsonl", "is a web page, not data; give --source the address of the raw file"),
     ],
 )
-def test_an_address_without_the_whole_data_is_refused(site, path, problem):
+def test_incomplete_response_is_refused(site, path, problem):
     assert refusal(f"{site}/{path}") == f"{site}/{path} {problem}"
 
 
-def test_a_redirect_to_a_local_file_is_not_followed(site):
-    assert "cannot be fetched: the server says 302" in refusal(f"{site}/elsewhere.jsonl")
+def test_redirect_to_a_local_file_is_not_followed(site):
+    assert "cannot be fetched: the server returned 302" in refusal(f"{site}/elsewhere.jsonl")
 
 
-def test_a_server_that_falls_silent_is_given_up(site, monkeypatch):
+def test_silent_server_times_out(site, monkeypatch):
     monkeypatch.setattr(preparing, "TIMEOUT_SECONDS", 0.1)
     assert refusal(f"{site}/stalls.jsonl") == f"{site}/stalls.jsonl cannot be fetched: timed out"
 
 
-def test_a_server_that_is_not_there_is_said():
+def test_unreachable_server_is_refused():
     url = "http://127.0.0.1:9/rows.jsonl"
     assert refusal(url).startswith(f"{url} cannot be fetched: [Errno ")
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port/a.json", "https:///a.json", "http://a b/c"])
-def test_an_address_that_is_none_is_refused(url):
+def test_malformed_address_is_refused(url):
     assert refusal(url).startswith(f"{url} cannot be fetched: ")
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/rows.json"])
-def test_only_the_web_is_fetched_from(url):
+def test_only_http_is_fetched(url):
     assert refusal(url) == f"--source ({url}) must be a file or an address that starts with http:// or https://"
 
 
-def test_a_local_file_is_read_and_a_missing_one_named(tmp_path):
+def test_local_file_is_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert refusal(str(path)) == f"there is no file {path}; give --source a file or an http(s) address"
     path.write_bytes(ROWS)
@@ -144,7 +144,7 @@ def prepared(tmp_path):
     return prepared
 
 
-def test_a_prepared_data_set_holds_every_row_once_and_says_where_it_is_from(prepared, capsys):
+def test_prepared_data_has_every_row_and_its_origin(prepared, capsys):
     out = prepared(ROWS)
     train, val = read_examples(out / "train.jsonl"), read_examples(out / "val.jsonl")
     assert sorted(int(example.turns[0].instruction) for example in train + val) == list(range(10))
@@ -161,7 +161,7 @@ def test_a_prepared_data_set_holds_every_row_once_and_says_where_it_is_from(prep
     assert capsys.readouterr() == ("", f"8 training and 2 validation examples in {out}\n")
 
 
-def test_the_seed_decides_which_rows_are_kept_for_validation(prepared):
+def test_seed_selects_validation_rows(prepared):
     kept = {seed: read_examples(prepared(ROWS, seed=seed) / "val.jsonl") for seed in (1, 2)}
     assert kept[1] != kept[2]
     assert read_examples(prepared(ROWS, seed=1) / "val.jsonl") == kept[1]
@@ -174,7 +174,7 @@ UNANSWERED = (
 )
 
 
-def test_empty_outputs_are_kept_and_said(prepared, capsys):
+def test_empty_outputs_are_reported(prepared, capsys):
     out = prepared(ROWS + EMPTY + ROWS + EMPTY)
     assert capsys.readouterr().err.splitlines() == [
         "2 rows with an empty output, the first at somewhere/rows.jsonl line 11: it teaches the model to stop at once",
@@ -182,16 +182,16 @@ def test_empty_outputs_are_kept_and_said(prepared, capsys):
     ]
 
 
-def test_questions_without_an_answer_are_left_out_and_said(prepared, capsys):
+def test_unanswered_messages_are_reported(prepared, capsys):
     out = prepared(UNANSWERED + ROWS)
     assert capsys.readouterr().err.splitlines() == [
-        "1 row ending in a question without an answer, the first at somewhere/rows.jsonl line 1: "
-        "that question is left out",
+        "1 row ending in a user message without a response, the first at somewhere/rows.jsonl line 1: "
+        "that message is left out",
         f"9 training and 2 validation examples in {out}",
     ]
 
 
-def test_nothing_is_written_unless_everything_is_right(prepared, tmp_path):
+def test_nothing_is_written_if_a_row_is_invalid(prepared, tmp_path):
     with pytest.raises(LitLoraError, match="line 11: "):
         prepared(ROWS + b"nonsense")
     with pytest.raises(LitLoraError, match="leaves no row for validation"):
@@ -199,7 +199,7 @@ def test_nothing_is_written_unless_everything_is_right(prepared, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_destination_that_is_a_file_is_refused(prepared, tmp_path):
+def test_destination_that_is_a_file_is_refused(prepared, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(LitLoraError) as refused:
         prepared(ROWS)

@@ -5,7 +5,6 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from litlora.data.chat_template import ChatStyle
 from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import PromptStyle, build_prompt_style
 from litlora.errors import LitLoraError
@@ -100,7 +99,7 @@ def messages_of(example: Example) -> list[dict[str, str]]:
     return messages
 
 
-def test_alpaca_is_stanfords_template_with_and_without_input():
+def test_alpaca_is_the_template_of_stanford():
     assert style("alpaca").prompt("Add them.", "1 and 2") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
@@ -113,44 +112,44 @@ def test_alpaca_is_stanfords_template_with_and_without_input():
     )
 
 
-def test_none_is_the_instruction_itself():
+def test_none_is_the_instruction():
     assert style("none").prompt(" 2 + 2 =") == " 2 + 2 ="
     assert style("none").prompt("Add them.", "1 and 2") == "Add them.\n\n1 and 2"
 
 
-def test_a_template_of_ones_own_is_filled():
+def test_custom_template():
     assert style("Q: {instruction} ({input})\nA:").prompt("Add", "1, 2") == "Q: Add (1, 2)\nA:"
     assert style("Q: {instruction} ({input})\nA:").prompt("Add") == "Q: Add ()\nA:"
 
 
-def test_an_input_without_a_place_in_the_template_follows_the_instruction():
+def test_input_without_placeholder_follows_the_instruction():
     assert style("Q: {instruction}\nA:").prompt("Add", "1, 2") == "Q: Add\n\n1, 2\nA:"
 
 
-def test_what_is_filled_in_is_not_filled_again():
+def test_placeholders_in_values_stay_unchanged():
     filled = style("{instruction}|{input}").prompt("{input} {instruction} \\1 {0}", "{instruction}")
     assert filled == "{input} {instruction} \\1 {0}|{instruction}"
 
 
-def test_other_braces_of_a_template_stay():
+def test_other_braces_stay_unchanged():
     assert style('{"q": "{instruction}", {0} {instruction.__class__} }').prompt("hi") == (
         '{"q": "hi", {0} {instruction.__class__} }'
     )
 
 
-def test_a_system_text_stands_before_the_first_instruction_alone():
+def test_system_prompt_precedes_the_first_instruction():
     text = style("Q: {instruction}\nA:").render(CONVERSATION).text
     assert text.startswith("Q: Be brief.\n\nAdd them.\n\n1 and 2\nA:3</s>Q: And once more?\nA:")
     assert text.count("Be brief.") == 1
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_supervises_every_response_and_its_eos(name):
+def test_template_supervises_responses_and_their_eos(name):
     assert responses(style(name), CONVERSATION) == ["3</s>", " Still 3. </s>", "Yes: 🦙.</s>"]
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, *CHATS])
-def test_the_prompt_of_generation_is_how_the_text_of_training_begins(name):
+def test_generation_prompt_is_a_prefix_of_the_training_text(name):
     template, bos_token, eos_token, _ = CHATS.get(name, (None, None, EOS, EOS))
     chosen = style("chat" if template else name, template, bos_token, eos_token)
     for example in (CONVERSATION, Example((ADD,)), Example((Turn("Say nothing.", ""),))):
@@ -161,7 +160,7 @@ def test_the_prompt_of_generation_is_how_the_text_of_training_begins(name):
         assert rendered.supervised[0][0] == len(prompt)
 
 
-def test_every_style_says_its_name_and_whether_bos_is_left_to_the_tokenizer():
+def test_style_names_and_special_tokens():
     for name in ("alpaca", "none", "Q: {instruction}"):
         assert (style(name).name, style(name).add_special_tokens) == (name, True)
     chat = style("chat", CHATML)
@@ -169,7 +168,7 @@ def test_every_style_says_its_name_and_whether_bos_is_left_to_the_tokenizer():
 
 
 @pytest.mark.parametrize("name", ["Alpaca", "", "{input}", "chatml"])
-def test_an_unknown_style_is_refused_with_the_choices(name):
+def test_unknown_style_is_refused_with_the_choices(name):
     with pytest.raises(LitLoraError) as error:
         style(name)
     assert str(error.value) == (
@@ -179,7 +178,7 @@ def test_an_unknown_style_is_refused_with_the_choices(name):
 
 @pytest.mark.parametrize("name", CHATS)
 @pytest.mark.parametrize("example", [CONVERSATION, Example((ADD,)), Example((Turn("<&'\"> é", "\n x"),))])
-def test_chat_text_equals_what_transformers_renders(name, example):
+def test_chat_text_equals_transformers(name, example):
     template, bos_token, eos_token, _ = CHATS[name]
     chat = style("chat", template, bos_token, eos_token)
     messages = messages_of(example)
@@ -191,7 +190,7 @@ def test_chat_text_equals_what_transformers_renders(name, example):
     )
 
 
-def test_chat_supervises_answers_up_to_the_mark_that_ends_them():
+def test_chat_supervises_responses_with_their_end_token():
     supervised = {name: responses(style("chat", *chat[:3]), CONVERSATION) for name, chat in CHATS.items()}
     assert supervised == {
         "smollm2": ["3<|im_end|>", " Still 3. <|im_end|>", "Yes: 🦙.<|im_end|>"],
@@ -200,28 +199,28 @@ def test_chat_supervises_answers_up_to_the_mark_that_ends_them():
     }
 
 
-def test_a_mark_other_than_eos_ends_an_answer_without_the_new_line_after_it():
+def test_end_marker_other_than_eos_excludes_the_newline():
     assert responses(style("chat", CHATML, eos_token="<|endoftext|>"), Example((ADD,))) == ["3<|im_end|>"]
 
 
-def test_an_answer_that_writes_eos_itself_is_supervised_whole():
+def test_response_containing_eos_is_supervised_completely():
     assert responses(style("chat", LLAMA_2), Example((Turn("hi", "a</s>b"),))) == [" a</s>b </s>"]
 
 
-def test_an_empty_answer_is_its_end_alone():
+def test_empty_response_is_its_end_token():
     assert responses(style("chat", CHATML, eos_token="<|im_end|>"), Example((Turn("Hush.", ""),))) == ["<|im_end|>"]
 
 
-def test_a_default_system_text_belongs_to_the_prompt():
+def test_default_system_prompt_belongs_to_the_prompt():
     assert "named SmolLM" in style("chat", CHATML).prompt("hi")
     assert "named SmolLM" not in style("chat", CHATML).prompt("hi", system="Be brief.")
 
 
-def test_a_checkpoint_without_bos_leaves_it_out_of_the_template():
+def test_template_without_bos():
     assert style("chat", "{{ bos_token }}|{{ messages[0].content }}", bos_token=None).prompt("hi") == "|hi"
 
 
-def test_chat_without_a_template_says_what_to_use():
+def test_chat_without_a_template_is_refused():
     with pytest.raises(
         LitLoraError, match=r"^--prompt_style chat needs a checkpoint with a chat template .* use alpaca"
     ):
@@ -237,27 +236,27 @@ ENDLESS = "{% for n in range(99999) %}{{ 'x' * 9999 }}{% endfor %}"
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "writes nothing after an answer"),
-        (ANSWER_LOST, "leaves out a part of the answer"),
-        (PROMPT_CHANGED, "writes a prompt differently once it is answered"),
-        (HISTORY_CHANGED, "writes an answer differently once the conversation goes on"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "writes nothing after a response"),
+        (ANSWER_LOST, "drops a part of the response"),
+        (PROMPT_CHANGED, "renders a prompt differently before its response"),
+        (HISTORY_CHANGED, "renders a response differently in a longer conversation"),
         ("{{ raise_exception('no\n system') }}", "fails on a conversation: no system; use"),
         ("{{ nothing.there }}", "fails on a conversation: 'nothing' is undefined"),
         ("{{ 1 / 0 }}", "fails on a conversation: division by zero"),
         ("{{ messages[0]['content'] + 1 }}", "fails on a conversation: can only concatenate"),
         ("{{ messages.append(1) }}", "fails on a conversation: access to attribute 'append'"),
         ("{{ ''.__class__.__mro__ }}", "fails on a conversation: access to attribute '__class__'"),
-        (ENDLESS, "fails on a conversation: its text does not end"),
+        (ENDLESS, "fails on a conversation: its text exceeds 10,000,000 characters"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused_in_one_sentence(template, reason):
+def test_unusable_template_is_refused(template, reason):
     with pytest.raises(LitLoraError, match=f"^--prompt_style chat: the checkpoint's chat template {reason}") as error:
         style("chat", template).render(Example((Turn("a question", "an|answer"), Turn("b?", "b|c"))))
     assert str(error.value).endswith("; use alpaca, none, or a text with {instruction}")
     assert "\n" not in str(error.value)
 
 
-def test_a_template_with_a_syntax_error_is_refused_in_one_sentence():
+def test_template_syntax_error_is_refused():
     with pytest.raises(
         LitLoraError, match=r"^--prompt_style chat: the checkpoint's chat template has an error: "
     ) as error:
@@ -283,8 +282,8 @@ def test_a_template_with_a_syntax_error_is_refused_in_one_sentence():
         "{% include '/etc/passwd' %}",
     ],
 )
-def test_a_chat_template_can_neither_reach_out_nor_exhaust_the_machine(template, monkeypatch):
+def test_chat_template_is_sandboxed_and_limited(template, monkeypatch):
     monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.3)
     with pytest.raises(LitLoraError, match="--prompt_style chat: the checkpoint's chat template ") as refused:
-        ChatStyle(template, "<s>", "</s>").prompt("Hello")
+        style("chat", template).prompt("Hello")
     assert len(str(refused.value)) < 400

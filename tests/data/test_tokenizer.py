@@ -137,7 +137,7 @@ def test_byte_level_ids_and_text_equal_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("flags", [{"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
-def test_a_tokenizer_json_alone_decides_on_bos_and_eos(tmp_path, flags):
+def test_tokenizer_json_decides_on_bos_and_eos(tmp_path, flags):
     folder = byte_level_folder(tmp_path, tokenizer_class="PreTrainedTokenizerFast", **flags)
     check_equals_transformers(folder)
     assert Tokenizer(folder).encode("hi").ids[0] == 0
@@ -164,11 +164,11 @@ def test_sentencepiece_ids_and_text_equal_transformers(tmp_path, version, legacy
         },
     ],
 )
-def test_sentencepiece_follows_the_settings_as_transformers_does(tmp_path, settings):
+def test_sentencepiece_settings_equal_transformers(tmp_path, settings):
     check_equals_transformers(sentencepiece_folder(tmp_path, **settings))
 
 
-def test_older_files_beside_a_sentencepiece_model_are_read(tmp_path):
+def test_older_files_beside_sentencepiece_are_read(tmp_path):
     folder = sentencepiece_folder(tmp_path, pad_token="<pad>")
     write_json(folder / "added_tokens.json", {"<|start|>": 32001, "<pad>": 32000})
     check_equals_transformers(folder)
@@ -176,7 +176,7 @@ def test_older_files_beside_a_sentencepiece_model_are_read(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
-def test_a_sentencepiece_like_tokenizer_json_equals_transformers(tmp_path, model_type, name):
+def test_sentencepiece_like_tokenizer_json_equals_transformers(tmp_path, model_type, name):
     folder = sentencepiece_folder(tmp_path, tokenizer_class=name)
     backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     prefix = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -186,7 +186,7 @@ def test_a_sentencepiece_like_tokenizer_json_equals_transformers(tmp_path, model
     check_equals_transformers(folder)
 
 
-def test_truncation_and_padding_of_a_file_are_ignored(tmp_path):
+def test_truncation_and_padding_settings_are_ignored(tmp_path):
     folder = byte_level_folder(tmp_path)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(3)
@@ -196,7 +196,7 @@ def test_truncation_and_padding_of_a_file_are_ignored(tmp_path):
     assert lengths[0] == 1 and lengths[1] > 3
 
 
-def test_a_special_token_named_only_in_the_settings_is_recognised(tmp_path):
+def test_special_token_of_the_settings_is_recognised(tmp_path):
     folder = byte_level_folder(tmp_path, eos_token="hello", pad_token="<|not in the vocabulary|>")
     tokenizer = Tokenizer(folder)
     assert tokenizer.eos_id in tokenizer.encode("xhellox").ids
@@ -229,19 +229,19 @@ def test_spans_cover_the_whole_text(tokenizer):
         check_spans_cover(tokenizer, text)
 
 
-def test_every_token_of_a_character_holds_it(tokenizer):
+def test_tokens_of_one_character_share_its_span(tokenizer):
     ids, spans = tokenizer.encode("a🐙🐙")
     assert len(ids) > 4
     assert set(spans[2:]) == {(1, 2), (2, 3)}
 
 
-def test_spaces_belong_to_the_token_that_writes_them(byte_level):
+def test_spaces_belong_to_their_token(byte_level):
     ids, spans = byte_level.encode(" hello   \n\n x", add_special_tokens=False)
     for token_id, (start, end) in zip(ids, spans, strict=True):
         assert byte_level.decode([token_id]) == " hello   \n\n x"[start:end]
 
 
-def test_added_tokens_hold_no_character(tmp_path):
+def test_bos_and_eos_have_empty_spans(tmp_path):
     tokenizer = Tokenizer(sentencepiece_folder(tmp_path, add_eos_token=True))
     ids, spans = tokenizer.encode("<s>hi")
     assert (ids[:2], ids[-1]) == ([1, 1], 2)
@@ -249,19 +249,19 @@ def test_added_tokens_hold_no_character(tmp_path):
     assert tokenizer.encode("").spans == [(0, 0), (0, 0)]
 
 
-def test_a_batch_equals_its_texts(tokenizer):
+def test_batch_equals_single_texts(tokenizer):
     encodings, batch = [tokenizer.encode(text) for text in TEXTS], tokenizer.encode_batch(TEXTS)
     assert batch.lengths.tolist() == [len(encoding.ids) for encoding in encodings]
     assert batch.ids.tolist() == [token_id for encoding in encodings for token_id in encoding.ids]
     assert list(map(tuple, batch.spans.tolist())) == [span for encoding in encodings for span in encoding.spans]
 
 
-def test_half_a_surrogate_pair_is_refused(tokenizer):
-    with pytest.raises(LitLoraError, match="half of a surrogate pair"):
+def test_unpaired_surrogate_is_refused(tokenizer):
+    with pytest.raises(LitLoraError, match="an unpaired surrogate"):
         tokenizer.encode("a\ud83e")
 
 
-def test_a_stream_is_the_completion_in_whole_characters(tokenizer):
+def test_stream_yields_complete_characters(tokenizer):
     ids = tokenizer.encode("Hi 🐙🚀 é\n  日本\n", add_special_tokens=False).ids
     whole = tokenizer.decode(ids)
     cuts = [cut for cut in range(len(ids)) if whole.startswith(tokenizer.decode(ids[:cut]))]
@@ -272,7 +272,7 @@ def test_a_stream_is_the_completion_in_whole_characters(tokenizer):
         assert not {"", "\ufffd"} & {*pieces, *"".join(pieces)}
 
 
-def test_a_stream_yields_each_piece_as_soon_as_its_characters_are_whole(tokenizer):
+def test_stream_yields_characters_once_complete(tokenizer):
     ids = tokenizer.encode("ab🐙cd", add_special_tokens=False).ids
     taken: list[int] = []
     pieces = [(piece, len(taken)) for piece in tokenizer.stream((), (taken.append(i) or i for i in ids))]
@@ -281,7 +281,7 @@ def test_a_stream_yields_each_piece_as_soon_as_its_characters_are_whole(tokenize
     assert [length for _, length in pieces] == sorted({length for _, length in pieces})
 
 
-def test_a_completion_keeps_its_first_space_after_a_prompt(llama):
+def test_completion_keeps_its_first_space(llama):
     space_and_word = llama.encode("word", add_special_tokens=False).ids
     prompt = llama.encode("[INST] hi [/INST]").ids
     assert "".join(llama.stream(prompt, space_and_word)) == " word"
@@ -289,19 +289,19 @@ def test_a_completion_keeps_its_first_space_after_a_prompt(llama):
     assert llama.decode([llama.bos_id, *space_and_word]) == "word"
 
 
-def test_broken_characters_are_replaced_and_the_rest_stays(tokenizer):
+def test_invalid_utf8_is_replaced(tokenizer):
     *half, last = tokenizer.encode("a🐙", add_special_tokens=False).ids
     word = tokenizer.encode("x</s>", add_special_tokens=False).ids
     assert tokenizer.decode([*half, *word[:1], *half, last]).replace(" ", "") == "a\ufffdxa🐙"
     assert "".join(tokenizer.stream((), half)) == "a\ufffd"
 
 
-def test_special_tokens_and_ids_beyond_the_vocabulary_have_no_text(tokenizer):
+def test_special_and_unknown_ids_have_no_text(tokenizer):
     ids = tokenizer.encode("hi", add_special_tokens=False).ids
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.vocab_size + 7]) == "hi"
 
 
-def test_a_byte_level_token_in_plain_writing_is_its_text(tmp_path):
+def test_plain_byte_level_token_is_its_text(tmp_path):
     folder = byte_level_folder(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["vocab"]["東 京"] = 777
@@ -309,14 +309,14 @@ def test_a_byte_level_token_in_plain_writing_is_its_text(tmp_path):
     assert Tokenizer(folder).decode([777]) == "東 京"
 
 
-def test_byte_level_characters_are_those_of_the_library():
+def test_byte_level_alphabet_equals_the_library():
     assert set(BYTE_OF_CHARACTER) == set(pre_tokenizers.ByteLevel.alphabet())
     text = "".join(map(chr, range(0x800)))
     [(shown, _)] = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
     assert bytes(BYTE_OF_CHARACTER[character] for character in shown) == text.encode()
 
 
-def test_every_end_that_the_checkpoint_names_stops(tmp_path):
+def test_stop_ids_are_all_that_the_checkpoint_names(tmp_path):
     folder = byte_level_folder(tmp_path)
     edit_json(folder / "config.json", eos_token_id=3)
     write_json(folder / "generation_config.json", {"eos_token_id": [1, 2]})
@@ -329,14 +329,14 @@ def test_every_end_that_the_checkpoint_names_stops(tmp_path):
     ("special_tokens_map", "eos_token_id", "eos_token"),
     [({"eos_token": {"content": "<|end|>"}}, 1, "<|end|>"), ({}, 2, "<|eot|>"), ({}, [3, 1], "<|start|>")],
 )
-def test_eos_is_looked_for_in_older_files_and_the_config(tmp_path, special_tokens_map, eos_token_id, eos_token):
+def test_eos_from_older_files_and_the_config(tmp_path, special_tokens_map, eos_token_id, eos_token):
     folder = byte_level_folder(tmp_path, eos_token=None)
     write_json(folder / "special_tokens_map.json", special_tokens_map)
     edit_json(folder / "config.json", eos_token_id=eos_token_id)
     assert Tokenizer(folder).eos_token == eos_token
 
 
-def test_a_sentencepiece_model_alone_knows_its_bos_and_eos(tmp_path):
+def test_sentencepiece_model_has_bos_and_eos(tmp_path):
     folder = sentencepiece_folder(tmp_path)
     (folder / "tokenizer_config.json").unlink()
     tokenizer = Tokenizer(folder)
@@ -352,19 +352,19 @@ def test_a_sentencepiece_model_alone_knows_its_bos_and_eos(tmp_path):
         ([{"name": "rag", "template": "{{ 2 }}"}], None),
     ],
 )
-def test_the_chat_template_is_the_default_one_or_the_file(tmp_path, setting, template):
+def test_chat_template_from_settings_or_file(tmp_path, setting, template):
     folder = byte_level_folder(tmp_path, chat_template=setting)
     assert Tokenizer(folder).chat_template == template
     (folder / "chat_template.jinja").write_text("{{ 'é' }}\n", encoding="utf-8")
     assert Tokenizer(folder).chat_template == "{{ 'é' }}\n"
 
 
-def test_files_are_those_to_be_copied(tmp_path):
+def test_files_lists_the_tokenizer_files(tmp_path):
     folder = byte_level_folder(tmp_path)
     assert Tokenizer(folder).files == (folder / "tokenizer.json", folder / "tokenizer_config.json")
 
 
-def test_a_folder_without_a_tokenizer_says_how_to_fetch_one(tmp_path):
+def test_missing_tokenizer_names_the_download_command(tmp_path):
     with pytest.raises(LitLoraError) as error:
         Tokenizer(tmp_path)
     assert str(error.value) == (
@@ -376,17 +376,17 @@ def test_a_folder_without_a_tokenizer_says_how_to_fetch_one(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
-        ("tokenizer.json", b'{"model": 1}', "tokenizer.json holds no tokenizer"),
+        ("tokenizer.json", b'{"model": 1}', "tokenizer.json is not a valid tokenizer"),
         ("tokenizer.json", b"\xff\xfe", "tokenizer.json cannot be read"),
-        ("tokenizer_config.json", b"{", "tokenizer_config.json is no JSON"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json is no JSON object"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json is not a JSON object"),
         ("tokenizer_config.json", b'{"chat_template": [{}]}', "must be a text or a list of names and templates"),
-        ("tokenizer_config.json", b'{"eos_token": "<|none|>"}', "has no token that ends a text"),
-        ("generation_config.json", b"{", "generation_config.json is no JSON"),
+        ("tokenizer_config.json", b'{"eos_token": "<|none|>"}', "has no end-of-text token"),
+        ("generation_config.json", b"{", "generation_config.json is not valid JSON"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja cannot be read"),
     ],
 )
-def test_a_broken_file_is_refused_by_its_name(tmp_path, file, content, sentence):
+def test_corrupt_file_is_named(tmp_path, file, content, sentence):
     folder = byte_level_folder(tmp_path)
     write_json(folder / "config.json", {})
     (folder / file).write_bytes(content)
@@ -395,24 +395,24 @@ def test_a_broken_file_is_refused_by_its_name(tmp_path, file, content, sentence)
     assert str(folder) in str(error.value)
 
 
-def test_tokens_that_are_neither_byte_level_nor_like_sentencepiece_are_refused(tmp_path):
+def test_unsupported_decoder_is_refused(tmp_path):
     folder = byte_level_folder(tmp_path)
     for decoder in ({"type": "WordPiece", "prefix": "##", "cleanup": True}, None):
         edit_json(folder / "tokenizer.json", decoder=decoder)
-        with pytest.raises(LitLoraError, match="only byte-level and sentencepiece-like tokens are"):
+        with pytest.raises(LitLoraError, match="only byte-level and sentencepiece-like ones are supported"):
             Tokenizer(folder)
 
 
-def test_a_cut_sentencepiece_model_is_refused(tmp_path):
+def test_truncated_sentencepiece_model_is_refused(tmp_path):
     folder = sentencepiece_folder(tmp_path)
     path = folder / "tokenizer.model"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(LitLoraError, match="is no sentencepiece model"):
+    with pytest.raises(LitLoraError, match="is not a sentencepiece model"):
         Tokenizer(folder)
 
 
 @pytest.mark.parametrize("kind", [{"model_type": "unigram", "byte_fallback": True}, {"model_type": "bpe"}])
-def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path, kind):
+def test_unsupported_sentencepiece_model_is_refused(tmp_path, kind):
     prefix = str(tmp_path / "tokenizer")
     sentences = ["once upon a time", "the time upon the mountain", "and percent of it", "12.5 and 12.5"] * 20
     sentencepiece.SentencePieceTrainer.train(
@@ -423,7 +423,7 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path, kind):
         minloglevel=2,
         **kind,
     )
-    with pytest.raises(LitLoraError, match="only BPE with byte pieces and without normalization is"):
+    with pytest.raises(LitLoraError, match="only BPE with byte pieces and without normalization is supported"):
         Tokenizer(tmp_path)
 
 
@@ -431,12 +431,12 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path, kind):
     "settings",
     [{"bos_token": "<bos>"}, {"added_tokens_decoder": {"x": {}}}, {"added_tokens_decoder": {"32000": "<x>"}}],
 )
-def test_settings_that_do_not_go_with_a_sentencepiece_model_are_refused(tmp_path, settings):
-    with pytest.raises(LitLoraError, match=r"^the tokenizer's files in \S* do not go together"):
+def test_inconsistent_sentencepiece_settings_are_refused(tmp_path, settings):
+    with pytest.raises(LitLoraError, match=r"^the tokenizer files in \S* are inconsistent"):
         Tokenizer(sentencepiece_folder(tmp_path, **settings))
 
 
-def test_declared_ids_that_cannot_be_given_are_refused(tmp_path):
+def test_impossible_added_token_ids_are_refused(tmp_path):
     folder = sentencepiece_folder(tmp_path, added_tokens_decoder={"32005": {"content": "<|start|>"}})
     with pytest.raises(LitLoraError, match=r"disagree: <\|start\|> cannot have id 32005"):
         Tokenizer(folder)

@@ -56,7 +56,7 @@ def left_behind(root: Path) -> list[Path]:
     return list(root.rglob("*")) if root.exists() else []
 
 
-def test_only_what_litlora_reads_is_fetched(hub: HubServer, root: Path):
+def test_only_files_that_litlora_reads_are_fetched(hub: HubServer, root: Path):
     surplus = ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "model.gguf", "run.py")
     hub.add("org/name", {**SINGLE, **dict.fromkeys(surplus, b"surplus")})
     assert set(fetch(root, "org/name")) == set(SINGLE)
@@ -64,13 +64,13 @@ def test_only_what_litlora_reads_is_fetched(hub: HubServer, root: Path):
     assert sorted(hub.fetched()) == sorted(SINGLE)
 
 
-def test_shards_are_those_that_the_index_names(hub: HubServer, root: Path):
+def test_shards_of_the_index_are_fetched(hub: HubServer, root: Path):
     hub.add("org/name", {**SHARDED, "model.safetensors": b"other", "model.fp16.safetensors": b"other"})
     fetch(root, "org/name")
     assert contents(root / "org/name") == SHARDED
 
 
-def test_tokenizer_alone_comes_without_weights_or_a_config(hub: HubServer, root: Path):
+def test_tokenizer_only_needs_neither_weights_nor_config(hub: HubServer, root: Path):
     texts = {name: content for name, content in TEXTS.items() if name != "config.json"}
     hub.add("org/name", {**texts, "model.safetensors": b"weights"})
     fetch_checkpoint(Repo("org/name", "model", "main", None), root, tokenizer_only=True)
@@ -88,7 +88,7 @@ def test_second_run_fetches_nothing(hub: HubServer, root: Path, files: Mapping[s
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model-00002-of-00002.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "absent"])
-def test_damaged_file_alone_is_fetched_again(hub: HubServer, root: Path, name: str, damage: str):
+def test_only_the_corrupt_file_is_fetched_again(hub: HubServer, root: Path, name: str, damage: str):
     hub.add("org/name", SHARDED)
     fetch(root, "org/name")
     hub.fetched()
@@ -99,14 +99,14 @@ def test_damaged_file_alone_is_fetched_again(hub: HubServer, root: Path, name: s
     assert contents(root / "org/name") == SHARDED
 
 
-def test_another_revision_is_fetched_by_its_name(hub: HubServer, root: Path):
+def test_revision_is_fetched(hub: HubServer, root: Path):
     hub.add("org/name", {**TEXTS, "pytorch_model.bin": b"pickle"})
     hub.add("org/name", SINGLE, revision="refs/pr/1")
     fetch(root, "org/name", "refs/pr/1")
     assert contents(root / "org/name") == SINGLE
 
 
-def test_newer_commit_brings_only_what_changed(hub: HubServer, root: Path):
+def test_newer_commit_fetches_changed_files_only(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
     fetch(root, "org/name")
     hub.add("org/name", {**SINGLE, "config.json": b"{ }"})
@@ -114,7 +114,7 @@ def test_newer_commit_brings_only_what_changed(hub: HubServer, root: Path):
     assert (root / "org/name/config.json").read_bytes() == b"{ }"
 
 
-def test_one_checkpoint_is_not_fetched_over_another(hub: HubServer, root: Path):
+def test_folder_of_another_checkpoint_is_refused(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
     hub.add("org/name", SHARDED, revision="sharded")
     fetch(root, "org/name")
@@ -125,7 +125,7 @@ def test_one_checkpoint_is_not_fetched_over_another(hub: HubServer, root: Path):
     assert contents(root / "org/name") == SINGLE
 
 
-def test_cut_transfer_goes_on_where_it_was_cut(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_transfer_is_resumed(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.add("org/name", SINGLE)
     hub.fail(Fault("model.safetensors", cut_after=3000))
@@ -135,7 +135,7 @@ def test_cut_transfer_goes_on_where_it_was_cut(hub: HubServer, root: Path, monke
     assert contents(root / "org/name") == SINGLE
 
 
-def test_run_after_a_failed_one_goes_on_where_it_was_cut(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_next_run_resumes_a_failed_transfer(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.add("org/name", SINGLE)
     hub.fail(Fault("model.safetensors", cut_after=3000))
@@ -147,9 +147,7 @@ def test_run_after_a_failed_one_goes_on_where_it_was_cut(hub: HubServer, root: P
 
 
 @pytest.mark.parametrize("damage", [b"x" * 3000, b"x" * 9000], ids=["other bytes", "too many"])
-def test_remains_that_are_damaged_are_not_kept(
-    hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
-):
+def test_corrupt_partial_file_is_discarded(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.add("org/name", SINGLE)
     hub.fail(Fault("model.safetensors", cut_after=3000))
@@ -162,7 +160,7 @@ def test_remains_that_are_damaged_are_not_kept(
     assert contents(root / "org/name") == SINGLE
 
 
-def test_file_that_arrives_changed_is_not_kept(hub: HubServer, root: Path):
+def test_file_with_a_wrong_hash_is_discarded(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
     hub.fail(Fault("model.safetensors", body=b"Weights" * 1000))
     assert refusal(root, "org/name") == (
@@ -172,7 +170,7 @@ def test_file_that_arrives_changed_is_not_kept(hub: HubServer, root: Path):
     assert fetch(root, "org/name") == ["model.safetensors"]
 
 
-def test_failed_transfer_keeps_whole_files_for_the_next_run(hub: HubServer, root: Path):
+def test_complete_files_survive_a_failed_transfer(hub: HubServer, root: Path):
     hub.add("org/name", SHARDED)
     hub.fail(Fault("model-00002-of-00002.safetensors", status=500, times=4))
     assert refusal(root, "org/name") == (
@@ -182,7 +180,7 @@ def test_failed_transfer_keeps_whole_files_for_the_next_run(hub: HubServer, root
     assert fetch(root, "org/name") == ["model-00002-of-00002.safetensors"]
 
 
-def test_gated_repository_needs_a_licence_and_a_token(hub: HubServer, root: Path):
+def test_gated_repository_without_token_is_refused(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE, gated=True)
     assert refusal(root, "org/name") == (
         f"model org/name is gated: accept its licence at {hub.url}/org/name, then pass --access_token or set HF_TOKEN"
@@ -190,7 +188,7 @@ def test_gated_repository_needs_a_licence_and_a_token(hub: HubServer, root: Path
     assert not left_behind(root)
 
 
-def test_token_without_access_to_a_gated_repository_is_told_apart(hub: HubServer, root: Path):
+def test_token_without_access_to_a_gated_repository(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE, gated=True)
     hub.grant(TOKEN)
     assert refusal(root, "org/name", token=TOKEN) == (
@@ -201,7 +199,7 @@ def test_token_without_access_to_a_gated_repository_is_told_apart(hub: HubServer
 
 
 @pytest.mark.parametrize("barrier", ["gated", "private"])
-def test_token_opens_what_it_may_and_stays_with_the_hub(hub: HubServer, root: Path, barrier: str):
+def test_token_is_sent_to_the_hub_only(hub: HubServer, root: Path, barrier: str):
     hub.add("org/name", SINGLE, **{barrier: True})
     hub.grant(TOKEN, "org/name")
     fetch(root, "org/name", token=TOKEN)  # where the weights lie, the token would be an error
@@ -217,7 +215,7 @@ def test_token_comes_from_the_environment(hub: HubServer, root: Path, monkeypatc
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_unknown_token_is_said(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, given: bool):
+def test_unknown_token_is_refused(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, given: bool):
     hub.add("org/name", SINGLE)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert refusal(root, "org/name", token=TOKEN if given else None) == (
@@ -227,7 +225,7 @@ def test_unknown_token_is_said(hub: HubServer, root: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("token", ["hf_\u00e4bc", "hf_a\nb", "hf_a\r", "hf a", " ", "\x7f"])
-def test_token_that_no_header_can_carry_is_refused(hub: HubServer, root: Path, token: str):
+def test_malformed_token_is_refused(hub: HubServer, root: Path, token: str):
     assert refusal(root, "org/name", token=token) == (
         "the access token holds a space, a line break or a letter beyond ASCII, which no token does: "
         "copy it again from https://huggingface.co/settings/tokens"
@@ -236,13 +234,13 @@ def test_token_that_no_header_can_carry_is_refused(hub: HubServer, root: Path, t
 
 
 @pytest.mark.parametrize("repo_id", ["foo", "a/b/c", "../x", "a/..", "./x", "a b/c", "a/b ", "", "/", "a/b--c", "/a/b"])
-def test_name_of_no_repository_is_refused(hub: HubServer, root: Path, repo_id: str):
+def test_malformed_repository_id_is_refused(hub: HubServer, root: Path, repo_id: str):
     assert refusal(root, repo_id) == f"{repo_id!r} is no repository of the Hub: give its name as ORG/NAME"
     assert not hub.requests
 
 
 @pytest.mark.parametrize("name", ["b", "b_", "_b", "b.c-d", "b" * 96, "b" * 97, "b-", ".b", "b.git", "b..c", "b--c"])
-def test_names_are_refused_exactly_where_the_hub_refuses_them(name: str):
+def test_repository_ids_follow_the_rules_of_the_hub(name: str):
     for repo_id in (f"a/{name}", f"{name}/a"):
         try:
             validate_repo_id(repo_id)
@@ -253,7 +251,7 @@ def test_names_are_refused_exactly_where_the_hub_refuses_them(name: str):
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_missing_and_private_repositories_look_the_same(hub: HubServer, root: Path, private: bool):
+def test_missing_or_private_repository_is_refused(hub: HubServer, root: Path, private: bool):
     if private:
         hub.add("org/name", SINGLE, private=True)
     assert refusal(root, "org/name") == (
@@ -267,7 +265,7 @@ def test_missing_and_private_repositories_look_the_same(hub: HubServer, root: Pa
     assert not left_behind(root)
 
 
-def test_missing_revision_is_said(hub: HubServer, root: Path):
+def test_missing_revision_is_refused(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
     assert refusal(root, "org/name", "v2") == (
         f"model org/name has no revision v2: see {hub.url}/org/name/tree/main for its branches and tags"
@@ -286,7 +284,7 @@ def test_missing_revision_is_said(hub: HubServer, root: Path):
         ),
     ],
 )
-def test_repository_that_is_no_checkpoint_is_refused(hub: HubServer, root: Path, lacking: str, sentence: str):
+def test_repository_without_checkpoint_is_refused(hub: HubServer, root: Path, lacking: str, sentence: str):
     hub.add("org/name", {name: content for name, content in SINGLE.items() if name != lacking})
     assert refusal(root, "org/name") == sentence
     assert not hub.fetched()
@@ -294,7 +292,7 @@ def test_repository_that_is_no_checkpoint_is_refused(hub: HubServer, root: Path,
 
 
 @pytest.mark.parametrize("pickle", ["pytorch_model.bin", "consolidated.00.pth", "tf_model.h5"])
-def test_pickled_weights_are_refused_with_the_way_out(hub: HubServer, root: Path, pickle: str):
+def test_pickled_weights_are_refused(hub: HubServer, root: Path, pickle: str):
     hub.add("org/name", {**TEXTS, pickle: b"pickle"})
     assert refusal(root, "org/name") == (
         f"model org/name has only pickled weights ({pickle}), and a pickle can run any code when it is read: "
@@ -318,7 +316,7 @@ def test_pickled_weights_are_refused_with_the_way_out(hub: HubServer, root: Path
         (["model-00001-of-00002.safetensors"], "names no files"),
     ],
 )
-def test_index_that_names_anything_but_shards_is_refused(hub: HubServer, root: Path, weight_map: object, fault: str):
+def test_index_without_valid_shards_is_refused(hub: HubServer, root: Path, weight_map: object, fault: str):
     index = json.dumps({"weight_map": weight_map}).encode()
     hub.add("org/name", {**SHARDED, INDEX: index, "pytorch_model.bin": b"pickle", "sub/x.safetensors": b""})
     assert refusal(root, "org/name") == (
@@ -327,7 +325,7 @@ def test_index_that_names_anything_but_shards_is_refused(hub: HubServer, root: P
     assert not left_behind(root)
 
 
-def test_disk_without_room_is_found_before_the_first_byte(hub: HubServer, root: Path):
+def test_disk_space_is_checked_before_the_transfer(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE, listed_sizes={"model.safetensors": 10**18})
     sentence = re.sub(r"for [\d.]+[MGT]B", "for less", refusal(root, "org/name"))
     hint = "free some, or choose another --checkpoint_root"
@@ -336,7 +334,7 @@ def test_disk_without_room_is_found_before_the_first_byte(hub: HubServer, root: 
     assert not left_behind(root)
 
 
-def test_place_that_cannot_be_written_is_said(hub: HubServer, tmp_path: Path):
+def test_unwritable_root_is_refused(hub: HubServer, tmp_path: Path):
     hub.add("org/name", SINGLE)
     root = tmp_path / "file"
     root.write_bytes(b"")
@@ -345,7 +343,7 @@ def test_place_that_cannot_be_written_is_said(hub: HubServer, tmp_path: Path):
     )
 
 
-def test_unreachable_hub_is_said(hub: HubServer, root: Path):
+def test_unreachable_hub_is_refused(hub: HubServer, root: Path):
     hub.shutdown()
     hub.server_close()
     assert refusal(root, "org/name") == (
@@ -354,21 +352,21 @@ def test_unreachable_hub_is_said(hub: HubServer, root: Path):
     )
 
 
-def test_offline_mode_is_said(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_offline_mode_is_refused(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert refusal(root, "org/name") == (
         "model org/name is not fetched, because HF_HUB_OFFLINE is set: unset it to reach the Hub"
     )
 
 
-def test_web_server_that_is_no_hub_is_said(hub: HubServer, root: Path):
+def test_web_server_that_is_not_a_hub_is_refused(hub: HubServer, root: Path):
     hub.fail(Fault("/revision/main", body=b"<html>Please log in to the WLAN</html>"))
     hub.add("org/name", SINGLE)
     assert refusal(root, "org/name") == f"what answers at {hub.url} is not a Hub: check HF_ENDPOINT and the proxy"
 
 
 @pytest.mark.parametrize(("status", "phrase"), [(403, "403 Forbidden"), (404, "404 Not Found")])
-def test_file_that_the_hub_holds_back_is_said(hub: HubServer, root: Path, status: int, phrase: str):
+def test_refused_file_is_reported(hub: HubServer, root: Path, status: int, phrase: str):
     hub.add("org/name", SINGLE)
     hub.fail(Fault("tokenizer.json", status=status))
     assert refusal(root, "org/name") == (
@@ -376,7 +374,7 @@ def test_file_that_the_hub_holds_back_is_said(hub: HubServer, root: Path, status
     )
 
 
-def test_page_in_the_place_of_a_file_is_not_kept(hub: HubServer, root: Path):
+def test_web_page_instead_of_a_file_is_discarded(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
     hub.fail(Fault("config.json", body=b"<html>Please log in to the WLAN</html>"))
     assert refusal(root, "org/name") == (
@@ -385,7 +383,7 @@ def test_page_in_the_place_of_a_file_is_not_kept(hub: HubServer, root: Path):
     assert not left_behind(root)
 
 
-def test_overloaded_hub_is_said(hub: HubServer, root: Path):
+def test_overloaded_hub_is_refused(hub: HubServer, root: Path):
     hub.fail(Fault("/revision/main", status=503, times=4))
     assert refusal(root, "org/name") == (
         f"{hub.url} answers 503 Service Unavailable for model org/name: run the same command again later"
@@ -394,7 +392,7 @@ def test_overloaded_hub_is_said(hub: HubServer, root: Path):
 
 @pytest.mark.parametrize("path", ["/revision/main", "config.json", "model.safetensors"])
 @pytest.mark.parametrize(("status", "headers"), [(500, {}), (503, {}), (429, {"Retry-After": "0"})])
-def test_hub_that_recovers_is_asked_again(
+def test_request_is_retried(
     hub: HubServer, root: Path, path: str, status: int, headers: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -404,7 +402,7 @@ def test_hub_that_recovers_is_asked_again(
     assert contents(root / "org/name") == SINGLE
 
 
-def test_hub_is_asked_again_when_it_says_so(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_retry_after_is_respected(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
     hub.add("org/name", SINGLE)
@@ -413,7 +411,7 @@ def test_hub_is_asked_again_when_it_says_so(hub: HubServer, root: Path, monkeypa
     assert waits == [17]
 
 
-def test_every_file_is_of_the_commit_that_was_listed(hub: HubServer, root: Path):
+def test_all_files_are_of_one_commit(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
     hub.add("org/name", SINGLE, revision="as it was")
     newer = {name: content + b" " for name, content in SINGLE.items()}
@@ -422,7 +420,7 @@ def test_every_file_is_of_the_commit_that_was_listed(hub: HubServer, root: Path)
     assert contents(root / "org/name") == SINGLE
 
 
-def test_file_that_names_a_place_outside_is_left_alone(hub: HubServer, root: Path, tmp_path: Path):
+def test_path_outside_the_folder_is_ignored(hub: HubServer, root: Path, tmp_path: Path):
     names = ("../../evil", "../tokenizer.model", "/etc/evil", "..", "sub/../../config.json")
     hub.add("org/name", {**SINGLE, **dict.fromkeys(names, b"evil")})
     fetch(root, "org/name")
@@ -437,7 +435,7 @@ def test_repository_with_xet_storage_is_fetched_over_http(hub: HubServer, root: 
     assert contents(root / "org/name") == SINGLE
 
 
-def test_two_downloads_at_once_take_turns(hub: HubServer, root: Path, capsys: pytest.CaptureFixture[str]):
+def test_concurrent_downloads_wait_for_each_other(hub: HubServer, root: Path, capsys: pytest.CaptureFixture[str]):
     hub.add("org/name", SHARDED)
     with ThreadPoolExecutor(4) as pool:
         fetched = list(pool.map(lambda _: fetch(root, "org/name"), range(4)))
@@ -466,7 +464,7 @@ def test_refused_dataset_names_its_own_page(hub: HubServer):
     )
 
 
-def test_dataset_without_the_file_is_said(hub: HubServer):
+def test_dataset_without_the_file_is_refused(hub: HubServer):
     hub.add("datasets/org/name", {"data.jsonl": b"{}\n"})
     with pytest.raises(LitLoraError) as refused:
         fetch_dataset_file("org/name", "train.jsonl", None)

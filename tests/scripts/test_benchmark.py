@@ -44,7 +44,7 @@ def result(seconds, **values):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_litlora_trains_on_the_rows_in_the_order_of_the_file(work, quantized):
+def test_litlora_trains_in_the_order_of_the_file(work, quantized):
     job = Job("train", "32-true", str(work), rows=8, quantized=quantized)
     found = Result(**run_job(job, PYTHON, "litlora"))
     tokenizer = Tokenizer(work / "checkpoint")
@@ -65,7 +65,7 @@ def test_litlora_trains_on_the_rows_in_the_order_of_the_file(work, quantized):
     assert found.versions["torch"] == torch.__version__
 
 
-def test_a_case_goes_on_without_a_program_that_is_not_there(work):
+def test_case_continues_without_a_missing_program(work):
     case = Case("generate-32", "generate", "32-true", (LITLORA, LITGPT))
     environments = Environments({"litlora": PYTHON}, {"litgpt": "no such wheel"})
     measurement = measure(case, Job("generate", "32-true", str(work)), environments, repetitions=1)
@@ -80,7 +80,7 @@ def test_a_case_goes_on_without_a_program_that_is_not_there(work):
     assert "litgpt: no such wheel." in section(case.name, measurement)
 
 
-def test_peft_trains_over_the_same_base_in_4_bits(work):
+def test_peft_has_the_same_4_bit_base(work):
     job = Job("train", "32-true", str(work), rows=8, quantized=True)
     nf4 = Quantization("bnb.nf4", torch.float32)
     base = Checkpoint.open(job.checkpoint).load(torch.float32, torch.device("cpu"), nf4)
@@ -89,18 +89,18 @@ def test_peft_trains_over_the_same_base_in_4_bits(work):
     assert all(torch.equal(a.packed, b.data.flatten()) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_program_that_fails_says_why_in_its_last_line(work):
+def test_error_of_a_program_is_its_last_line(work):
     with pytest.raises(ProgramError, match="KeyError: 'convert'"):
         run_job(Job("convert", "32-true", str(work)), PYTHON, "products")
 
 
-def test_all_programs_take_the_tokenizer_file_as_it_stands(work):
+def test_programs_use_tokenizer_json_unchanged(work):
     settings = json.loads((work / "checkpoint/tokenizer_config.json").read_text(encoding="utf-8"))
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize("rows", [0, 6, 100_000])
-def test_a_number_of_rows_that_makes_no_whole_steps_is_refused(rows, tmp_path):
+def test_rows_must_fill_micro_batches(rows, tmp_path):
     with pytest.raises(ProgramError, match=rf"--rows \({rows}\) must be a multiple of 4 and at most the rows of"):
         prepare_inputs(tmp_path / "work", ROOT / "checkpoints/pico", ROOT / "data/pico", rows)
 
@@ -118,19 +118,19 @@ def test_a_number_of_rows_that_makes_no_whole_steps_is_refused(rows, tmp_path):
         ({"ids": [1] * 64 + [7]}, "32-true", "the tokens that are generated"),
     ],
 )
-def test_programs_that_did_not_do_the_same_are_refused(change, precision, complaint):
+def test_programs_that_disagree_are_refused(change, precision, complaint):
     ours = result(1.0, supervised=50, losses=[2.0, 1.0], ids=[1] * 65)
     compare("litlora", ours, "litgpt", replace(ours, seconds=9.0), precision)
     with pytest.raises(DisagreementError, match=f"litlora and litgpt disagree on {complaint}"):
         compare("litlora", ours, "litgpt", replace(ours, **change), precision)
 
 
-def test_what_is_random_or_rounded_may_differ_a_little():
+def test_rounding_differences_are_tolerated():
     ours = result(1.0, losses=[2.0, 1.0], ids=[1] * 65)
     compare("litlora", ours, "litgpt", replace(ours, losses=[2.01, 1.01], ids=[1] * 64 + [7]), "bf16-true")
 
 
-def test_the_table_of_training_shows_medians_spread_ratios_and_the_limit():
+def test_training_table():
     seconds = {"litlora": (2.0, 1.0, 4.0), "litgpt": (6.0, 8.0, 5.0)}
     results = {name: [result(s, supervised=50, losses=[1.0] * 4) for s in times] for name, times in seconds.items()}
     results["litgpt"] = [replace(r, memory_gb=m) for r, m in zip(results["litgpt"], (2, 3, 9), strict=True)]
@@ -141,7 +141,7 @@ def test_the_table_of_training_shows_medians_spread_ratios_and_the_limit():
     assert "| litgpt | 6.0 (5.0 to 8.0) | 3.00 | 16.7 (12.5 to 20.0) | 3.00 | 17% |" in text
 
 
-def test_the_table_of_generation_counts_the_tokens_before_the_first_that_differs():
+def test_generation_table_counts_identical_tokens():
     ours, theirs = [5] * (PROMPT_TOKENS + 4), [5] * (PROMPT_TOKENS + 2) + [6, 5]
     results = {"litlora": [result(2.0, ids=ours)], "transformers": [result(4.0, ids=theirs)]}
     results["litlora --compile"] = [result(1.0, ids=ours, compile_seconds=9.0)]
@@ -151,12 +151,12 @@ def test_the_table_of_generation_counts_the_tokens_before_the_first_that_differs
     assert "first compiles for 9.0 s, which are won back after 900 tokens." in text  # 9 s / (1 s saved in 100 tokens)
 
 
-def test_measurements_are_read_back_as_they_were_written():
+def test_measurements_round_trip():
     measurement = Measurement("Training", "train", "32-true", 64, {"litlora": [result(1.0)]}, [Products(1.0, 2, 3)])
     assert measurement_of(json.loads(json.dumps(asdict(measurement)))) == measurement
 
 
-def test_versions_table_shows_medians_spread_and_ratios():
+def test_versions_table():
     times = {PREVIOUS: (2.0, 1.0, 4.0), CURRENT: (3.0, 2.5, 3.5)}
     runs = {name: [Run(s, s + 10, s / 10, "0.5 0.4") for s in seconds] for name, seconds in times.items()}
     text = version_section("train-32", runs)

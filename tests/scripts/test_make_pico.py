@@ -67,18 +67,18 @@ def subjects(rows):
         (make_pico.SUM, "49 + 8", "57"),
     ],
 )
-def test_a_skill_knows_the_answer(skill, subject, answer):
+def test_skill_computes_its_response(skill, subject, answer):
     assert skill.answer(subject) == answer
 
 
-def test_no_word_and_no_sum_is_asked_about_in_both_splits():
+def test_splits_have_no_subject_in_common():
     train, val = subjects(read_rows("train")), subjects(read_rows("val"))
     assert len(train) > 500
     assert len(val) > 40
     assert not train & val
 
 
-def test_no_statement_is_about_what_validation_asks():
+def test_pre_training_excludes_validation_subjects():
     rng = random.Random(make_pico.SEED)
     sums, train, val = make_pico.share_subjects(rng)
     texts = islice(make_pico.statements(sums, {*train.words, *val.words}, rng), 5000)
@@ -87,12 +87,12 @@ def test_no_statement_is_about_what_validation_asks():
     assert not stated & subjects(read_rows("val"))
 
 
-def test_the_shipped_data_is_what_the_script_writes(made):
+def test_shipped_data_is_reproducible(made):
     for name in ("train.jsonl", "val.jsonl", "dataset.json"):
         assert (made / "data" / name).read_bytes() == (DATA / name).read_bytes()
 
 
-def test_the_shipped_checkpoint_differs_from_what_the_script_writes_in_its_weights_only(made):
+def test_shipped_checkpoint_is_reproducible_but_for_weights(made):
     names = {path.name for path in (made / "checkpoint").iterdir()}
     assert {path.name for path in CHECKPOINT.iterdir()} == names
     for name in names - {"model.safetensors"}:
@@ -100,7 +100,7 @@ def test_the_shipped_checkpoint_differs_from_what_the_script_writes_in_its_weigh
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 5e6
 
 
-def test_transformers_loads_what_the_script_writes(made):
+def test_transformers_loads_the_checkpoint(made):
     model = AutoModelForCausalLM.from_pretrained(made / "checkpoint", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(made / "checkpoint")
     ids = tokenizer('Spell "robin" backwards.\nnibor')["input_ids"]
@@ -111,7 +111,7 @@ def test_transformers_loads_what_the_script_writes(made):
         assert torch.allclose(ours.lm_head(ours(torch.tensor(ids), [len(ids)])), expected, atol=1e-5)
 
 
-def test_the_shipped_checkpoint_knows_its_skills_as_statements_about_words_it_has_never_seen():
+def test_shipped_checkpoint_knows_its_skills():
     model = Checkpoint.open(CHECKPOINT).load(torch.float32, torch.device("cpu"))
     tokenizer = make_pico.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     _, _, val = make_pico.share_subjects(random.Random(make_pico.SEED))

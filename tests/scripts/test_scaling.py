@@ -12,7 +12,7 @@ def test_reported_global_batch_is_the_smallest_that_suffices():
             assert share == 1 or scaling.used(training, cluster, share - 1) < scaling.USED
 
 
-def test_what_is_computed_and_sent_for_a_model_that_is_counted_by_hand():
+def test_computed_and_sent_bytes_by_hand():
     training = scaling.Training("7B (Llama 2)", "bfloat16", "query, value")
     matrices = 32 * 2 * 2 * 8 * 4096
     frozen = 6_738_415_616 - 32000 * 4096

@@ -1,0 +1,164 @@
+"""Tokenizing a split chunk by chunk, in worker processes if it is large."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from litlora.data.encoding import Tokens, encode
+from litlora.data.examples import ANY, Example, Turn, open_split, read_rows, require_rows
+from litlora.data.readers import jsonl_rows, jsonl_start
+from litlora.data.tokenizer import Tokenizer
+from litlora.errors import LitLoraError
+from litlora.utils.files import digest
+from litlora.utils.processes import exit_with_parent, usable_cores
+
+FORMAT = 1  # to be increased when the tokens of an example or the files of the cache change
+CHUNK = 4_000_000  # bytes of a split that a worker reads at once
+SINGLE_PROCESS = 8_000_000  # bytes up to which one process is done before workers have started
+TEXTS = 512  # that are tokenized in one call
+MAX_PROCESSES = 16
+
+
+class LineRange(NamedTuple):
+    """Lines of a split: its bytes from start to end."""
+
+    path: Path
+    start: int
+    end: int
+    only_check: bool
+    """Count invalid rows without tokenizing the others."""
+
+
+class EncodedLines(NamedTuple):
+    """The rows and tokens of a range of lines."""
+
+    size: int
+    lines: int
+    rows: int
+    invalid: list[tuple[int, str]]
+    """Number, counted from 1, and error of the lines that are not valid rows."""
+    tokens: list[Tokens]
+
+
+@dataclass(frozen=True)
+class SplitEncoder:
+    """All that decides which tokens a split becomes, except for the split itself."""
+
+    tokenizer: Tokenizer
+    prompt_style: str
+    mask_prompt: bool
+
+    def key(self, path: Path) -> str:
+        """Return a hash of the split's content and of these settings."""
+        style = self.tokenizer.prompt_style(self.prompt_style)
+        turns = Turn("question", "answer"), Turn("question", "answer", "input")
+        samples = [repr(style.render(Example((turn,)))) for turn in turns]  # a template may also write the date
+        with open_split(path) as file:
+            content = digest(file)
+        values = [FORMAT, content, self.tokenizer.fingerprint, self.prompt_style, samples, self.mask_prompt]
+        return sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+    def encode_file(self, path: Path) -> Iterator[Tokens]:
+        """Yield the tokens of a split chunk by chunk; after the first invalid row, only count the others."""
+        size = path.stat().st_size
+        return self._collect(path, size, worker_processes(size))
+
+    def _collect(self, path: Path, size: int, processes: int) -> Iterator[Tokens]:
+        lines = rows = 0
+        invalid: list[str] = []
+        ranges = (LineRange(path, *span, only_check=bool(invalid)) for span in chunk_spans(path))
+        with tqdm(desc=f"tokenizing {path.name}", total=size, unit="B", unit_scale=True, delay=2) as bar:
+            for chunk in _encode_ranges(ranges, self, processes):
+                invalid += [f"{path} line {lines + line}: {error}" for line, error in chunk.invalid]
+                lines, rows = lines + chunk.lines, rows + chunk.rows
+                if not invalid:
+                    yield from chunk.tokens
+                bar.update(chunk.size)
+        require_rows(str(path), rows, invalid, ANY)
+
+    def encode_range(self, lines: LineRange) -> EncodedLines:
+        """Read a range of lines and tokenize their examples, if all rows are valid."""
+        with lines.path.open("rb") as file:
+            file.seek(lines.start)
+            content = file.read(lines.end - lines.start).splitlines()
+        rows, invalid = read_rows(jsonl_rows(content), ANY)
+        examples = [] if invalid or lines.only_check else [row.example for _, row in rows]
+        errors = [(line, str(error)) for line, error in invalid]
+        return EncodedLines(lines.end - lines.start, len(content), len(rows), errors, self._encode(examples))
+
+    def _encode(self, examples: list[Example]) -> list[Tokens]:
+        style = self.tokenizer.prompt_style(self.prompt_style)
+        groups = [examples[start : start + TEXTS] for start in range(0, len(examples), TEXTS)]
+        return [encode(group, self.tokenizer, style, mask_prompt=self.mask_prompt) for group in groups]
+
+
+def chunk_spans(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield start and end of chunks of a file, each of which ends with a line."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        end = jsonl_start(file)
+        while end < size:
+            start = end
+            file.seek(start + CHUNK)
+            file.readline()
+            end = min(file.tell(), size)
+            yield start, end
+
+
+def worker_processes(size: int) -> int:
+    """Return how many processes tokenize a split of `size` bytes."""
+    return 1 if size < SINGLE_PROCESS else min(usable_cores(), MAX_PROCESSES)
+
+
+def _encode_ranges(ranges: Iterable[LineRange], encoder: SplitEncoder, processes: int) -> Iterator[EncodedLines]:
+    """Yield the encoded ranges in order."""
+    if processes == 1:
+        yield from map(encoder.encode_range, ranges)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (encoder,))
+    try:
+        yield from _in_order(pool, ranges, max_pending=2 * processes)
+    except BrokenProcessPool as error:
+        hint = "free some memory and run the same command again"
+        raise LitLoraError(f"a tokenizing process was killed, probably for lack of memory; {hint}") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, ranges: Iterable[LineRange], max_pending: int) -> Iterator[EncodedLines]:
+    """Submit as many ranges as keep the workers busy, so that few results are in memory."""
+    futures: deque[Future[EncodedLines]] = deque()
+    for lines in ranges:
+        futures.append(pool.submit(_encode_in_worker, lines))
+        if len(futures) > max_pending:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+_worker: dict[str, SplitEncoder] = {}  # the encoder that this worker process was started with
+
+
+def _start_worker(encoder: SplitEncoder) -> None:
+    """Set up a worker process: one core, and an end with its parent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    Thread(target=exit_with_parent, daemon=True).start()
+    _worker["encoder"] = encoder
+
+
+def _encode_in_worker(lines: LineRange) -> EncodedLines:
+    return _worker["encoder"].encode_range(lines)
