@@ -118,17 +118,22 @@ def one_window(values: Mapping[str, Any], layers: int) -> Windows:
 
 def window_by_layer(values: Mapping[str, Any], layers: int) -> Windows:
     """Read a window for the layers of type sliding_attention: those from max_window_layers on, unless listed."""
-    window = None
-    if boolean(values, "use_sliding_window") and values.get("sliding_window") is not None:
-        window = size(values, "sliding_window")
-    first = values.get("max_window_layers")
-    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise refusal("max_window_layers", first, "it must be a whole number, 0 or above")
-    default = [FULL if window is None or layer < first else SLIDING for layer in range(layers)]
-    types = layer_types(values, layers) or default
+    used = boolean(values, "use_sliding_window") and values.get("sliding_window") is not None
+    window = size(values, "sliding_window") if used else None
+    types = layer_types(values, layers) or _upper_layers(values, layers, SLIDING if used else FULL)
     if window is None and SLIDING in types:
         raise refusal("layer_types", types, "there is no sliding window without use_sliding_window and sliding_window")
     return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def _upper_layers(values: Mapping[str, Any], layers: int, upper: str) -> list[str]:
+    """Return the type of each layer: full attention below max_window_layers, and `upper` from there on."""
+    if upper == FULL:
+        return [FULL] * layers
+    first = values.get("max_window_layers")
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise refusal("max_window_layers", first, "it must be a whole number, 0 or above")
+    return [FULL if layer < first else upper for layer in range(layers)]
 
 
 def layer_types(values: Mapping[str, Any], layers: int) -> list[str]:
