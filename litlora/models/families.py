@@ -160,6 +160,16 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         windows=one_window,
     ),
+    "qwen2": Family(
+        defaults={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        windows=window_by_layer,
+        qkv_bias=True,
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 SMALL = {
     "vocab_size": 300,
@@ -26,6 +26,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+UPPER_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -46,6 +48,8 @@ FAMILIES = [
     Family("llama-3.2", LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     Family("llama-biases", LlamaConfig, {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
     Family("mistral", MistralConfig, {"num_key_value_heads": 2, "sliding_window": 7}),
+    Family("qwen2", Qwen2Config, {"num_key_value_heads": 2, "rope_theta": 1e6}),
+    Family("qwen2-window", Qwen2Config, {"num_key_value_heads": 1, **UPPER_WINDOW, "tie_word_embeddings": True}),
     Family("mistral-no-window", MistralConfig, {"sliding_window": None, "head_dim": 4}),
 ]
 # Rows end with a block of NF4, so that bitsandbytes' own product is right on every CPU, and fast on a GPU.
@@ -53,5 +57,6 @@ BLOCK_SIZES = {"hidden_size": 64, "intermediate_size": 128}
 WHOLE_BLOCKS = Family("whole-blocks", LlamaConfig, BLOCK_SIZES)
 BIASED_BLOCKS = [
     Family("llama-biases", LlamaConfig, {**BLOCK_SIZES, "attention_bias": True, "mlp_bias": True}),
+    Family("qwen2", Qwen2Config, BLOCK_SIZES),
 ]
 """Families with biases, for comparisons in NF4."""

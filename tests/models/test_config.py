@@ -19,6 +19,7 @@ TINY = {
 }
 FACTORS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+MIXED = ["sliding_attention", "full_attention"]
 ONLY_FACTORS = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # The keys that the config.json of published models has, and their values.
@@ -76,6 +77,18 @@ PUBLISHED = {
 "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null,
 "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": true,
 "vocab_size": 32768}""",
+    "Qwen2.5-0.5B": """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+"eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+"max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+"num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+"sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+"use_cache": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936}""",
+    "Qwen2.5-7B-Instruct": """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+"eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02,
+"intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2",
+"num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+"rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+"transformers_version": "4.43.1", "use_cache": true, "use_sliding_window": false, "vocab_size": 152064}""",
 }
 
 
@@ -144,6 +157,14 @@ def test_a_config_that_transformers_has_rewritten_means_the_same(hub):
         {"model_type": "llama", "mlp_bias": True},
         {"model_type": "llama", "layer_types": ["full_attention", "attention"]},
         {"model_type": "mistral", "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+        {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 32},
+        {"model_type": "qwen2", "num_key_value_heads": None, "head_dim": 16},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 0},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 1},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": None},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "layer_types": MIXED},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "attention_bias": False, "mlp_bias": True},
         {"model_type": "mistral", "num_key_value_heads": 2, "use_sliding_window": False, "max_window_layers": 1},
     ],
     ids=str,
@@ -227,6 +248,29 @@ def test_a_value_that_is_not_implemented_is_refused_by_key_and_value(key, value,
         GPTConfig.from_hub(TINY | {"model_type": "llama", key: value})
     written = json.dumps(value)
     assert str(refused.value) == f'config.json has "{key}": {written}, which litlora does not support: {reason}'
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("layer_types", MIXED, "there is no sliding window without use_sliding_window and sliding_window"),
+        ("layer_types", [*MIXED, MIXED[0]], "it must have num_hidden_layers (2) entries"),
+        ("layer_types", ["chunked_attention"] * 2, "it must be a list of full_attention and sliding_attention"),
+        ("use_sliding_window", 1, "it must be true or false"),
+    ],
+)
+def test_window_of_qwen2_is_refused_by_key_and_value(key, value, reason):
+    with pytest.raises(LitLoraError) as refused:
+        GPTConfig.from_hub(TINY | {"model_type": "qwen2", "num_key_value_heads": 2, key: value})
+    written = json.dumps(value)
+    assert str(refused.value) == f'config.json has "{key}": {written}, which litlora does not support: {reason}'
+
+
+@pytest.mark.parametrize("first", [-1, 0.5, None, True])
+def test_first_window_layer_of_qwen2_must_be_a_layer(first):
+    hub = TINY | {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True}
+    with pytest.raises(LitLoraError, match=r'^config\.json has "max_window_layers": '):
+        GPTConfig.from_hub(hub | {"max_window_layers": first})
 
 
 @pytest.mark.parametrize(
