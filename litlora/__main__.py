@@ -4,18 +4,20 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from litlora.args import FinetuneLoraArgs
-from litlora.cli.parser import parse
+from litlora import __version__
+from litlora.args import FinetuneLoraArgs, GenerateArgs, MergeLoraArgs
+from litlora.cli.parser import Call, parse
 from litlora.distributed.launcher import (
     adopt_srun_variables,
     follow_launcher,
+    is_launched,
     launch,
     let_threads_sleep,
     processes_to_launch,
     report_to_launcher,
 )
 from litlora.errors import EndedElsewhereError, LitLoraError, is_shortage
-from litlora.utils.console import log_error, output
+from litlora.utils.console import log, log_error, output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +64,9 @@ def run(arguments: Sequence[str], *, in_process: bool = True) -> int:
         return 0
     if isinstance(call.args, FinetuneLoraArgs):
         adopt_srun_variables()
+    if "torch" not in sys.modules and not is_launched():  # otherwise the command's own checks are as quick
+        prepare_to_import(call)
+    if isinstance(call.args, FinetuneLoraArgs):
         devices, nodes, dry_run = call.args.devices, call.args.num_nodes, call.args.dry_run
         if count := processes_to_launch(devices, nodes, dry_run=dry_run, in_process=in_process):
             same = ["-m", "litlora", *arguments] if in_process else sys.orig_argv[1:]
@@ -70,6 +75,15 @@ def run(arguments: Sequence[str], *, in_process: bool = True) -> int:
     command = getattr(importlib.import_module(f"litlora.commands.{call.command}"), call.command)
     command(call.args)
     return 0
+
+
+def prepare_to_import(call: Call) -> None:
+    """Refuse what can be refused without torch, and report that it is being imported."""
+    checks = importlib.import_module("litlora.commands.early_checks")
+    checks.check_early(call.args)
+    if isinstance(call.args, FinetuneLoraArgs | GenerateArgs | MergeLoraArgs):
+        log(f"litlora {__version__}: {call.command}, loading torch ...")
+    checks.check_rows(call.args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 Start = Literal["zero", "fisher"]
 
 
+NO_PROMPT = "the prompt is empty: give one with --prompt or on standard input"
 MASK = "**********"
 
 
@@ -118,6 +119,13 @@ class TrainArgs:
         require(in_range, "--train.min_lr", self.min_lr, f"between 0 and learning_rate ({self.learning_rate})")
         norm = self.max_norm
         require(norm is None or norm > 0, "--train.max_norm", norm, "above 0, or null for no clipping")
+
+    def sequence_limit(self, positions: int) -> int:
+        """Return the most tokens of an example on a checkpoint that has so many positions."""
+        most = self.max_seq_length or positions
+        need = f"at most the checkpoint's max_position_embeddings ({positions})"
+        require(most <= positions, "--train.max_seq_length", most, need)
+        return most
 
 
 @dataclass(frozen=True)
@@ -394,6 +402,8 @@ class GenerateArgs(CommandArgs):
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
+        if self.prompt == "":
+            raise LitLoraError(NO_PROMPT)
         require_seed(self.seed)
         require(self.temperature >= 0, "--temperature", self.temperature, "0 or more")
         require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1, or null for all")

@@ -10,7 +10,8 @@ from litlora.data.examples import Turn, read_examples
 from litlora.data.tokenizer import Tokenizer
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
-from litlora.lora.checkpoint import find_base, load_with_adapter
+from litlora.lora.adapter_folder import find_base
+from litlora.lora.checkpoint import load_with_adapter
 from litlora.models.checkpoint import Checkpoint
 
 STYLE = "alpaca"  # before and after fine-tuning, so that only the weights differ

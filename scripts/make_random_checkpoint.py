@@ -15,7 +15,7 @@ from torch import Tensor
 
 from litlora.data.tokenizer import Tokenizer
 from litlora.hub.filenames import CONFIG, INDEX
-from litlora.models.checkpoint import read_hub_config
+from litlora.models.checkpoint_files import read_hub_config
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.utils.files import atomic_directory

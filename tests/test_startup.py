@@ -1,12 +1,17 @@
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from litlora.__main__ import main
 from litlora.args import COMMANDS
 from litlora.cli.settings import settings_of
+from litlora.utils.manifest import write_manifest
 
 PROBE = """
 import sys
@@ -75,3 +80,82 @@ def test_help_explains_every_flag(command, capsys):
     assert not re.findall(r"--[\w.]+ \S+ \((?:required|default)", words), "flags that nothing explains"
     assert not re.findall(r"<class|type:|Optional|\| None|null\)", words), "types as only Python writes them"
     assert words.split("examples: ")[1].count("litlora") == 2
+
+
+FINETUNE = ["finetune_lora", "base", "--data_dir", "data", "--out_dir", "out"]
+REFUSED = {
+    "flag": [*FINETUNE, "--lr", "1"],
+    "value": [*FINETUNE, "--precision", "bf16"],
+    "epochs": [*FINETUNE, "--train.epochs", "0"],
+    "config": [*FINETUNE, "--config", "nowhere.yaml"],
+    "base": ["finetune_lora", "nowhere", "--data_dir", "data"],
+    "no checkpoint": ["finetune_lora", "data", "--data_dir", "data"],
+    "model_type": ["finetune_lora", "gpt2", "--data_dir", "data"],
+    "no weights": ["finetune_lora", "unweighted", "--data_dir", "data"],
+    "no tokenizer": ["finetune_lora", "untokenized", "--data_dir", "data"],
+    "data": ["finetune_lora", "base", "--data_dir", "nowhere"],
+    "no val.jsonl": ["finetune_lora", "base", "--data_dir", "halved"],
+    "bad row": ["finetune_lora", "base", "--data_dir", "bad"],
+    "max_seq_length": [*FINETUNE, "--train.max_seq_length", "100000"],
+    "evaluate_example": [*FINETUNE, "--eval.evaluate_example", "99"],
+    "prompt_style": [*FINETUNE, "--prompt_style", "nonsense"],
+    "chat": [*FINETUNE, "--prompt_style", "chat"],
+    "resume": [*FINETUNE, "--resume", "true"],
+    "resume path": [*FINETUNE, "--resume", "nowhere"],
+    "other settings": [*FINETUNE, "--out_dir", "run", "--resume", "true", "--lora_r", "4"],
+    "run in out_dir": [*FINETUNE, "--out_dir", "run"],
+    "finished run": [*FINETUNE, "--out_dir", "finished"],
+    "unwritable out_dir": [*FINETUNE, "--out_dir", "/proc/litlora"],
+    "generate": ["generate", "nowhere"],
+    "empty prompt": ["generate", "base", "--prompt="],
+    "run folder": ["generate", "finished"],
+    "base of adapter": ["generate", "adapter", "--base_dir", "nowhere"],
+    "base_dir": ["generate", "base", "--base_dir", "base"],
+    "style": ["generate", "adapter", "--prompt_style", "nonsense"],
+    "merge": ["merge_lora", "base", "--out_dir", "merged"],
+    "out_dir": ["merge_lora", "adapter", "--out_dir", "data"],
+    "destination": ["prepare_json", "--source", "data/train.jsonl", "--destination_path", "/proc/litlora"],
+    "source": ["prepare_json", "--source", "nowhere.json", "--destination_path", "prepared"],
+    "repository": ["download", "not a repository"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refused(tiny, data_dir, adapter, tmp_path_factory) -> dict[str, tuple[object, str]]:
+    """Run all command lines of REFUSED in one process without torch."""
+    folder = tmp_path_factory.mktemp("refused")
+    for name in ("base", "gpt2", "unweighted", "untokenized"):
+        shutil.copytree(tiny, folder / name)
+    (folder / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "unweighted/model.safetensors").unlink()
+    (folder / "untokenized/tokenizer.json").unlink()
+    for name in ("data", "halved", "bad"):
+        shutil.copytree(data_dir, folder / name, ignore=shutil.ignore_patterns("tokenized"))
+    (folder / "halved/val.jsonl").unlink()
+    with (folder / "bad/train.jsonl").open("a") as file:
+        file.write('{"instruction": "a"}\n')
+    run = Path(shutil.copytree(adapter.parent, folder / "run"))
+    shutil.rmtree(run / "final")
+    step = Path(shutil.copytree(adapter, run / "step-000001"))
+    settings = {"settings": {"lora_r": 8}, "contents": {}}
+    (step / "run.json").write_text(json.dumps(settings))
+    write_manifest(step)
+    shutil.copytree(adapter.parent, folder / "finished")
+    shutil.copytree(adapter, folder / "adapter")
+    command = [sys.executable, "-m", "tests.helpers.without_torch"]
+    root = Path(__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, input=json.dumps(list(REFUSED.values())), capture_output=True, text=True, cwd=folder, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(REFUSED, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_torch_is_imported(refused, name):
+    code, stderr = refused[name]
+    assert code in (1, 2), stderr
+    *before, sentence = stderr.splitlines()
+    assert sentence.startswith("litlora: ")
+    assert not before or name == "bad row"  # which is looked for after the first line

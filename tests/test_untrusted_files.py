@@ -28,13 +28,14 @@ from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.lora.checkpoint import find_base, load_adapter, load_with_adapter, read_prompt_style
+from litlora.lora.adapter_folder import find_base, read_prompt_style
+from litlora.lora.checkpoint import load_adapter, load_with_adapter
 from litlora.lora.layer import lora_parameters
 from litlora.models.checkpoint import Checkpoint
 from litlora.train.optimizers import build_optimizer
-from litlora.train.resume import RUN, Identity, whole
-from litlora.train.run_dir import METRICS, rows_until
-from litlora.train.train_state import COUNTERS, TENSORS, restore_state
+from litlora.train.resume import COUNTERS, METRICS, RUN, Identity, intact
+from litlora.train.run_dir import rows_until
+from litlora.train.train_state import TENSORS, restore_state
 from litlora.utils import resource_limits
 from litlora.utils.manifest import MANIFEST, find_corruption, write_manifest
 
@@ -205,7 +206,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 def restored(tiny: Path, folder: Path) -> int:
     """Go on from a checkpoint, and return at which step."""
     gpt = Checkpoint.open(tiny).load(torch.float32, CPU)
-    load_adapter(gpt, whole(folder), Checkpoint.open(tiny))
+    load_adapter(gpt, intact(folder), Checkpoint.open(tiny))
     return restore_state(folder, build_optimizer("AdamW", lora_parameters(gpt).values(), 1e-3)).step
 
 

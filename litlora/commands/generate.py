@@ -4,13 +4,14 @@ import sys
 
 import torch
 
-from litlora.args import GenerateArgs
+from litlora.args import NO_PROMPT, GenerateArgs
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.generation.compile import compile_decode_step, prepare_for_decoding
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate as stream_tokens
-from litlora.lora.checkpoint import find_base, load_with_adapter, read_prompt_style, read_quantization
+from litlora.lora.adapter_folder import find_base, read_prompt_style
+from litlora.lora.checkpoint import load_with_adapter, read_quantization
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.backend import backend, default_device
 from litlora.nn.nf4 import Quantization
@@ -57,7 +58,7 @@ def read_prompt(given: str | None) -> str:
     """Return the prompt that was given, or else what stands on standard input, less its last line end."""
     prompt = sys.stdin.read().removesuffix("\n") if given is None else given
     if not prompt:
-        raise LitLoraError("the prompt is empty: give one with --prompt or on standard input")
+        raise LitLoraError(NO_PROMPT)
     return prompt
 
 

@@ -19,6 +19,7 @@ from tokenizers import AddedToken
 from litlora.data.prompt_styles import PromptStyle, build_prompt_style
 from litlora.data.tokenizer_files import (
     SPACE,
+    no_tokenizer,
     probe_decoder,
     read_backend,
     read_chat_template,
@@ -28,7 +29,7 @@ from litlora.data.tokenizer_files import (
     token_text,
 )
 from litlora.errors import LitLoraError
-from litlora.hub.filenames import TOKENIZER_FILES
+from litlora.hub.filenames import TOKENIZER_FILES, TOKENIZERS
 
 
 class Encoding(NamedTuple):
@@ -44,6 +45,17 @@ class Encodings(NamedTuple):
     ids: NDArray[np.int32]
     spans: NDArray[np.int32]  # (tokens, 2)
     lengths: NDArray[np.int32]
+
+
+def check_prompt_style(checkpoint_dir: Path, name: str) -> None:
+    """Refuse a checkpoint without a tokenizer or without what a prompt style needs; its vocabulary is not read."""
+    if not any((checkpoint_dir / file).is_file() for file in TOKENIZERS):
+        raise no_tokenizer(checkpoint_dir)
+    with _reporting_inconsistency(checkpoint_dir):
+        settings = read_settings(checkpoint_dir)
+        bos, eos = (token_text(settings.get(token)) for token in ("bos_token", "eos_token"))
+        template = read_chat_template(checkpoint_dir, settings)
+    build_prompt_style(name, bos_token=bos, eos_token=eos or "", chat_template=template)
 
 
 class Tokenizer:

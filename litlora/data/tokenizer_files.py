@@ -76,10 +76,13 @@ def read_backend(checkpoint_dir: Path, settings: dict[str, Any], config: dict[st
         return _read_tokenizer_json(checkpoint_dir, settings, config)
     if (checkpoint_dir / "tokenizer.model").is_file():
         return _read_sentencepiece(checkpoint_dir, settings)
-    raise LitLoraError(
-        f"no tokenizer in {checkpoint_dir} (expected tokenizer.json or tokenizer.model); "
-        "fetch it with: litlora download --repo_id ORG/NAME --tokenizer_only true"
-    )
+    raise no_tokenizer(checkpoint_dir)
+
+
+def no_tokenizer(checkpoint_dir: Path) -> LitLoraError:
+    """Return the error of a checkpoint without a tokenizer."""
+    hint = "fetch it with: litlora download --repo_id ORG/NAME --tokenizer_only true"
+    return LitLoraError(f"no tokenizer in {checkpoint_dir} (expected tokenizer.json or tokenizer.model); {hint}")
 
 
 def _read_tokenizer_json(

@@ -74,12 +74,17 @@ def find_rank_info(devices: int, nodes: int) -> RankInfo:
     return info
 
 
+def is_launched() -> bool:
+    """Tell whether the command line, torchrun or srun has started this process to train."""
+    return LOCAL_COUNT in os.environ or LAUNCHED in os.environ
+
+
 def processes_to_launch(devices: int, nodes: int, *, dry_run: bool, in_process: bool) -> int:
     """Return how many processes this one is to launch; 0 if it trains itself.
 
     One that trains on a CPU is launched for its allocator settings, unless the command is a call in a Python program.
     """
-    if LOCAL_COUNT in os.environ or LAUNCHED in os.environ:
+    if is_launched():
         return 0
     if nodes > 1 and not dry_run:
         command = f"torchrun --nnodes {nodes} --nproc_per_node {devices} ... -m litlora"

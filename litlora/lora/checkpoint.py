@@ -13,18 +13,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from litlora.errors import LitLoraError
+from litlora.lora.adapter_folder import CONFIG, PROMPT_STYLE, require_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, freeze_adapter, lora_parameters
 from litlora.models.checkpoint import Checkpoint
+from litlora.models.checkpoint_files import first_three
 from litlora.models.transformer import GPT
-from litlora.models.weights import DTYPES, first_three, open_safetensors
+from litlora.models.weights import DTYPES, open_safetensors
 from litlora.nn.nf4 import Quantization, quantization_of
-from litlora.utils.files import YAML_ERRORS, read_json
+from litlora.utils.files import read_json
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PROMPT_STYLE = "prompt_style.yaml"
-FINAL = "final"  # in the folder of a run
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
@@ -38,16 +37,6 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA …) change the base itself
-
-
-def is_adapter(directory: Path) -> bool:
-    """Tell an adapter directory from a checkpoint's."""
-    return (directory / CONFIG).is_file()
-
-
-def meant(out_dir: Path) -> str | None:
-    """Ask for the final adapter in the stead of the run's folder that holds it."""
-    return f"did you mean {out_dir / FINAL}?" if is_adapter(out_dir / FINAL) else None
 
 
 def write_adapter(
@@ -92,9 +81,7 @@ def _in_order(content: bytes) -> bytes:
 
 def read_lora_config(adapter_dir: Path) -> LoRAConfig:
     """Read the shape and reach of an adapter; LitLoraError names a key that is not implemented."""
-    if not is_adapter(adapter_dir):
-        hint = f"train one with: litlora finetune_lora --out_dir {adapter_dir.parent}"
-        raise LitLoraError(f"no adapter in {adapter_dir} (expected {CONFIG}); {meant(adapter_dir) or hint}")
+    require_adapter(adapter_dir)
     path = adapter_dir / CONFIG
     config = read_json(path)
     _refuse_what_is_not_implemented(path, config)
@@ -162,35 +149,6 @@ def _target_modules(path: Path, value: object) -> tuple[str, ...] | str:
     raise LitLoraError(
         f'{path} has "target_modules": {value!r}, but it must be a list of layer names or a regular expression'
     )
-
-
-def read_prompt_style(directory: Path) -> str | None:
-    """Return the prompt style that an adapter was trained on, or None where a folder does not say."""
-    path = directory / PROMPT_STYLE
-    if not path.is_file():
-        return None
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except YAML_ERRORS as error:
-        raise LitLoraError(f"{path} is not valid YAML") from error
-    if not isinstance(content, dict) or not isinstance(content.get("prompt_style"), str):
-        raise LitLoraError(f"{path} must hold one key, prompt_style, with a text")
-    return str(content["prompt_style"])
-
-
-def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None]:
-    """Tell base and adapter apart: a checkpoint is a base alone, an adapter has the given base or the one it names."""
-    if not is_adapter(directory):
-        if hint := meant(directory):
-            raise LitLoraError(f"{directory} is the folder of a run; {hint}")
-        if base_dir is not None:
-            raise LitLoraError(f"--base_dir ({base_dir}) goes with an adapter, but {directory} has no {CONFIG}")
-        return directory, None
-    named = read_json(directory / CONFIG).get("base_model_name_or_path") if base_dir is None else str(base_dir)
-    if not isinstance(named, str) or not Path(named).is_dir():
-        hint = "say where it is with --base_dir"
-        raise LitLoraError(f"the base of the adapter {directory} is not there ({named}); {hint}")
-    return Path(named), directory
 
 
 def load_with_adapter(

@@ -15,12 +15,13 @@ from litlora.args import MergeLoraArgs
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
-from litlora.lora.checkpoint import find_base, read_lora_config, read_matrices, read_quantization, requires_nf4
+from litlora.lora.adapter_folder import find_base
+from litlora.lora.checkpoint import read_lora_config, read_matrices, read_quantization, requires_nf4
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers
 from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint, block_linears
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization, dequantized
-from litlora.utils.files import atomic_directory, check_writable
+from litlora.utils.files import atomic_directory, check_absent
 
 
 def merge_adapter(args: MergeLoraArgs) -> None:
@@ -29,9 +30,7 @@ def merge_adapter(args: MergeLoraArgs) -> None:
     if lora.requires_quantized_base and not args.dequantized_base:
         raise LitLoraError(f"{requires_nf4(args.checkpoint_dir)}: pass --dequantized_base true")
     base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
-    check_writable(args.out_dir, "--out_dir")
-    if args.out_dir.exists():
-        raise LitLoraError(f"--out_dir ({args.out_dir}) is there already: choose another, or remove it")
+    check_absent(args.out_dir, "--out_dir")
     base = Checkpoint.open(base_dir)
     model = base.outline()
     quantized = quantized_weights(model, args.checkpoint_dir) if args.dequantized_base else {}

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import LitLoraError
-from litlora.hub.filenames import CONFIG
+from litlora.models.checkpoint_files import first_three, read_config
 from litlora.models.config import GPTConfig
 from litlora.models.families import family_of
 from litlora.models.transformer import GPT
-from litlora.models.weights import Weights, fingerprint, first_three
+from litlora.models.weights import Weights, fingerprint
 from litlora.nn.nf4 import NF4Linear, Quantization
-from litlora.utils.files import read_json
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DERIVED = ".rotary_emb.inv_freq"  # old Llama checkpoints store it, but it follows from the config
@@ -38,11 +37,7 @@ class Checkpoint:
     @classmethod
     def open(cls, checkpoint_dir: Path) -> Self:
         """Open a checkpoint; LitLoraError unless its weights are exactly those of its config, in name and shape."""
-        hub_config = read_hub_config(checkpoint_dir)
-        try:
-            config = GPTConfig.from_hub(hub_config)
-        except LitLoraError as error:
-            raise LitLoraError(f"{checkpoint_dir}: {error}") from error
+        hub_config, config = read_config(checkpoint_dir)
         checkpoint = cls(checkpoint_dir, hub_config, config, Weights(checkpoint_dir))
         checkpoint._check_weights()
         return checkpoint
@@ -112,11 +107,13 @@ class Checkpoint:
 
     def from_hub(self, hub_name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return the model's tensors that a tensor of the checkpoint holds, by their names."""
-        return self.family.from_hub(tensor, self._rows[hub_name]) if hub_name in self._rows else {hub_name: tensor}
+        if (rows := self._rows.get(hub_name)) is None:
+            return {hub_name: tensor}
+        return dict(zip(rows, torch.split(tensor, list(rows.values())), strict=True))
 
     def to_hub(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor of the checkpoint that holds these of the model, which `from_hub` returned."""
-        return self.family.to_hub(tensors)
+        return torch.cat(list(tensors.values())) if len(tensors) > 1 else next(iter(tensors.values()))
 
     def _check_weights(self) -> None:
         """Refuse weights whose names or shapes are not exactly the model's."""
@@ -149,17 +146,6 @@ class Checkpoint:
     def _refuse(self, fault: str) -> NoReturn:
         hint = "use config.json and weights of the same model"
         raise LitLoraError(f"{self.dir}: {fault}; {hint}")
-
-
-def read_hub_config(checkpoint_dir: Path) -> dict[str, Any]:
-    """Read a checkpoint's config.json unchanged."""
-    if not checkpoint_dir.is_dir():
-        hint = "fetch one with: litlora download --repo_id ORG/NAME"
-        raise LitLoraError(f"there is no checkpoint folder {checkpoint_dir}; {hint}")
-    if not (checkpoint_dir / CONFIG).is_file():
-        hint = "pass the folder that has it beside the weights"
-        raise LitLoraError(f"{checkpoint_dir} has no config.json, so it is not a checkpoint of the Hub: {hint}")
-    return read_json(checkpoint_dir / CONFIG)
 
 
 def assign(model: GPT, weights: Mapping[str, Tensor]) -> None:

@@ -2,15 +2,12 @@
 
 An entry has the values of absent keys, the flags of the transformer, the keys that the family's implementation in
 transformers reads and that litlora implements for one value only, and the checkpoint's names of layers. A key that
-transformers does not read for a family has no effect there, and is ignored here.
+transformers does not read for a family has no effect there, and is ignored here. Nothing here needs torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from litlora.models.hub_config import boolean, refusal, shown, size
 
@@ -90,16 +87,6 @@ class Family:
         for held in layout.values():
             held.sort(key=lambda name: max((n for layer, n in order.items() if f".{layer}." in name), default=0))
         return layout
-
-    @staticmethod
-    def from_hub(tensor: Tensor, rows: Mapping[str, int]) -> dict[str, Tensor]:
-        """Split a tensor of the checkpoint into those of the model, given their names and numbers of rows."""
-        return dict(zip(rows, torch.split(tensor, list(rows.values())), strict=True))
-
-    @staticmethod
-    def to_hub(tensors: Mapping[str, Tensor]) -> Tensor:
-        """Undo `from_hub`."""
-        return torch.cat(list(tensors.values())) if len(tensors) > 1 else next(iter(tensors.values()))
 
 
 def no_window(values: Mapping[str, Any], layers: int) -> Windows:

@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from litlora.errors import LitLoraError
-from litlora.hub.filenames import INDEX, PICKLES, WEIGHTS
-from litlora.utils.files import read_json
+from litlora.models.checkpoint_files import weight_files
 
 SAMPLES, SAMPLE = 64, 1 << 16  # of a file that go into a fingerprint, and the bytes of each
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -99,32 +98,6 @@ def open_safetensors(path: Path) -> Any:
         raise LitLoraError(f"{path} is truncated or not a safetensors file; replace it with an intact copy") from error
     except OSError as error:
         raise LitLoraError(f"cannot read {path}: {error}") from error
-
-
-def weight_files(checkpoint_dir: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint, as its index lists them where it has one."""
-    if (checkpoint_dir / WEIGHTS).is_file():
-        return [checkpoint_dir / WEIGHTS]
-    if not (checkpoint_dir / INDEX).is_file():
-        pickled = any(path.suffix in PICKLES for path in checkpoint_dir.iterdir())
-        reason = "pickled ones are never read, since a pickle can run code" if pickled else f"expected {WEIGHTS}"
-        hint = "fetch a repository that has them with: litlora download --repo_id ORG/NAME"
-        raise LitLoraError(f"{checkpoint_dir} has no safetensors weights ({reason}); {hint}")
-    weight_map = read_json(checkpoint_dir / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise LitLoraError(f"{checkpoint_dir / INDEX} has no weight_map that lists its files")
-    names = sorted({str(name) for name in weight_map.values()})
-    present = {path.name for path in checkpoint_dir.glob("*.safetensors")}
-    if missing := [name for name in names if name not in present]:
-        fault = f"lists {first_three(missing)}, missing from {checkpoint_dir}"
-        raise LitLoraError(f"{checkpoint_dir / INDEX} {fault}; download it again")
-    return [checkpoint_dir / name for name in names]
-
-
-def first_three(names: Sequence[str]) -> str:
-    """List the first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -1,19 +1,23 @@
 """Which checkpoint a run resumes from, and whether it belongs to the same run."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from litlora.args import FinetuneLoraArgs, plain
 from litlora.errors import LitLoraError
-from litlora.train.train_state import COUNTERS
+from litlora.lora.adapter_folder import FINAL
 from litlora.utils.console import log
 from litlora.utils.files import read_json
 from litlora.utils.manifest import find_corruption
 
 RUN = "run.json"
+METRICS = "metrics.csv"
+AUTO = "auto"  # of --resume
+COUNTERS = "training_state.json"
+"""A file that a folder has from which a run can resume."""
 BASE = "the base's weights"
 # Settings that say where, how fast or how often, but not what comes out of a step; folders count by their content.
 WITHOUT_EFFECT = {
@@ -88,6 +92,52 @@ def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [f"{name} have changed" for name in now if was.get(name) != now[name]]
 
 
+def starting_point(args: FinetuneLoraArgs, report: Callable[[str], None] = log) -> Path | None:
+    """Return the checkpoint to start from, or None for a run from the start.
+
+    Refuses an output folder that holds another run, or no intact checkpoint of this one to resume from.
+    """
+    out_dir, start = args.out_dir, _requested_checkpoint(args, report)
+    if (out_dir / FINAL).exists() and not args.overwrite:
+        hint = "choose another, or replace it by --overwrite true"
+        raise LitLoraError(f"--out_dir ({out_dir}) holds a finished run: {hint}")
+    resumes = args.resume in (True, AUTO) or is_local(start, out_dir)
+    if ((out_dir / METRICS).exists() or checkpoints_in(out_dir)) and not resumes and not args.overwrite:
+        hint = "choose another, resume it by --resume true, or replace it by --overwrite true"
+        raise LitLoraError(f"--out_dir ({out_dir}) holds a run already: {hint}")
+    return start
+
+
+def _requested_checkpoint(args: FinetuneLoraArgs, report: Callable[[str], None]) -> Path | None:
+    if isinstance(args.resume, Path):  # which "auto" is not
+        return intact(args.resume)
+    if not args.resume:
+        return None
+    if args.resume is True and not args.out_dir.exists():
+        raise no_checkpoint(args.out_dir)
+    if not (checkpoints := checkpoints_in(args.out_dir)):
+        if (args.out_dir / METRICS).exists() or args.resume is True:
+            report(f"there is no checkpoint in {args.out_dir} yet: starting at the first step")
+        return None
+    return newest_intact(checkpoints, report)
+
+
+def is_local(start: Path | None, out_dir: Path) -> bool:
+    """Tell whether a checkpoint is one of the run in this folder."""
+    return start is not None and start.resolve().parent == out_dir.resolve()
+
+
+def checkpoints_in(out_dir: Path) -> list[Path]:
+    """Return the step folders of a run, the oldest first."""
+    return sorted((path for path in out_dir.glob("step-*") if step_of(path)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's folder is named after; 0 for another folder."""
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else 0
+
+
 def no_checkpoint(folder: Path) -> LitLoraError:
     """Return the error that there is nothing to resume from."""
     return LitLoraError(f"--resume: there is no checkpoint in {folder}; start without --resume")
@@ -102,12 +152,12 @@ def intact(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def newest_intact(checkpoints: Sequence[Path]) -> Path:
+def newest_intact(checkpoints: Sequence[Path], report: Callable[[str], None]) -> Path:
     """Return the last intact checkpoint, and report those that are corrupt."""
     for checkpoint in reversed(checkpoints):
         fault = find_corruption(checkpoint)
         if fault is None:
             return checkpoint
-        log(f"{checkpoint} is corrupt and skipped: {fault}")
+        report(f"{checkpoint} is corrupt and skipped: {fault}")
     folder = checkpoints[0].parent
     raise LitLoraError(f"--resume: no checkpoint in {folder} is intact; start again with --overwrite true")

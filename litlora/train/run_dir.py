@@ -20,15 +20,21 @@ from litlora.errors import RESUME, LitLoraError
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.train.report import Report
-from litlora.train.resume import BASE, Identity, intact, newest_intact
+from litlora.train.resume import (
+    AUTO,
+    BASE,
+    METRICS,
+    Identity,
+    checkpoints_in,
+    is_local,
+    starting_point,
+    step_of,
+)
 from litlora.train.train_state import Progress, write_state
-from litlora.utils.console import log
 from litlora.utils.files import YAML_ERRORS, atomic_directory, reporting_write_errors, write_atomically
 from litlora.utils.manifest import write_manifest
 
-METRICS = "metrics.csv"
 HYPERPARAMETERS = "hyperparameters.yaml"
-AUTO = "auto"  # of --resume
 STEP = re.compile("[0-9]{1,18}")
 COLUMNS = (
     "step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb",
@@ -63,21 +69,14 @@ class RunFolder:
     @property
     def checkpoints(self) -> list[Path]:
         """The step folders, the oldest first."""
-        return sorted((path for path in self.path.glob("step-*") if step_of(path)), key=step_of)
+        return checkpoints_in(self.path)
 
     def check(self) -> Path | None:
         """Return the checkpoint to start from, or None for a run from the start; nothing is created or removed.
 
         Refuses a folder that holds another run, or no intact checkpoint of this one.
         """
-        start = self._start()
-        if self.final.exists() and not self.args.overwrite:
-            hint = "choose another, or replace it by --overwrite true"
-            raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {hint}")
-        resumes = self.args.resume in (True, AUTO) or self._is_local(start)
-        if (self.metrics.exists() or self.checkpoints) and not resumes and not self.args.overwrite:
-            hint = "choose another, resume it by --resume true, or replace it by --overwrite true"
-            raise LitLoraError(f"--out_dir ({self.path}) holds a run already: {hint}")
+        start = starting_point(self.args)
         if start is not None:
             self.identity.check(start)
         return start
@@ -91,28 +90,14 @@ class RunFolder:
             raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {', '.join(changes)}; {hint}")
         return True
 
-    def _start(self) -> Path | None:
-        if isinstance(self.args.resume, Path):  # which "auto" is not
-            return intact(self.args.resume)
-        if not self.args.resume:
-            return None
-        if not self.checkpoints:
-            if self.metrics.exists() or self.args.resume is True:
-                log(f"there is no checkpoint in {self.path} yet: starting at the first step")
-            return None
-        return newest_intact(self.checkpoints)
-
-    def _is_local(self, start: Path | None) -> bool:
-        return start is not None and start.resolve().parent == self.path.resolve()
-
     def open(self, start: Path | None, step: int) -> None:
         """Remove what comes after the start, and write the settings and a metrics.csv that ends there."""
         for path in list(self.path.glob(".*.partial")):  # left by a killed run: this one holds the lock
             remove(path)
         for path in self.checkpoints:
-            if step_of(path) > step or not self._is_local(start):
+            if step_of(path) > step or not is_local(start, self.path):
                 remove(path)
-        if not self._is_local(start):
+        if not is_local(start, self.path):
             remove(self.final)
         settings = plain(dataclasses.replace(self.args, resume=False, overwrite=False))
         write_atomically(
@@ -199,12 +184,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, *YAML_ERRORS) as error:
         raise LitLoraError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) else {}
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step that a checkpoint's folder is named after; 0 for another folder."""
-    number = checkpoint.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else 0
 
 
 def rows_until(start: Path | None, step: int) -> list[str]:

@@ -143,7 +143,7 @@ def find_inputs(args: FinetuneLoraArgs, device: torch.device) -> Inputs:
     checkpoint = Checkpoint.open(args.checkpoint_dir)
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     style = tokenizer.prompt_style(args.prompt_style)
-    limit = sequence_limit(args.train.max_seq_length, checkpoint.config.max_position_embeddings)
+    limit = args.train.sequence_limit(checkpoint.config.max_position_embeddings)
     check_optimizer(args.optimizer, args.train.learning_rate, device)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
@@ -284,14 +284,6 @@ def build_model(
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
     targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
     return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets, init=args.lora_init)
-
-
-def sequence_limit(requested: int | None, positions: int) -> int:
-    """Return the most tokens of an example: as requested, or all positions of the checkpoint."""
-    if requested is not None and requested > positions:
-        need = f"must be at most the checkpoint's max_position_embeddings ({positions})"
-        raise LitLoraError(f"--train.max_seq_length ({requested}) {need}")
-    return requested or positions
 
 
 def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | None) -> Samples:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from litlora.errors import LitLoraError
+from litlora.train.resume import COUNTERS
 from litlora.utils.files import read_json
 
 TENSORS = "training_state.safetensors"
-COUNTERS = "training_state.json"
 Counted = TypeVar("Counted", "Best", "Progress")
 
 

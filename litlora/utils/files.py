@@ -189,3 +189,10 @@ def check_writable(path: Path, flag: str) -> None:
             pass
     except OSError as error:
         raise LitLoraError(f"{flag} ({path}) cannot be written: {error.strerror}") from error
+
+
+def check_absent(path: Path, flag: str) -> None:
+    """Refuse an output folder that exists, or that could not be written."""
+    check_writable(path, flag)
+    if path.exists():
+        raise LitLoraError(f"{flag} ({path}) is there already: choose another, or remove it")

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from litlora.errors import LitLoraError
-from litlora.lora.checkpoint import load_adapter, read_lora_config, read_prompt_style, write_adapter
+from litlora.lora.adapter_folder import read_prompt_style
+from litlora.lora.checkpoint import load_adapter, read_lora_config, write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
 from litlora.models.checkpoint import Checkpoint

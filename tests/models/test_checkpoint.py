@@ -15,8 +15,9 @@ from litlora.__main__ import main
 from litlora.errors import LitLoraError
 from litlora.models import weights as weights_module
 from litlora.models.checkpoint import Checkpoint
+from litlora.models.checkpoint_files import weight_files
 from litlora.models.transformer import GPT
-from litlora.models.weights import Weights, fingerprint, weight_files
+from litlora.models.weights import Weights, fingerprint
 
 TIED = next(family for family in FAMILIES if family.keys.get("tie_word_embeddings"))
 

@@ -1,0 +1,58 @@
+"""What an adapter folder tells without its tensors: its base and its prompt style. Imports no torch."""
+
+from pathlib import Path
+
+import yaml
+
+from litlora.errors import LitLoraError
+from litlora.utils.files import YAML_ERRORS, read_json
+
+CONFIG = "adapter_config.json"
+PROMPT_STYLE = "prompt_style.yaml"
+FINAL = "final"  # in the folder of a run
+
+
+def is_adapter(directory: Path) -> bool:
+    """Tell an adapter directory from a checkpoint's."""
+    return (directory / CONFIG).is_file()
+
+
+def require_adapter(directory: Path) -> None:
+    """Refuse a folder that holds no adapter."""
+    if not is_adapter(directory):
+        hint = run_folder_hint(directory) or f"train one with: litlora finetune_lora --out_dir {directory.parent}"
+        raise LitLoraError(f"no adapter in {directory} (expected {CONFIG}); {hint}")
+
+
+def run_folder_hint(out_dir: Path) -> str | None:
+    """Suggest the final adapter where the folder of its run is given."""
+    return f"did you mean {out_dir / FINAL}?" if is_adapter(out_dir / FINAL) else None
+
+
+def read_prompt_style(directory: Path) -> str | None:
+    """Return the prompt style that an adapter was trained on, or None where a folder does not say."""
+    path = directory / PROMPT_STYLE
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except YAML_ERRORS as error:
+        raise LitLoraError(f"{path} is not valid YAML") from error
+    if not isinstance(content, dict) or not isinstance(content.get("prompt_style"), str):
+        raise LitLoraError(f"{path} must hold one key, prompt_style, with a text")
+    return str(content["prompt_style"])
+
+
+def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None]:
+    """Tell base and adapter apart: a checkpoint is a base alone, an adapter has the given base or the one it names."""
+    if not is_adapter(directory):
+        if hint := run_folder_hint(directory):
+            raise LitLoraError(f"{directory} is the folder of a run; {hint}")
+        if base_dir is not None:
+            raise LitLoraError(f"--base_dir ({base_dir}) goes with an adapter, but {directory} has no {CONFIG}")
+        return directory, None
+    named = read_json(directory / CONFIG).get("base_model_name_or_path") if base_dir is None else str(base_dir)
+    if not isinstance(named, str) or not Path(named).is_dir():
+        hint = "say where it is with --base_dir"
+        raise LitLoraError(f"the base of the adapter {directory} is not there ({named}); {hint}")
+    return Path(named), directory

@@ -1,0 +1,56 @@
+"""The files of a checkpoint folder, as far as they can be read and validated without torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from litlora.errors import LitLoraError
+from litlora.hub.filenames import CONFIG, INDEX, PICKLES, WEIGHTS
+from litlora.models.config import GPTConfig
+from litlora.utils.files import read_json
+
+
+def read_config(checkpoint_dir: Path) -> tuple[dict[str, Any], GPTConfig]:
+    """Read a checkpoint's config.json, and the shape of the model that it describes."""
+    hub_config = read_hub_config(checkpoint_dir)
+    try:
+        return hub_config, GPTConfig.from_hub(hub_config)
+    except LitLoraError as error:
+        raise LitLoraError(f"{checkpoint_dir}: {error}") from error
+
+
+def read_hub_config(checkpoint_dir: Path) -> dict[str, Any]:
+    """Read a checkpoint's config.json unchanged."""
+    if not checkpoint_dir.is_dir():
+        hint = "fetch one with: litlora download --repo_id ORG/NAME"
+        raise LitLoraError(f"there is no checkpoint folder {checkpoint_dir}; {hint}")
+    if not (checkpoint_dir / CONFIG).is_file():
+        hint = "pass the folder that has it beside the weights"
+        raise LitLoraError(f"{checkpoint_dir} has no config.json, so it is not a checkpoint of the Hub: {hint}")
+    return read_json(checkpoint_dir / CONFIG)
+
+
+def weight_files(checkpoint_dir: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, as its index lists them where it has one."""
+    if (checkpoint_dir / WEIGHTS).is_file():
+        return [checkpoint_dir / WEIGHTS]
+    if not (checkpoint_dir / INDEX).is_file():
+        pickled = any(path.suffix in PICKLES for path in checkpoint_dir.iterdir())
+        reason = "pickled ones are never read, since a pickle can run code" if pickled else f"expected {WEIGHTS}"
+        hint = "fetch a repository that has them with: litlora download --repo_id ORG/NAME"
+        raise LitLoraError(f"{checkpoint_dir} has no safetensors weights ({reason}); {hint}")
+    weight_map = read_json(checkpoint_dir / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LitLoraError(f"{checkpoint_dir / INDEX} has no weight_map that lists its files")
+    names = sorted({str(name) for name in weight_map.values()})
+    present = {path.name for path in checkpoint_dir.glob("*.safetensors")}
+    if missing := [name for name in names if name not in present]:
+        fault = f"lists {first_three(missing)}, missing from {checkpoint_dir}"
+        raise LitLoraError(f"{checkpoint_dir / INDEX} {fault}; download it again")
+    return [checkpoint_dir / name for name in names]
+
+
+def first_three(names: Sequence[str]) -> str:
+    """List the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
