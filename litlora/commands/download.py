@@ -7,7 +7,7 @@ from litlora.hub.download import Repo, fetch_checkpoint
 
 
 def download(args: DownloadArgs) -> None:
-    """Complete CHECKPOINT_ROOT/ORG/NAME with what litlora reads of the repository, and print where that is."""
+    """Fetch the files that litlora reads into CHECKPOINT_ROOT/ORG/NAME, and print that folder."""
     token = args.access_token.get_secret_value() if args.access_token else None
     repo = Repo(args.repo_id, "model", args.revision, token)
     fetched = fetch_checkpoint(repo, args.checkpoint_root, args.tokenizer_only)

@@ -3,7 +3,7 @@
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # beside several files of weights
+INDEX = "model.safetensors.index.json"  # of sharded weights
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (
     *TOKENIZERS,
@@ -14,5 +14,5 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt")  # whoever passes the weights on must pass these on too
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")  # endings of weights that are never read
+LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt")  # to be copied with the weights
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")  # suffixes of weights that are never read

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from litlora.errors import LitLoraError
 from litlora.utils.files import read_json, write_atomically
 
-ORIGIN = ".litlora.json"  # a hidden file, since the Hub has no file for this and other tools must not read it
+ORIGIN = ".litlora.json"  # hidden, so that other tools ignore it
 
 
 class Origin(NamedTuple):

@@ -14,6 +14,8 @@ from helpers.hub_server import Fault, HubServer, reachable_hub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
+from litlora.hub.origin import ORIGIN, origin
+
 TOKEN = "hf_aBcDeFgHiJ"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -51,7 +53,9 @@ def test_checkpoint_is_downloaded_once(hub: HubServer, tmp_path: Path, checkpoin
     assert (first.returncode, first.stdout) == (0, "checkpoints/org/name\n"), first.stderr
     folder = tmp_path / "checkpoints/org/name"
     del checkpoint["pytorch_model.bin"]
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == checkpoint
+    assert origin(folder).repo_id == "org/name"
+    files = [path for path in folder.iterdir() if path.name != ORIGIN]
+    assert {path.name: path.read_bytes() for path in files} == checkpoint
     assert load_file(folder / SHARDS[0])[SHARDS[0]].shape == (16, 64)
     assert sorted(hub.fetched()) == sorted(checkpoint)
     second = run(tmp_path)
@@ -86,8 +90,8 @@ def test_interrupted_download_leaves_complete_files(hub: HubServer, tmp_path: Pa
     with subprocess.Popen(command(), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert fault.stalled.wait(600)
         process.send_signal(signal.SIGINT)
-        _, talk = process.communicate(timeout=600)
-    assert "Traceback" not in talk
+        _, stderr = process.communicate(timeout=600)
+    assert "Traceback" not in stderr
     root = tmp_path / "checkpoints"
     left = {path.name for path in root.rglob("*") if path.is_file()}
     assert left == {"config.json", "tokenizer.json", "model.safetensors.index.json"}
@@ -116,13 +120,13 @@ def test_full_disk_keeps_what_has_arrived(hub: HubServer, tmp_path: Path, checkp
     result = run(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        "litlora: cannot write into checkpoints (File too large): "
-        "mend that, or choose another place with --checkpoint_root"
+        "litlora: cannot write to checkpoints (File too large): "
+        "fix that, or choose another folder with --checkpoint_root"
     )
     folder = tmp_path / "checkpoints/org/name"
-    whole = {"config.json", "tokenizer.json", "model.safetensors.index.json", SHARDS[0]}
-    assert {path.name for path in folder.iterdir()} == {*whole, ".download"}
+    complete = {"config.json", "tokenizer.json", "model.safetensors.index.json", SHARDS[0]}
+    assert {path.name for path in folder.iterdir()} == {*complete, ".download"}
     hub.fetched()
     assert run(tmp_path).returncode == 0
     assert (hub.fetched(), hub.ranges) == ([SHARDS[1]], ["bytes=20000-"])
-    assert {path.name for path in folder.iterdir()} == {*whole, SHARDS[1]}
+    assert {path.name for path in folder.iterdir()} == {*complete, SHARDS[1], ORIGIN}

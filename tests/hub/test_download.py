@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from litlora.errors import LitLoraError
 from litlora.hub import download as hub_download
 from litlora.hub.download import REPO_ID, Repo, fetch_checkpoint, fetch_dataset_file
+from litlora.hub.origin import ORIGIN, origin
 
 INDEX = "model.safetensors.index.json"
 TEXTS = {"config.json": b"{}", "tokenizer.json": b'{"a": 1}', "LICENSE": b"Apache-2.0", "generation_config.json": b"{}"}
@@ -49,7 +50,9 @@ def refusal(root: Path, repo_id: str, revision: str = "main", token: str | None 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the files of the Hub by path."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ORIGIN]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def left_behind(root: Path) -> list[Path]:
@@ -70,6 +73,21 @@ def test_shards_of_the_index_are_fetched(hub: HubServer, root: Path):
     assert contents(root / "org/name") == SHARDED
 
 
+def test_origin_is_recorded(hub: HubServer, root: Path):
+    hub.add("org/name", SINGLE)
+    fetch(root, "org/name")
+    first = origin(root / "org/name")
+    assert first is not None
+    assert first.repo_id == "org/name"
+    assert re.fullmatch("[0-9a-f]{40}", first.revision)
+    (root / "org/name" / ORIGIN).unlink()
+    fetch(root, "org/name")  # as after a download by an earlier version
+    assert origin(root / "org/name") == first
+    hub.add("org/name", {**SINGLE, "config.json": b"{ }"})
+    fetch(root, "org/name")
+    assert origin(root / "org/name").revision != first.revision
+
+
 def test_tokenizer_only_needs_neither_weights_nor_config(hub: HubServer, root: Path):
     texts = {name: content for name, content in TEXTS.items() if name != "config.json"}
     hub.add("org/name", {**texts, "model.safetensors": b"weights"})
@@ -87,14 +105,14 @@ def test_second_run_fetches_nothing(hub: HubServer, root: Path, files: Mapping[s
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model-00002-of-00002.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "absent"])
-def test_only_the_corrupt_file_is_fetched_again(hub: HubServer, root: Path, name: str, damage: str):
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])
+def test_only_the_corrupt_file_is_fetched_again(hub: HubServer, root: Path, name: str, fault: str):
     hub.add("org/name", SHARDED)
     fetch(root, "org/name")
     hub.fetched()
     path = root / "org/name" / name
-    damaged = {"cut": SHARDED[name][:-1], "flipped": b"?" + SHARDED[name][1:]}
-    path.write_bytes(damaged[damage]) if damage in damaged else path.unlink()
+    corrupt = {"truncated": SHARDED[name][:-1], "flipped": b"?" + SHARDED[name][1:]}
+    path.write_bytes(corrupt[fault]) if fault in corrupt else path.unlink()
     assert fetch(root, "org/name") == hub.fetched() == [name]
     assert contents(root / "org/name") == SHARDED
 
@@ -119,7 +137,7 @@ def test_folder_of_another_checkpoint_is_refused(hub: HubServer, root: Path):
     hub.add("org/name", SHARDED, revision="sharded")
     fetch(root, "org/name")
     assert refusal(root, "org/name", "sharded") == (
-        f"{root}/org/name holds model.safetensors, which is not of model org/name at revision sharded: "
+        f"{root}/org/name contains model.safetensors, which is not part of model org/name at revision sharded: "
         "move the folder away, or choose another --checkpoint_root"
     )
     assert contents(root / "org/name") == SINGLE
@@ -146,16 +164,16 @@ def test_next_run_resumes_a_failed_transfer(hub: HubServer, root: Path, monkeypa
     assert contents(root / "org/name") == SINGLE
 
 
-@pytest.mark.parametrize("damage", [b"x" * 3000, b"x" * 9000], ids=["other bytes", "too many"])
-def test_corrupt_partial_file_is_discarded(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes):
+@pytest.mark.parametrize("content", [b"x" * 3000, b"x" * 9000], ids=["other bytes", "too many"])
+def test_corrupt_partial_file_is_discarded(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, content: bytes):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.add("org/name", SINGLE)
     hub.fail(Fault("model.safetensors", cut_after=3000))
     hub.fail(Fault("model.safetensors", status=403))
     refusal(root, "org/name")
-    (remains,) = (root / "org/name/.download").iterdir()
-    remains.write_bytes(damage)
-    assert "did not arrive as the Hub lists it" in refusal(root, "org/name")
+    (partial,) = (root / "org/name/.download").iterdir()
+    partial.write_bytes(content)
+    assert "does not have the size and hash that the Hub lists" in refusal(root, "org/name")
     fetch(root, "org/name")
     assert contents(root / "org/name") == SINGLE
 
@@ -164,7 +182,8 @@ def test_file_with_a_wrong_hash_is_discarded(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
     hub.fail(Fault("model.safetensors", body=b"Weights" * 1000))
     assert refusal(root, "org/name") == (
-        "model.safetensors of model org/name did not arrive as the Hub lists it: run the same command again"
+        "model.safetensors of model org/name does not have the size and hash that the Hub lists: "
+        "run the same command again"
     )
     assert contents(root / "org/name") == TEXTS
     assert fetch(root, "org/name") == ["model.safetensors"]
@@ -174,7 +193,7 @@ def test_complete_files_survive_a_failed_transfer(hub: HubServer, root: Path):
     hub.add("org/name", SHARDED)
     hub.fail(Fault("model-00002-of-00002.safetensors", status=500, times=4))
     assert refusal(root, "org/name") == (
-        f"{hub.url} answers 500 Internal Server Error for model org/name: run the same command again later"
+        f"{hub.url} returned 500 Internal Server Error for model org/name: run the same command again later"
     )
     assert not list((root / "org/name").glob(".*"))
     assert fetch(root, "org/name") == ["model-00002-of-00002.safetensors"]
@@ -202,7 +221,7 @@ def test_token_without_access_to_a_gated_repository(hub: HubServer, root: Path):
 def test_token_is_sent_to_the_hub_only(hub: HubServer, root: Path, barrier: str):
     hub.add("org/name", SINGLE, **{barrier: True})
     hub.grant(TOKEN, "org/name")
-    fetch(root, "org/name", token=TOKEN)  # where the weights lie, the token would be an error
+    fetch(root, "org/name", token=TOKEN)  # the host of the weights refuses a token
     assert contents(root / "org/name") == SINGLE
 
 
@@ -219,7 +238,7 @@ def test_unknown_token_is_refused(hub: HubServer, root: Path, monkeypatch: pytes
     hub.add("org/name", SINGLE)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert refusal(root, "org/name", token=TOKEN if given else None) == (
-        "the Hub does not know the access token: make a new one at https://huggingface.co/settings/tokens"
+        "the Hub rejects the access token: create a new one at https://huggingface.co/settings/tokens"
     )
     assert not left_behind(root)
 
@@ -227,7 +246,7 @@ def test_unknown_token_is_refused(hub: HubServer, root: Path, monkeypatch: pytes
 @pytest.mark.parametrize("token", ["hf_\u00e4bc", "hf_a\nb", "hf_a\r", "hf a", " ", "\x7f"])
 def test_malformed_token_is_refused(hub: HubServer, root: Path, token: str):
     assert refusal(root, "org/name", token=token) == (
-        "the access token holds a space, a line break or a letter beyond ASCII, which no token does: "
+        "the access token contains a space, a line break or a non-ASCII character: "
         "copy it again from https://huggingface.co/settings/tokens"
     )
     assert not hub.requests
@@ -235,7 +254,7 @@ def test_malformed_token_is_refused(hub: HubServer, root: Path, token: str):
 
 @pytest.mark.parametrize("repo_id", ["foo", "a/b/c", "../x", "a/..", "./x", "a b/c", "a/b ", "", "/", "a/b--c", "/a/b"])
 def test_malformed_repository_id_is_refused(hub: HubServer, root: Path, repo_id: str):
-    assert refusal(root, repo_id) == f"{repo_id!r} is no repository of the Hub: give its name as ORG/NAME"
+    assert refusal(root, repo_id) == f"{repo_id!r} is not a repository id of the Hub: write ORG/NAME"
     assert not hub.requests
 
 
@@ -276,7 +295,7 @@ def test_missing_revision_is_refused(hub: HubServer, root: Path):
     ("lacking", "sentence"),
     [
         ("config.json", "model org/name has no config.json, so it is not a checkpoint that litlora can read"),
-        ("tokenizer.json", "model org/name has no tokenizer.json or tokenizer.model, which are what litlora can read"),
+        ("tokenizer.json", "model org/name has no tokenizer.json or tokenizer.model, and litlora needs one of them"),
         (
             "model.safetensors",
             "model org/name has neither model.safetensors nor model.safetensors.index.json, "
@@ -305,12 +324,12 @@ def test_pickled_weights_are_refused(hub: HubServer, root: Path, pickle: str):
 @pytest.mark.parametrize(
     ("weight_map", "fault"),
     [
-        ({"a": "pytorch_model.bin"}, "names pytorch_model.bin, which is no safetensors file of it"),
-        ({"a": "sub/x.safetensors"}, "names sub/x.safetensors, which is no safetensors file of it"),
-        ({"a": "../x.safetensors"}, "names ../x.safetensors, which is no safetensors file of it"),
+        ({"a": "pytorch_model.bin"}, "names pytorch_model.bin, which is not one of its safetensors files"),
+        ({"a": "sub/x.safetensors"}, "names sub/x.safetensors, which is not one of its safetensors files"),
+        ({"a": "../x.safetensors"}, "names ../x.safetensors, which is not one of its safetensors files"),
         (
             {"a": "model-00003-of-00003.safetensors"},
-            "names model-00003-of-00003.safetensors, which is no safetensors file of it",
+            "names model-00003-of-00003.safetensors, which is not one of its safetensors files",
         ),
         ({}, "names no files"),
         (["model-00001-of-00002.safetensors"], "names no files"),
@@ -327,9 +346,9 @@ def test_index_without_valid_shards_is_refused(hub: HubServer, root: Path, weigh
 
 def test_disk_space_is_checked_before_the_transfer(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE, listed_sizes={"model.safetensors": 10**18})
-    sentence = re.sub(r"for [\d.]+[MGT]B", "for less", refusal(root, "org/name"))
-    hint = "free some, or choose another --checkpoint_root"
-    assert sentence == f"1.00EB are to be fetched, but {root} has room for less: {hint}"
+    sentence = re.sub(r"has [\d.]+[MGT]B", "has less", refusal(root, "org/name"))
+    hint = "free some space, or choose another --checkpoint_root"
+    assert sentence == f"the download needs 1.00EB, but {root} has less: {hint}"
     assert not hub.fetched()
     assert not left_behind(root)
 
@@ -339,7 +358,7 @@ def test_unwritable_root_is_refused(hub: HubServer, tmp_path: Path):
     root = tmp_path / "file"
     root.write_bytes(b"")
     assert refusal(root, "org/name") == (
-        f"cannot write into {root} (Not a directory): mend that, or choose another place with --checkpoint_root"
+        f"cannot write to {root} (Not a directory): fix that, or choose another folder with --checkpoint_root"
     )
 
 
@@ -348,21 +367,19 @@ def test_unreachable_hub_is_refused(hub: HubServer, root: Path):
     hub.server_close()
     assert refusal(root, "org/name") == (
         f"model org/name could not be fetched from {hub.url} ([Errno 111] Connection refused): "
-        "check the connection, and run the same command again to go on with what is missing"
+        "check the connection, and run the same command again to resume"
     )
 
 
 def test_offline_mode_is_refused(hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refusal(root, "org/name") == (
-        "model org/name is not fetched, because HF_HUB_OFFLINE is set: unset it to reach the Hub"
-    )
+    assert refusal(root, "org/name") == ("model org/name cannot be fetched while HF_HUB_OFFLINE is set: unset it")
 
 
 def test_web_server_that_is_not_a_hub_is_refused(hub: HubServer, root: Path):
     hub.fail(Fault("/revision/main", body=b"<html>Please log in to the WLAN</html>"))
     hub.add("org/name", SINGLE)
-    assert refusal(root, "org/name") == f"what answers at {hub.url} is not a Hub: check HF_ENDPOINT and the proxy"
+    assert refusal(root, "org/name") == f"the server at {hub.url} is not a Hub: check HF_ENDPOINT and the proxy"
 
 
 @pytest.mark.parametrize(("status", "phrase"), [(403, "403 Forbidden"), (404, "404 Not Found")])
@@ -370,7 +387,7 @@ def test_refused_file_is_reported(hub: HubServer, root: Path, status: int, phras
     hub.add("org/name", SINGLE)
     hub.fail(Fault("tokenizer.json", status=status))
     assert refusal(root, "org/name") == (
-        f"{hub.url} answers {phrase} for model org/name: run the same command again later"
+        f"{hub.url} returned {phrase} for model org/name: run the same command again later"
     )
 
 
@@ -378,7 +395,7 @@ def test_web_page_instead_of_a_file_is_discarded(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
     hub.fail(Fault("config.json", body=b"<html>Please log in to the WLAN</html>"))
     assert refusal(root, "org/name") == (
-        "config.json of model org/name did not arrive as the Hub lists it: run the same command again"
+        "config.json of model org/name does not have the size and hash that the Hub lists: run the same command again"
     )
     assert not left_behind(root)
 
@@ -386,7 +403,7 @@ def test_web_page_instead_of_a_file_is_discarded(hub: HubServer, root: Path):
 def test_overloaded_hub_is_refused(hub: HubServer, root: Path):
     hub.fail(Fault("/revision/main", status=503, times=4))
     assert refusal(root, "org/name") == (
-        f"{hub.url} answers 503 Service Unavailable for model org/name: run the same command again later"
+        f"{hub.url} returned 503 Service Unavailable for model org/name: run the same command again later"
     )
 
 
@@ -430,7 +447,7 @@ def test_path_outside_the_folder_is_ignored(hub: HubServer, root: Path, tmp_path
 
 def test_repository_with_xet_storage_is_fetched_over_http(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE)
-    hub.has_xet = True  # where nothing answers
+    hub.has_xet = True  # whose server does not exist
     fetch(root, "org/name")
     assert contents(root / "org/name") == SINGLE
 
