@@ -71,6 +71,10 @@ class Variant(ABC):
         """Return the bytes that a forward pass saves beside its input, where a value of the output has `itemsize`."""
 
     @abstractmethod
+    def extra_products(self, layer: AdapterLayer) -> int:
+        """Return how many products with the frozen weight a forward pass in training has beside the base's own."""
+
+    @abstractmethod
     def widest_temporary(self, layer: AdapterLayer) -> int:
         """Return the values for each token of the largest tensor that a backward pass needs in float32."""
 
@@ -78,7 +82,7 @@ class Variant(ABC):
 class LoRA(Variant):
     """W x + scaling · B A x (Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
 
-    names = A, B
+    names: tuple[str, ...] = A, B
 
     def init(self, layer: AdapterLayer) -> None:
         """There is nothing beside A and B."""
@@ -97,6 +101,9 @@ class LoRA(Variant):
 
     def saved_bytes(self, layer: AdapterLayer, tokens: int, itemsize: int) -> int:
         return tokens * layer.lora_A.out_features * FLOAT32
+
+    def extra_products(self, layer: AdapterLayer) -> int:
+        return 0
 
     def widest_temporary(self, layer: AdapterLayer) -> int:
         return layer.lora_A.in_features

@@ -215,7 +215,7 @@ def _blocks(network: Network, load: Load) -> Iterator[int]:
             if adapted or (flows and stage.keeps_input):
                 kept += load.tokens * stage.width * stage.size
             kept += sum(layer.variant.saved_bytes(layer, load.tokens, network.product) for layer in adapted)
-            kept += flows * stage.cast_weights
+            kept += flows * (stage.cast_weights + _extra_cast_bytes(stage, adapted))
             flows = flows or bool(adapted)
             kept += flows * stage.behind
         yield kept
@@ -236,6 +236,12 @@ class Stage:
     """Bytes of the copies that mixed precision makes of the weights, kept if the input needs a gradient."""
     keeps_input: bool = False
     """Whether what computed the input keeps it for its own gradient, whether one of the layers is adapted or not."""
+
+
+def _extra_cast_bytes(stage: Stage, adapted: Sequence[LoRALinear]) -> int:
+    """Return the bytes of the copies of weights that adapter layers multiply by once more, in mixed precision."""
+    sizes = (layer.weight.shape.numel() * layer.variant.extra_products(layer) for layer in adapted)
+    return sum(sizes) * BFLOAT16 if stage.cast_weights else 0
 
 
 def _stages(network: Network, load: Load, window: int | None) -> tuple[Stage, ...]:
@@ -287,7 +293,9 @@ def _loss_bytes(network: Network, load: Load) -> int:
     wide = 0 if network.product == FLOAT32 else network.backend.scored_rows(rows, config.vocab_size)
     logits = config.vocab_size * (rows * network.product + wide * FLOAT32)
     cast = BFLOAT16 * config.vocab_size * config.hidden_size if network.precision == "bf16-mixed" else 0
-    return logits + cast + load.supervised * config.hidden_size * network.stream
+    head = network.adapted.get(HEAD)
+    scaled = rows * head.variant.widest_temporary(head) * FLOAT32 if head else 0
+    return logits + cast + scaled + load.supervised * config.hidden_size * network.stream
 
 
 def _mlp_bytes(network: Network, load: Load) -> int:
