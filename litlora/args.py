@@ -245,6 +245,11 @@ class PrepareJsonArgs(PrepareArgs):
     val_split_fraction: float = 0.1
 
 
+def dora_is_not_sharded() -> LitLoraError:
+    hint = "pass ddp, or leave --lora_use_dora out"
+    return LitLoraError(f"--lora_use_dora needs whole weights on each device, which --strategy fsdp shards: {hint}")
+
+
 @dataclass(frozen=True)
 class FinetuneLoraArgs(CommandArgs):
     """Fine-tune a checkpoint with LoRA."""
@@ -287,6 +292,8 @@ class FinetuneLoraArgs(CommandArgs):
     """Share of the adapter's inputs that is zeroed in training."""
     lora_init: Start = "zero"
     """What the adapter begins with: zero is the base as it is, fisher makes up for what --quantize loses of it."""
+    lora_use_dora: bool = False
+    """Train the magnitudes of the adapted weights apart from their directions (DoRA): slower, better at low rank."""
     lora_query: bool = True
     """Adapt the attention's query projection."""
     lora_key: bool = False
@@ -325,6 +332,8 @@ class FinetuneLoraArgs(CommandArgs):
         if self.lora_init == "fisher" and not self.quantize:
             hint = "give --quantize as well, or leave it out"
             raise LitLoraError(f"--lora_init fisher makes up for what --quantize loses, which is not given: {hint}")
+        if self.lora_use_dora and self.strategy == "fsdp":
+            raise dora_is_not_sharded()
         for name in ("devices", "num_nodes"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
         require_seed(self.seed)

@@ -559,8 +559,8 @@ def test_generate_refuses_what_it_cannot_do(flags, sentence, capsys):
              'adapter/adapter_config.json has "lora_alpha": nan, but it must be a number above 0'),
         case("pattern that takes years", lambda: change("adapter/adapter_config.json", target_modules="(.|.)*!"),
              "target_modules ((.|.)*!) cannot be looked for: it takes more than 0.3 seconds"),
-        case("another kind of adapter", lambda: change("adapter/adapter_config.json", use_dora=True),
-             'adapter/adapter_config.json has "use_dora": True, which litlora does not implement'),
+        case("another kind of adapter", lambda: change("adapter/adapter_config.json", use_qalora=True),
+             'adapter/adapter_config.json has "use_qalora": True, which litlora does not implement'),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(command, spoil, sentence, capsys, monkeypatch):

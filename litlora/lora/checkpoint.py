@@ -30,7 +30,7 @@ FINGERPRINT = "base_sha256"
 # PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
 BASE, QUANTIZATION, INIT = "auto_mapping", "quantization_config", "lora_init"
 # Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
-IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora"}
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
@@ -60,7 +60,7 @@ def write_adapter(
         "r": lora.r,
         "target_modules": lora.target_modules,
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -91,6 +91,7 @@ def read_lora_config(adapter_dir: Path) -> LoRAConfig:
         lora_dropout=0.0,  # acts in training only
         target_modules=_target_modules(path, config.get("target_modules")),
         use_rslora=config.get("use_rslora") is True,
+        use_dora=config.get("use_dora") is True,
         init=str(_of_base(config, INIT) or LoRAConfig.init),
     )
     _check_rank(path, lora.r)

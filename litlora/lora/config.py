@@ -25,6 +25,7 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str
     """Last parts of layer names, or a regular expression for whole names."""
     use_rslora: bool = False
+    use_dora: bool = False
     init: str = "zero"
     """How the adapter was initialized, as --lora_init names it."""
 

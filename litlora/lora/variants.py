@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from litlora.lora.config import LoRAConfig
 from litlora.lora.low_rank import add_low_rank
-from litlora.nn.backend import FLOAT32
-from litlora.nn.dropout import Dropout
+from litlora.nn.backend import FLOAT32, FrozenWeight, without_autocast
+from litlora.nn.dropout import Dropout, apply_dropout
+from litlora.nn.linear import frozen_linear
 
-A, B = "lora_A.weight", "lora_B.weight"
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+ROWS = 512
+"""Rows of a weight that exist in float32 at one time; a multiple of what NF4 reads at once."""
 
 
 class AdapterLayer(nn.Module):
@@ -109,6 +112,77 @@ class LoRA(Variant):
         return layer.lora_A.in_features
 
 
+class DoRA(LoRA):
+    """g (W + scaling · B A) x, where g = m / ‖W + scaling · B A‖ by rows (Liu et al. 2024, arXiv 2402.09353, eq. 5).
+
+    As in PEFT, the norms are constants to the gradient (section 4.3), and dropout acts on all that g scales beyond 1:
+    W x + (g - 1) W dropout(x) + g · scaling · B A dropout(x).
+    """
+
+    names = (*LoRA.names, MAGNITUDE)
+
+    @torch.no_grad()
+    def init(self, layer: AdapterLayer) -> None:
+        """Start with the norms of the weight as it is, so that g is 1."""
+        if MAGNITUDE not in layer._parameters:
+            layer.register_parameter(MAGNITUDE, nn.Parameter(torch.empty_like(layer.lora_B.weight[:, 0])))
+        if layer.weight.device != torch.device("meta"):
+            layer.get_parameter(MAGNITUDE).copy_(_row_norms(layer))
+
+    @torch.no_grad()
+    def freeze(self, layer: AdapterLayer) -> None:
+        if layer.frozen is None:
+            layer.frozen = self._scale_and_shift(layer)
+
+    def forward(self, layer: AdapterLayer, base_output: Tensor, x: Tensor) -> Tensor:
+        a, b = layer.lora_A.weight, layer.lora_B.weight
+        (scale, shift), dropout = layer.frozen or self._scale_and_shift(layer), layer.draw_dropout()
+        if not dropout.dropped:
+            out = add_low_rank(base_output, x, a, b, layer.scaling, dropout) * scale
+            return (out if shift is None else out + shift).to(base_output.dtype)
+        product = frozen_linear(apply_dropout(x, dropout), layer.weight)
+        rest = base_output - product
+        scaled = add_low_rank(product, x, a, b, layer.scaling, dropout) * scale
+        return (rest + scaled).to(base_output.dtype)
+
+    def _scale_and_shift(self, layer: AdapterLayer) -> tuple[Tensor, Tensor | None]:
+        """Return g (out,), and what undoes that the bias in the base's output is scaled by g."""
+        scale = layer.get_parameter(MAGNITUDE) / _row_norms(layer)
+        return scale, None if layer.bias is None else (1 - scale) * layer.bias
+
+    @torch.no_grad()
+    def merge(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
+        direction = super().merge(weight.float(), tensors, scaling)
+        scale = tensors[MAGNITUDE].float() / direction.square().sum(dim=1).sqrt()
+        return (scale[:, None] * direction).to(weight.dtype)
+
+    def saved_bytes(self, layer: AdapterLayer, tokens: int, itemsize: int) -> int:
+        out = layer.lora_B.out_features
+        return super().saved_bytes(layer, tokens, itemsize) + tokens * out * itemsize + 2 * out * FLOAT32
+
+    def extra_products(self, layer: AdapterLayer) -> int:
+        return int(layer.dropout > 0)
+
+    def widest_temporary(self, layer: AdapterLayer) -> int:
+        return max(layer.lora_A.in_features, layer.lora_B.out_features)
+
+
+@torch.no_grad()
+def _row_norms(layer: AdapterLayer) -> Tensor:
+    """Return the norms (out,) of the rows of W + scaling · B A, of which a few rows exist at one time."""
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    with without_autocast(a):
+        directions = (
+            torch.addmm(_rows(layer.weight, rows).to(a.dtype), b[rows], a, alpha=layer.scaling)
+            for rows in (slice(start, start + ROWS) for start in range(0, len(b), ROWS))
+        )
+        return torch.cat([direction.square().sum(dim=1).sqrt() for direction in directions])
+
+
+def _rows(weight: Tensor | FrozenWeight, rows: slice) -> Tensor:
+    return weight[rows] if isinstance(weight, Tensor) else weight.rows(rows)
+
+
 def variant_of(config: LoRAConfig) -> Variant:
     """Return the variant that an adapter's configuration names."""
-    return LoRA()
+    return DoRA() if config.use_dora else LoRA()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from litlora.args import FinetuneLoraArgs
+from litlora.args import FinetuneLoraArgs, dora_is_not_sharded
 from litlora.data.batching import Batching, Samples, epoch_order
 from litlora.data.encoding import Tokens
 from litlora.data.examples import Example, read_example
@@ -271,6 +271,8 @@ def build_model(
     """Load the base, or this device's shard of it, with a new adapter."""
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
+    if sharded and lora.use_dora:
+        raise dora_is_not_sharded()
     if sharded:
         gpt = load_sharded(checkpoint, dtype, quantization, lora, fabric)
     else:
@@ -283,7 +285,9 @@ def build_model(
 
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
     targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
-    return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, targets, init=args.lora_init)
+    return LoRAConfig(
+        args.lora_r, args.lora_alpha, args.lora_dropout, targets, use_dora=args.lora_use_dora, init=args.lora_init
+    )
 
 
 def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | None) -> Samples:

@@ -52,8 +52,9 @@ def open_on(base: Path, adapter: Path) -> torch.nn.Module:
         {"target_modules": "all-linear"},
         {"target_modules": r".*\.1\.(self_attn\.k_proj|mlp\.up_proj)"},
         {"target_modules": ["v_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "down_proj", "lm_head"], "use_dora": True, "use_rslora": True},
     ],
-    ids=["list", "rslora", "all-linear", "regex", "head"],
+    ids=["list", "rslora", "all-linear", "regex", "head", "dora"],
 )
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_an_adapter_made_by_peft_loads_with_equal_logits(checkpoint, options, tmp_path):
@@ -79,7 +80,6 @@ def test_an_adapter_remembers_its_shape(adapter):
     ("key", "value"),
     [
         ("peft_type", "IA3"),
-        ("use_dora", True),
         ("bias", "all"),
         ("rank_pattern", {"q_proj": 8}),
         ("modules_to_save", ["lm_head"]),

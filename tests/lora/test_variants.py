@@ -30,7 +30,8 @@ def trained(base: Linear | NF4Linear) -> LoRALinear:
 
 
 def merged(layer: LoRALinear) -> torch.Tensor:
-    return layer.variant.merge(layer.weight[:], layer.adapter_parameters(), layer.scaling)
+    weight = layer.weight if isinstance(layer.weight, torch.Tensor) else layer.weight.to_dense()
+    return layer.variant.merge(weight, layer.adapter_parameters(), layer.scaling)
 
 
 @pytest.mark.parametrize("kind", BASES)

@@ -43,9 +43,12 @@ ALL = tuple(name for names in TARGET_MODULES.values() for name in names)
 BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 
 
-def network(precision="32-true", targets=("q_proj", "v_proj"), tied=False, **flags) -> Network:
-    config = replace(CONFIG, tie_word_embeddings=tied, **flags)
-    return Network(config, LoRAConfig(4, 16, 0.1, targets), precision, None, torch.device("cpu"))
+def network(precision="32-true", targets=("q_proj", "v_proj"), tied=False, use_dora=False, **flags) -> Network:
+    config, lora = (
+        replace(CONFIG, tie_word_embeddings=tied, **flags),
+        LoRAConfig(4, 16, 0.1, targets, use_dora=use_dora),
+    )
+    return Network(config, lora, precision, None, torch.device("cpu"))
 
 
 def real(network: Network) -> GPT:
@@ -156,6 +159,15 @@ WINDOWS = {"sliding_window": 20, "full_attention_layers": (0, 2)}
 @pytest.mark.parametrize("flags", [BIASES, WINDOWS], ids=["biases", "windows"])
 def test_activation_bytes_are_exact_with_the_flags_of_a_family(flags, precision):
     described, load = network(precision, ALL, **flags), Load(LENGTHS, SUPERVISED)
+    assert activation_bytes(described, load) == kept_bytes(described, load)
+
+
+@pytest.mark.parametrize("flags", [{}, BIASES], ids=["plain", "biases"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL, ("lm_head",)], ids="-".join)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_dora_activations_take_the_bytes_that_its_graph_saves(precision, targets, checkpointing, flags):
+    described, load = network(precision, targets, use_dora=True, **flags), Load(LENGTHS, SUPERVISED, checkpointing)
     assert activation_bytes(described, load) == kept_bytes(described, load)
 
 
