@@ -1,6 +1,7 @@
 """The entry point: parse, dispatch, and print an error as one line on stderr."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -74,6 +75,9 @@ def run(arguments: Sequence[str], *, in_process: bool = True) -> int:
     let_threads_sleep()
     command = getattr(importlib.import_module(f"litlora.commands.{call.command}"), call.command)
     command(call.args)
+    if os.environ.get("RANK", "0") == "0":
+        for line in importlib.import_module("litlora.commands.next_steps").next_steps(call.args):
+            log(f"next: {line}")
     return 0
 
 

@@ -63,7 +63,9 @@ def test_command_logs_to_stderr(litlora, tmp_path):
         "prepare_json", "--source", tmp_path / "rows.csv", "--destination_path", out, "--val_split_fraction", 0.5
     )
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == f"1 training and 1 validation examples in {out}\n"
+    assert done.stderr == (
+        f"1 training and 1 validation examples in {out}\nnext: litlora finetune_lora CHECKPOINT --data_dir {out}\n"
+    )
 
 
 def test_invalid_row_ends_the_command_with_one_sentence(litlora, tmp_path):
