@@ -1,6 +1,6 @@
 import time
 from itertools import count, islice
-from threading import Barrier, current_thread, main_thread
+from threading import Barrier, Event, current_thread, main_thread
 
 import pytest
 import torch
@@ -11,15 +11,18 @@ pytestmark = pytest.mark.usefixtures("four_threads")
 
 
 def test_results_are_in_the_order_of_the_items():
-    done = []
+    done, second_is_done = [], Event()
 
-    def work(delay: int) -> int:
-        time.sleep(delay / 50)
-        done.append(delay)
-        return delay
+    def work(item: int) -> int:
+        if item == 0:
+            assert second_is_done.wait(30)
+        done.append(item)
+        if item == 1:
+            second_is_done.set()
+        return item
 
-    items = [3, 0, 2, 1, 0]
-    assert list(WorkerThreads(2).map(work, items)) == items != done
+    assert list(WorkerThreads(2).map(work, range(5))) == list(range(5))
+    assert done[0] == 1
 
 
 def test_workers_are_concurrent_on_equal_shares_of_the_cores():

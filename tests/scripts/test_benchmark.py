@@ -176,7 +176,7 @@ def test_command_of_a_worktree_runs_its_own_code(work, tmp_path):
     check_version(package.parent, PYTHON)
     run = generate(Job("generate", "32-true", str(work)), package.parent, PYTHON)
     assert run.output == "one\ntwo\n"
-    assert run.command_seconds > run.seconds > 0.1
+    assert run.command_seconds > run.seconds > 0
     assert run.memory_gb > 0
 
 
