@@ -1,1 +1,1 @@
-"""The processes that train together: starting and watching them, collectives, and sharded weights."""
+"""The processes that train together: starting and monitoring them, collectives, and sharded weights."""

@@ -57,11 +57,11 @@ class Monitor:
         if not self._peers or self._store.check([_heartbeat(rank, self._beat) for rank in self._peers]):
             return True
         self._peers = [rank for rank in self._peers if not self._store.check([_farewell(rank)])]
-        behind = [rank for rank in self._peers if not self._store.check([_heartbeat(rank, self._beat)])]
-        if behind and self.missing not in behind:  # a peer that was only late has sent its heartbeat by now
-            self.missing = behind[0]
+        late_peers = [rank for rank in self._peers if not self._store.check([_heartbeat(rank, self._beat)])]
+        if late_peers and self.missing not in late_peers:  # a peer that was only late has sent its heartbeat by now
+            self.missing = late_peers[0]
         self._is_reported = self._store.check([END])
-        return not behind
+        return not late_peers
 
     def _guard(self) -> None:
         """End this process, wherever it waits, after LIMIT of its own beats without a common one."""
@@ -80,21 +80,21 @@ class Monitor:
 
     def _claims_report(self) -> bool:
         """Claim the report; where the store does not answer, it is for the first rank alive on each machine."""
-        answers: list[bool] = []
-        asking = Thread(target=self._ask_store, args=(answers,), daemon=True)
-        asking.start()
-        asking.join(CHECKS * BEAT)
+        replies: list[bool] = []
+        request = Thread(target=self._ask_store, args=(replies,), daemon=True)
+        request.start()
+        request.join(CHECKS * BEAT)
         first_here = self._rank_info.rank - self._rank_info.rank % self._rank_info.local_world_size
-        return answers[0] if answers else self._rank_info.rank == first_here + (self.missing in (None, first_here))
+        return replies[0] if replies else self._rank_info.rank == first_here + (self.missing in (None, first_here))
 
-    def _ask_store(self, answers: list[bool]) -> None:
+    def _ask_store(self, replies: list[bool]) -> None:
         with suppress(RuntimeError):  # the store is gone
-            answers.append(claim_report(self._store, self._rank_info.rank))
+            replies.append(claim_report(self._store, self._rank_info.rank))
 
     def explain(self, error: Exception) -> None:
         """Name the rank that is gone as the cause of an error, once its peers have had time to send heartbeats."""
         enough = self._checks + CHECKS
-        while self._checks < enough and self._threads[0].is_alive():  # if nobody answers any more, the guard ends it
+        while self._checks < enough and self._threads[0].is_alive():  # if nobody replies any more, the guard ends it
             time.sleep(BEAT / 4)
         if self.missing is not None:
             fault = f"rank {self._rank_info.rank} has lost contact with rank {self.missing}, which has ended"

@@ -25,7 +25,7 @@ POLL_INTERVAL = 0.05  # seconds
 LOCAL_COUNT = "LOCAL_WORLD_SIZE"  # set by torchrun, and for the processes that are launched here
 PIPES = "LITLORA_PIPES"  # of a launched process: one that is closed when the launcher ends, and one for its message
 THREADS = "OMP_NUM_THREADS"  # of torch, in each process
-PEER_FAILED = 3  # exit code of a launched process that ends because another has, of which the launcher knows more
+PEER_FAILED = 3  # exit code of a launched rank that ends because a peer has; the launcher finds the cause
 
 
 @dataclass(frozen=True)

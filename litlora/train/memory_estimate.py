@@ -37,7 +37,7 @@ class Network:
     """bnb.nf4, bnb.nf4-dq, or None for a base in the run's precision."""
     device: torch.device
     shards: int = 1
-    """How many devices hold a part of the base each."""
+    """Number of devices over which the base is sharded."""
 
     def outline(self) -> GPT:
         """Build the model with its adapter, without a single value."""
@@ -54,7 +54,7 @@ class Network:
 
     @property
     def stream(self) -> int:
-        """Bytes of a value that passes from block to block, and of a weight that is not quantized."""
+        """Bytes of a value of the residual stream, and of a weight that is not quantized."""
         return BFLOAT16 if self.precision == "bf16-true" else FLOAT32
 
     @property
@@ -83,25 +83,25 @@ class Network:
 
 @dataclass(frozen=True)
 class Load:
-    """What goes through the network in the largest micro-batch, and what is kept of it."""
+    """The longest micro-batch of a run, and what its forward pass saves."""
 
     lengths: tuple[int, ...]
     supervised: int
-    """How many of its tokens have a label."""
+    """Number of supervised tokens."""
     activation_checkpointing: bool = False
     shared: tuple[int, ...] = ()
-    """How many keys each sequence has of others', as a MicroBatch has it."""
-    at_once: int = 1
-    """How many such micro-batches there are at a time."""
+    """Number of keys that each sequence shares with the one before it, as in a MicroBatch."""
+    concurrent: int = 1
+    """Number of such micro-batches that are computed concurrently."""
 
     @property
     def longest(self) -> int:
-        """The most keys that a query sees."""
+        """Largest number of keys that a query sees."""
         return max(map(sum, self.spans))
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """How many keys each sequence has of others', and how many of its own."""
+        """Numbers of keys that each sequence shares, and has for itself."""
         return tuple(zip_longest(self.shared, self.lengths, fillvalue=0))
 
     @property
@@ -110,22 +110,22 @@ class Load:
 
 
 def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> dict[str, int]:
-    """Return the bytes of every part of the memory that training takes at its peak, beside Python's and torch's own."""
+    """Return the peak memory of training by parts, in bytes, without Python's and torch's own."""
     gpt = network.outline()
     adapter = list(lora_parameters(gpt).values())
     adapters, activations = sum(matrix.nbytes for matrix in adapter), activation_bytes(network, load)
-    # Those of a micro-batch come as its activations go, and are added to the sum once all are there.
-    beyond = max(0, adapters - activations) * load.at_once
+    # Gradients of a micro-batch take the memory of its activations, and are summed once all are computed.
+    beyond = max(0, adapters - activations) * load.concurrent
     mlp_bytes = load.tokens * network.product * network.config.intermediate_size
     overheads = network.backend.memory_overheads(activations, mlp_bytes)
     return {
-        **held_bytes(network, weight_bytes(gpt, network.quantize)),
+        **local_weight_bytes(network, weight_bytes(gpt, network.quantize)),
         "adapter, float32": adapters,
         "its gradients": adapters + beyond,
         "optimizer state": optimizer_bytes(optimizer, adapter),
-        "activations": activations * load.at_once,
-        "temporaries": temporary_bytes(network, load) * load.at_once,
-        **{name: size * load.at_once for name, size in overheads.items()},
+        "activations": activations * load.concurrent,
+        "temporaries": temporary_bytes(network, load) * load.concurrent,
+        **{name: size * load.concurrent for name, size in overheads.items()},
     }
 
 
@@ -150,10 +150,10 @@ def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
     }
 
 
-def held_bytes(network: Network, weights: dict[str, int]) -> dict[str, int]:
-    """Return the bytes of the frozen weights of which a device has a part, and of what it gathers of them at a time.
+def local_weight_bytes(network: Network, weights: dict[str, int]) -> dict[str, int]:
+    """Return the bytes of the frozen weights on each device: its shard of each, and what is gathered.
 
-    That is what lies outside of the blocks, for the whole of a pass, and two blocks: one while the other is used.
+    Gathered are the weights outside of the blocks, and two blocks: one is gathered while the other is used.
     """
     if network.shards == 1:
         return weights
@@ -163,13 +163,13 @@ def held_bytes(network: Network, weights: dict[str, int]) -> dict[str, int]:
 
 
 def nf4_bytes(values: int, *, double: bool) -> int:
-    """Return the bytes of 4-bit values and their scales, which double quantization stores as bytes of their own."""
+    """Return the bytes of 4-bit values and their scales, which double quantization stores in a byte each."""
     scales = -(-values // NF4_BLOCK)
     return -(-values // 2) + (scales + FLOAT32 * -(-scales // OUTER_BLOCK) if double else FLOAT32 * scales)
 
 
 def optimizer_bytes(optimizer: str | dict[str, Any], matrices: Sequence[nn.Parameter]) -> int:
-    """Return the bytes that an optimizer keeps for matrices, by a real step on one of each shape."""
+    """Return the bytes of an optimizer's state for matrices, by a real step on one of each shape."""
     shapes = Counter(matrix.shape for matrix in matrices)
     return sum(count * _state_bytes(optimizer, shape) for shape, count in shapes.items())
 
@@ -183,17 +183,17 @@ def _state_bytes(optimizer: str | dict[str, Any], shape: torch.Size) -> int:
 
 
 def activation_bytes(network: Network, load: Load) -> int:
-    """Return the bytes that the forward pass of a micro-batch leaves for its backward pass."""
+    """Return the bytes that the forward pass of a micro-batch saves for backward."""
     width = network.config.hidden_size * network.stream
     blocks = list(_blocks(network, load))
     head = _head_gradient_bytes(network)
     if not any(blocks):
         return head  # whose gradient is there at once, and nothing below it needs one
     if load.activation_checkpointing:
-        kept = load.tokens * (len(blocks) * width + _norm_width(network))
+        saved = load.tokens * (len(blocks) * width + _norm_width(network))
     else:
-        kept = sum(blocks) + load.tokens * _angles_width(network)
-    return kept + load.supervised * width + load.tokens + head  # states with a label have a gradient, the others a mark
+        saved = sum(blocks) + load.tokens * _angles_width(network)
+    return saved + load.supervised * width + load.tokens + head  # supervised states have a gradient, the others a flag
 
 
 def _head_gradient_bytes(network: Network) -> int:
@@ -203,39 +203,39 @@ def _head_gradient_bytes(network: Network) -> int:
 
 
 def _blocks(network: Network, load: Load) -> Iterator[int]:
-    """Yield the bytes that each block keeps, the norm behind it included and the one before it not."""
+    """Yield the bytes that each block saves, including the norm after it and not the one before it."""
     windows = [network.config.window(layer) for layer in range(network.config.num_hidden_layers)]
     stages = {window: _stages(network, load, window) for window in set(windows)}
     flows = False  # whether a gradient goes back through what is computed so far
     for layer, window in enumerate(windows):
-        kept = 0
+        saved = 0
         for stage in stages[window]:
             names = (f"model.layers.{layer}.{name}" for name in stage.layers)
             adapted = [network.adapted[name] for name in names if name in network.adapted]
-            if adapted or (flows and stage.keeps_input):
-                kept += load.tokens * stage.width * stage.size
-            kept += sum(layer.variant.saved_bytes(layer, load.tokens, network.product) for layer in adapted)
-            kept += flows * (stage.cast_weights + _extra_cast_bytes(stage, adapted))
+            if adapted or (flows and stage.input_is_saved):
+                saved += load.tokens * stage.width * stage.size
+            saved += sum(layer.variant.saved_bytes(layer, load.tokens, network.product) for layer in adapted)
+            saved += flows * (stage.cast_weights + _extra_cast_bytes(stage, adapted))
             flows = flows or bool(adapted)
-            kept += flows * stage.behind
-        yield kept
+            saved += flows * stage.after
+        yield saved
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Linear layers of a block with one input, and what is computed of their outputs until the next such."""
+    """Linear layers of a block with one input, and what is computed from their outputs before the next such layers."""
 
     layers: tuple[str, ...]
     width: int
-    """Values of a token in the input, which is kept if one of the layers is adapted."""
+    """Values of a token in the input, which is saved if one of the layers is adapted."""
     size: int
     """Bytes of each of them."""
-    behind: int
-    """Bytes that are kept of what comes behind."""
+    after: int
+    """Bytes saved between these layers and the next stage."""
     cast_weights: int
-    """Bytes of the copies that mixed precision makes of the weights, kept if the input needs a gradient."""
-    keeps_input: bool = False
-    """Whether what computed the input keeps it for its own gradient, whether one of the layers is adapted or not."""
+    """Bytes of the copies that mixed precision makes of the weights, saved if the input needs a gradient."""
+    input_is_saved: bool = False
+    """Whether the operation that computed the input saves it, whether one of the layers is adapted or not."""
 
 
 def _extra_cast_bytes(stage: Stage, adapted: Sequence[LoRALinear]) -> int:
@@ -272,26 +272,26 @@ def _layers(part: str, *names: str) -> tuple[str, ...]:
 
 
 def _norm_width(network: Network) -> int:
-    """Return the bytes that a norm keeps of a token: its input and one number."""
+    """Return the bytes that a norm saves per token: its input and one number."""
     return network.config.hidden_size * network.stream + FLOAT32
 
 
 def _angles_width(network: Network) -> int:
-    return 2 * network.config.head_dim * network.stream  # a cosine and a sine for each place, once for all blocks
+    return 2 * network.config.head_dim * network.stream  # a cosine and a sine for each position, once for all blocks
 
 
 def temporary_bytes(network: Network, load: Load) -> int:
-    """Return the most bytes that exist beside the activations: for the loss of a chunk, or for a block's gradient."""
+    """Return the most bytes beside the activations: for the loss of a chunk, or for the gradients of a block."""
     again = max(_blocks(network, load)) + load.tokens * _angles_width(network) if load.activation_checkpointing else 0
     in_block = max(_mlp_bytes(network, load), _attention_bytes(network, load), _branch_bytes(network, load))
     return max(_loss_bytes(network, load), again + in_block)
 
 
 def _loss_bytes(network: Network, load: Load) -> int:
-    """Return the bytes of a chunk of logits, and of some in float32, and of the states that have a label."""
+    """Return the bytes of a chunk of logits, of some in float32, and of the supervised states."""
     config, rows = network.config, min(CHUNK, load.supervised)
-    wide = 0 if network.product == FLOAT32 else network.backend.scored_rows(rows, config.vocab_size)
-    logits = config.vocab_size * (rows * network.product + wide * FLOAT32)
+    float32_rows = 0 if network.product == FLOAT32 else network.backend.scored_rows(rows, config.vocab_size)
+    logits = config.vocab_size * (rows * network.product + float32_rows * FLOAT32)
     cast = BFLOAT16 * config.vocab_size * config.hidden_size if network.precision == "bf16-mixed" else 0
     head = network.adapted.get(HEAD)
     scaled = rows * head.variant.widest_temporary(head) * FLOAT32 if head else 0
@@ -299,7 +299,7 @@ def _loss_bytes(network: Network, load: Load) -> int:
 
 
 def _mlp_bytes(network: Network, load: Load) -> int:
-    """Return the bytes of three inner values' gradients, and of a weight as the arithmetic needs it."""
+    """Return the bytes of the gradients of three MLP values, and of a weight cast for its product."""
     config = network.config
     rows = network.backend.cast_rows(config.intermediate_size)
     size = FLOAT32 if network.upcasts else network.product if network.quantize else 0
@@ -307,7 +307,7 @@ def _mlp_bytes(network: Network, load: Load) -> int:
 
 
 def _attention_bytes(network: Network, load: Load) -> int:
-    """Return the bytes of the gradients, and on a CPU of the scores of a block of queries, three at a time each."""
+    """Return the bytes of the gradients, and on a CPU of the scores of a block of queries, three of each."""
     config = network.config
     window = None if config.full_attention_layers else config.sliding_window
     scores = network.backend.attention_score_bytes(network.attention(window), load.longest)

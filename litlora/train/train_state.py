@@ -18,7 +18,7 @@ from litlora.train.resume import COUNTERS
 from litlora.utils.files import read_json
 
 TENSORS = "training_state.safetensors"
-Counted = TypeVar("Counted", "Best", "Progress")
+Counters = TypeVar("Counters", "Best", "Progress")
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,23 @@ class Best:
     loss: float | None = None
     step: int = 0
     beaten: int = 0
-    """How many validations in a row have not been better since."""
+    """How many validations in a row since then have not been better."""
     matrices: dict[str, Tensor] = field(default_factory=dict)
-    """The adapter that had it, where it is to be kept."""
+    """The adapter that had it, if --eval.keep_best is on."""
 
 
 @dataclass
 class Progress:
-    """How far a run is; losses and tokens of an epoch are those of the present one."""
+    """The counters of a run; those of an epoch belong to the present one."""
 
     step: int = 0
     epoch: int = 0
     tokens: int = 0
+    """Tokens of the examples so far, prompts included: neither padding nor the last token of a text, which is a label
+    only. A prefix that examples share counts for each of them, though a CPU computes it once."""
     supervised_tokens: int = 0
     seconds: float = 0.0
+    """Time of all optimizer steps."""
     epoch_loss: float = 0.0
     """Sum of the losses of the epoch's supervised tokens so far."""
     epoch_supervised_tokens: int = 0
@@ -73,11 +76,11 @@ class Progress:
         self.epoch_supervised_tokens += result.supervised_tokens
 
     def validated(self, loss: float, matrices: Mapping[str, Tensor]) -> None:
-        """Note the validation loss after the present step, and the adapter that had it if it is the best so far."""
+        """Record the validation loss after the present step, and its adapter if it is the best so far."""
         self.val_loss = loss
         if self.best.loss is None or loss < self.best.loss:
-            kept = {name: matrix.detach().to("cpu", copy=True) for name, matrix in matrices.items()}
-            self.best = Best(loss, self.step, matrices=kept)
+            matrices = {name: matrix.detach().to("cpu", copy=True) for name, matrix in matrices.items()}
+            self.best = Best(loss, self.step, matrices=dict(matrices))
         else:
             self.best.beaten += 1
 
@@ -88,13 +91,13 @@ class Progress:
 
 
 def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
-    """Write what an exact continuation needs, beside the adapter."""
+    """Write what an exact resume needs, beside the adapter."""
     best = dataclasses.replace(progress.best, matrices={})
     tensors: dict[str, Tensor] = {"cpu_generator": torch.get_rng_state()}
     tensors |= {f"best.{name}": matrix for name, matrix in progress.best.matrices.items()}
     scalars: dict[str, object] = {}
     for index, values in optimizer.state_dict()["state"].items():
-        for name, value in _flat(values):
+        for name, value in _flattened(values):
             key = f"optimizer.{index}.{name}"
             if isinstance(value, Tensor):
                 tensors[key] = value
@@ -109,14 +112,14 @@ def write_state(folder: Path, optimizer: Optimizer, progress: Progress) -> None:
     (folder / COUNTERS).write_text(json.dumps(counters, indent=2) + "\n", encoding="utf-8")
 
 
-def _flat(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    """Yield the state of a parameter, of which bitsandbytes wraps a part in a dictionary that it need not be in."""
+def _flattened(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield the state of a parameter; bitsandbytes wraps some of it in another dictionary."""
     for name, value in values.items():
         yield from value.items() if isinstance(value, dict) else [(name, value)]
 
 
 def restore_state(folder: Path, optimizer: Optimizer) -> Progress:
-    """Put optimizer and random generators back to where `write_state` found them, and return the progress."""
+    """Restore optimizer and random generators from the files of `write_state`, and return the progress."""
     try:
         return _restore(load_file(folder / TENSORS), read_json(folder / COUNTERS), optimizer)
     except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
@@ -145,12 +148,12 @@ def _restore(tensors: dict[str, Tensor], counters: dict[str, Any], optimizer: Op
 
 
 def _check_shapes(tensors: dict[str, Tensor], optimizer: Optimizer) -> None:
-    """Refuse tensors that are not as large as those which the optimizer makes itself at a step; it would not ask."""
-    own = _state_after_a_step(optimizer)
+    """Refuse tensors of another shape than those that the optimizer makes at a step: it would not check them."""
+    expected = _state_after_a_step(optimizer)
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
-        if kind == "optimizer" and tensor.shape != own.get(name, tensor).shape:
-            raise ValueError(f"{key} is of the shape {[*tensor.shape]} and not {[*own[name].shape]}")
+        if kind == "optimizer" and tensor.shape != expected.get(name, tensor).shape:
+            raise ValueError(f"{key} has the shape {[*tensor.shape]} instead of {[*expected[name].shape]}")
 
 
 @torch.no_grad()
@@ -165,15 +168,15 @@ def _state_after_a_step(optimizer: Optimizer) -> dict[str, Tensor]:
     for parameter, value in zip(parameters, before, strict=True):
         parameter.copy_(value)
     states = optimizer.state_dict()["state"].items()
-    flat = {f"{index}.{name}": value for index, values in states for name, value in _flat(values)}
+    flat = {f"{index}.{name}": value for index, values in states for name, value in _flattened(values)}
     return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
 
 
-def _checked(counted: Counted) -> Counted:
-    """Refuse counters that are no numbers of their kind, before anything is counted on from them."""
-    for name, kind in get_type_hints(type(counted)).items():
-        value = getattr(counted, name)
-        is_of_kind = isinstance(value, dict if get_origin(kind) is dict else kind)
-        if not is_of_kind or (isinstance(value, int) and not 0 <= value < 2**63):
+def _checked(counters: Counters) -> Counters:
+    """Refuse counters that are no numbers of their type."""
+    for name, kind in get_type_hints(type(counters)).items():
+        value = getattr(counters, name)
+        is_of_type = isinstance(value, dict if get_origin(kind) is dict else kind)
+        if not is_of_type or (isinstance(value, int) and not 0 <= value < 2**63):
             raise ValueError(f"{name} cannot be {value!r}")
-    return counted
+    return counters

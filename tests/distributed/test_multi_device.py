@@ -124,10 +124,10 @@ def test_run_of_one_device_resumes_sharded_over_two(alone, resumed):
 def test_each_device_holds_only_its_shard(resumed):
     quantization = Quantization("bnb.nf4-dq", torch.float32)
     base = Checkpoint.open(ROOT / "checkpoints/pico").load(torch.float32, torch.device("cpu"), quantization)
-    whole = sum(weight.nbytes for weight in base.parameters())
+    total = sum(weight.nbytes for weight in base.parameters())
     held = [int((resumed / rank).read_text()) for rank in "01"]
-    assert sum(held) == whole
-    assert max(held) < 0.51 * whole
+    assert sum(held) == total
+    assert max(held) < 0.51 * total
 
 
 def test_two_nodes_send_only_gradients(alone, few, tmp_path):
@@ -183,16 +183,16 @@ def wait_for(path: Path, process: int) -> None:
 
 
 def test_run_of_two_srun_processes_resumes_on_one_and_on_four(runs, alone, few, tmp_path):
-    flags, whole = [*HEAD, "--train.save_interval", "4"], tmp_path / "whole"
-    runs.start_all(arguments(few, whole, *flags, "--devices", 2), srun(2))
+    flags, first = [*HEAD, "--train.save_interval", "4"], tmp_path / "first"
+    runs.start_all(arguments(few, first, *flags, "--devices", 2), srun(2))
     assert runs.wait_all() == [0, 0], runs.stderr.read_text()
-    assert_same(alone(*HEAD), whole)
+    assert_same(alone(*HEAD), first)
     for number in (1, 4):
         out_dir = tmp_path / str(number)
-        again = arguments(few, out_dir, *flags, "--devices", number, "--resume", whole / "step-000004")
+        again = arguments(few, out_dir, *flags, "--devices", number, "--resume", first / "step-000004")
         runs.start_all(again, srun(number))
         assert runs.wait_all() == [0] * number, runs.stderr.read_text()
-        for row, same in zip(rows(whole), rows(out_dir), strict=True):
+        for row, same in zip(rows(first), rows(out_dir), strict=True):
             for name in ("step", "epoch", "tokens", "learning_rate"):
                 assert row[name] == same[name]
             for name in ("loss", "val_loss"):
@@ -264,7 +264,7 @@ def test_launched_ranks_leave_the_report_to_the_launcher(runs, few, tmp_path, hu
 
 
 def is_running(process: int) -> bool:
-    """Tell whether a process has not ended, though nobody may have asked for its exit code yet."""
+    """Tell whether a process has not ended, though its exit code may not have been read yet."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except (FileNotFoundError, ProcessLookupError):  # gone before its file was opened, or before it was read

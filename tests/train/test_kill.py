@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, and gone on with, ends to the bit as the one that never was."""
+"""A run that is killed at any moment and resumed equals the unbroken one, bit for bit."""
 
 import csv
 import os
@@ -43,7 +43,7 @@ def command(data_dir: Path, out_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(runs, few, tmp_path_factory) -> tuple[Path, float]:
-    """Return the folder of a run that nobody disturbed, and the seconds that it took."""
+    """Return the folder of a run that was not killed, and the seconds that it took."""
     out_dir = tmp_path_factory.mktemp("unbroken") / "out"
     start = time.monotonic()
     runs.start(command(few, out_dir))
@@ -76,8 +76,8 @@ def wait_until_saving(out_dir: Path, running: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 20), (signal.SIGTERM, 20)])
-def test_a_run_that_is_killed_at_random_moments_ends_as_the_unbroken_one(runs, unbroken, few, tmp_path, number, kills):
-    whole, seconds = unbroken
+def test_run_killed_at_random_moments_equals_the_unbroken_one(runs, unbroken, few, tmp_path, number, kills):
+    expected, seconds = unbroken
     out_dir, random, killed, finished = tmp_path / "out", Random(number), 0, 0
     while killed < kills or not finished:
         resume = ["--resume", "true"] if out_dir.exists() else []
@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_unbroken_one(runs, u
                 os.kill(running, number)
         code = runs.wait()
         if (out_dir / "final").exists():
-            assert_same_result(out_dir, whole)
+            assert_same_result(out_dir, expected)
             shutil.rmtree(out_dir)
             finished += 1
         if code != 0:
@@ -101,7 +101,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_unbroken_one(runs, u
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_is_killed_can_be_gone_on_with(runs, unbroken, few, tmp_path, number):
+def test_killed_process_can_be_resumed(runs, unbroken, few, tmp_path, number):
     out_dir = tmp_path / "out"
     env = os.environ | {"PYTHONPATH": str(ROOT), "GATE": str(tmp_path / "go"), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "tests/helpers/gate.py", *command(few, out_dir)]
@@ -110,16 +110,16 @@ def test_a_process_that_is_killed_can_be_gone_on_with(runs, unbroken, few, tmp_p
         time.sleep(0.001)
     process.send_signal(number)
     (tmp_path / "go").touch()
-    _, talk = process.communicate()
+    _, stderr = process.communicate()
     if number == signal.SIGKILL:
         assert process.returncode == -number
     else:
         assert process.returncode == 128 + number
-        *_, sentence = talk.splitlines()
-        said = (
+        *_, sentence = stderr.splitlines()
+        report = (
             rf"litlora: stopped by {number.name} after step (\d+) of {STEPS}, which is saved in {out_dir}/step-0000\d\d"
         )
-        assert re.fullmatch(rf"{said}; resume with the same command and --resume true", sentence)
+        assert re.fullmatch(rf"{report}; resume with the same command and --resume true", sentence)
     runs.start([*command(few, out_dir), "--resume", "true"])
     assert runs.wait() == 0, runs.stderr.read_text()
     assert_same_result(out_dir, unbroken[0])
@@ -127,7 +127,7 @@ def test_a_process_that_is_killed_can_be_gone_on_with(runs, unbroken, few, tmp_p
 
 def test_too_little_memory_is_found_before_the_first_step(runs, tmp_path):
     sizes = ["--train.micro_batch_size", "512", "--train.global_batch_size", "512"]
-    sizes += ["--mask_prompt", "false"]  # or these rows, which begin alike, would have most of their tokens in common
+    sizes += ["--mask_prompt", "false"]  # or these rows would share most of their tokens as prefixes
     for split in ("train", "val"):
         shutil.copy(ROOT / f"data/pico/{split}.jsonl", tmp_path)
     runs.start([*command(tmp_path, tmp_path / "out"), *sizes], headroom=1_000_000_000)
@@ -136,15 +136,15 @@ def test_too_little_memory_is_found_before_the_first_step(runs, tmp_path):
     fault = r"litlora: there is too little memory for the longest micro-batch, examples: 512, tokens: [\d,]+"
     needs = r", which needs about (\d\.\d) GB"
     way = rf"lower --train.micro_batch_size \(512\) to (256|128|64){needs}"
-    said = re.fullmatch(f"{fault}{needs}; {way}, or pass --train.activation_checkpointing true{needs}", sentence)
-    assert said, sentence
-    whole, part, checkpointed = (float(said[group]) for group in (1, 3, 4))
-    assert whole > 1.0 > part, sentence
-    assert whole > checkpointed
+    match = re.fullmatch(f"{fault}{needs}; {way}, or pass --train.activation_checkpointing true{needs}", sentence)
+    assert match, sentence
+    full, lowered, checkpointed = (float(match[group]) for group in (1, 3, 4))
+    assert full > 1.0 > lowered, sentence
+    assert full > checkpointed
     assert not (tmp_path / "out").exists()
 
 
-def test_too_little_memory_for_two_micro_batches_at_a_time_is_found_as_well(runs, tmp_path):
+def test_too_little_memory_for_two_concurrent_micro_batches(runs, tmp_path):
     sizes = ["--train.micro_batch_size", "256", "--train.global_batch_size", "512", "--mask_prompt", "false"]
     for split in ("train", "val"):
         shutil.copy(ROOT / f"data/pico/{split}.jsonl", tmp_path)
@@ -154,15 +154,15 @@ def test_too_little_memory_for_two_micro_batches_at_a_time_is_found_as_well(runs
     needs = r", which needs about (\d\.\d) GB"
     fault = rf"too little memory for 2 times the longest micro-batch, examples: 256, tokens: [\d,]+{needs}"
     ways = rf"; lower --train.micro_batch_size \(256\) to \d+{needs}, or pass --train.parallel_micro_batches 1{needs}, "
-    said = re.search(fault + ways, sentence)
-    assert said, sentence
-    both, lowered, alone = map(float, said.groups())
+    match = re.search(fault + ways, sentence)
+    assert match, sentence
+    both, lowered, alone = map(float, match.groups())
     assert both > 1.0 > lowered
     assert both > alone
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_that_runs_out_on_the_way_is_said_in_one_sentence(runs, few, tmp_path):
+def test_memory_that_runs_out_later_is_reported_in_one_sentence(runs, few, tmp_path):
     sizes = "--lora_r 16384 --train.micro_batch_size 1 --train.global_batch_size 2 --eval.initial_validation false"
     runs.start([*command(few, tmp_path / "out"), *sizes.split()], headroom=800_000_000)  # all but for AdamW's state
     assert runs.wait() == 1

@@ -75,11 +75,11 @@ def test_smaller_last_global_batch_is_a_step():
 
 @pytest.mark.parametrize("after", [0, 1, 3, 4, 7, 8])
 def test_run_resumes_after_any_step_with_the_remaining_samples(after):
-    whole = [number for _, order in orders(10, 4, seed=1, after=0, total=8) for number in order]
-    assert [sorted(whole[:10]), sorted(whole[10:20]), len(whole)] == [[*range(10)], [*range(10)], 28]
+    expected = [number for _, order in orders(10, 4, seed=1, after=0, total=8) for number in order]
+    assert [sorted(expected[:10]), sorted(expected[10:20]), len(expected)] == [[*range(10)], [*range(10)], 28]
     left = [(epoch, number) for epoch, order in orders(10, 4, seed=1, after=after, total=8) for number in order]
     done = sum((4, 4, 2)[step % 3] for step in range(after))
-    assert left == [(1 + place // 10, number) for place, number in enumerate(whole)][done:]
+    assert left == [(1 + index // 10, number) for index, number in enumerate(expected)][done:]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -165,11 +165,11 @@ def test_validation_may_be_limited_to_its_first_micro_batches(tiny, data_dir, tm
     finetune(tiny, data_dir, tmp_path / "one", "--eval.max_iters", 1, "--train.micro_batch_size", 1)
     first = float(metrics(tmp_path / "one")[0]["val_loss"])
     (tmp_path / "val").mkdir()
-    for name, keep in (("train.jsonl", None), ("val.jsonl", 1)):
+    for name, limit in (("train.jsonl", None), ("val.jsonl", 1)):
         lines = (data_dir / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        (tmp_path / "val" / name).write_text("".join(lines[:keep]), encoding="utf-8")
-    finetune(tiny, tmp_path / "val", tmp_path / "whole")
-    assert float(metrics(tmp_path / "whole")[0]["val_loss"]) == pytest.approx(first, abs=1e-6)
+        (tmp_path / "val" / name).write_text("".join(lines[:limit]), encoding="utf-8")
+    finetune(tiny, tmp_path / "val", tmp_path / "short")
+    assert float(metrics(tmp_path / "short")[0]["val_loss"]) == pytest.approx(first, abs=1e-6)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -187,14 +187,14 @@ def test_validation_leaves_training_unchanged(tiny, data_dir, tmp_path, base):
 def test_resumed_run_equals_the_unbroken_one_bit_for_bit(tiny, data_dir, tmp_path, optimizer, base):
     flags = ["--lora_dropout", 0.1, "--train.epochs", 3, "--train.global_batch_size", 4, "--train.save_interval", 5]
     flags += [*base, "--optimizer", optimizer, *INIT_ARGS.get(optimizer, [])]
-    whole = finetune(tiny, data_dir, tmp_path, *flags)
-    unbroken, rows = adapter(whole), metrics(tmp_path)
-    whole.rename(tmp_path / "away")
+    final = finetune(tiny, data_dir, tmp_path, *flags)
+    unbroken, rows = adapter(final), metrics(tmp_path)
+    final.rename(tmp_path / "away")
     (tmp_path / "step-000010").rename(tmp_path / "ahead")
     resumed = adapter(finetune(tiny, data_dir, tmp_path, *flags, "--resume", "true"))
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
-    kept = ("step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens")
-    assert [[row[k] for k in kept] for row in metrics(tmp_path)] == [[row[k] for k in kept] for row in rows]
+    exact = ("step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens")
+    assert [[row[k] for k in exact] for row in metrics(tmp_path)] == [[row[k] for k in exact] for row in rows]
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny, data_dir, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_other_precisions_come_close_to_float32(tiny, data_dir, tmp_path, precis
     ("precision", "base"),
     [*product(["32-true", "bf16-true"], [None, "bnb.nf4", "bnb.nf4-dq"]), ("bf16-mixed", None)],
 )
-@pytest.mark.parametrize("checkpointing", ["false", "true"], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"], ids=["saved", "checkpointed"])
 def test_loss_on_gpu_equals_that_of_peft_in_every_precision(
     make_checkpoint, data_dir, tmp_path, precision, base, checkpointing
 ):

@@ -1,4 +1,4 @@
-"""What a run is said to take, beside the bytes of networks, optimizers and graphs that are there."""
+"""Estimated memory against the bytes of real networks, optimizers and graphs."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def real(network: Network) -> GPT:
 @pytest.mark.parametrize("flags", [{}, BIASES], ids=["no bias", "biases"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_weights_and_adapter_take_the_bytes_of_the_real_ones(precision, tied, flags):
+def test_weights_and_adapter_equal_the_real_ones(precision, tied, flags):
     described = network(precision, ALL[:-1] if tied else ALL, tied, **flags)
     gpt = real(described)
     parts = breakdown(described, Load(LENGTHS, SUPERVISED), "AdamW")
@@ -73,14 +73,14 @@ def test_weights_and_adapter_take_the_bytes_of_the_real_ones(precision, tied, fl
 
 
 @pytest.mark.parametrize(("length", "beyond"), [(1000, False), (1, True)])
-def test_gradients_of_a_micro_batch_take_the_place_of_its_activations_and_no_more_than_they_need(length, beyond):
-    parts = breakdown(network(), Load((length,), length, at_once=2), "SGD")
+def test_gradients_reuse_the_memory_of_activations(length, beyond):
+    parts = breakdown(network(), Load((length,), length, concurrent=2), "SGD")
     adapter, gradients, activations = (parts[n] for n in ("adapter, float32", "its gradients", "activations"))
     assert (2 * adapter > activations) is beyond
     assert gradients + activations == adapter + max(2 * adapter, activations)
 
 
-def test_nf4_takes_four_bits_and_a_scale_for_64_values_that_is_a_byte_where_it_is_quantized_itself():
+def test_nf4_bytes():
     assert nf4_bytes(2**20, double=False) == 2**19 + 4 * 2**14
     assert nf4_bytes(2**20, double=True) == 2**19 + 2**14 + 4 * 2**6
     plain, nf4, double = (weight_bytes(network().outline(), name) for name in (None, "bnb.nf4", "bnb.nf4-dq"))
@@ -98,18 +98,18 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
-def test_an_optimizer_takes_the_bytes_that_it_has_after_a_step(optimizer):
+def test_optimizer_bytes_equal_its_state_after_a_step(optimizer):
     matrices = list(lora_parameters(real(network(targets=ALL))).values())
     built = build_optimizer(optimizer, matrices, lr=1e-3)
     for matrix in matrices:
         matrix.grad = torch.ones_like(matrix)
     built.step()
-    kept = sum(t.nbytes for state in built.state.values() for t in state.values() if isinstance(t, torch.Tensor))
-    assert optimizer_bytes(optimizer, matrices) == kept
+    saved = sum(t.nbytes for state in built.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+    assert optimizer_bytes(optimizer, matrices) == saved
 
 
-class Kept:
-    """A tensor that a graph keeps for its backward pass, for as long as it does."""
+class Saved:
+    """A tensor that a graph saves for backward, alive as long as the graph holds it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -121,35 +121,33 @@ def batch(described: Network, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, tokens.where(torch.arange(load.tokens, device=described.device) < load.supervised, -100)
 
 
-def kept_bytes(described: Network, load: Load) -> int:
-    """Return the bytes that a real forward pass leaves, without the model's own."""
-    gpt, kept = real(described).to(described.device), WeakSet()
+def saved_bytes(described: Network, load: Load) -> int:
+    """Return the bytes that a real forward pass saves, without the weights."""
+    gpt, saved = real(described).to(described.device), WeakSet()
     gpt.model.activation_checkpointing = load.activation_checkpointing
     tokens, labels = batch(described, load)
 
-    def pack(tensor: torch.Tensor) -> Kept:
-        kept.add(whole := Kept(tensor))
-        return whole
+    def pack(tensor: torch.Tensor) -> Saved:
+        saved.add(wrapper := Saved(tensor))
+        return wrapper
 
     mixed = torch.autocast(described.device.type, torch.bfloat16, enabled=described.precision == "bf16-mixed")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda whole: whole.tensor), mixed:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved_tensor: saved_tensor.tensor), mixed:
         loss = supervised_loss(gpt(tokens, load.lengths), gpt.lm_head, labels)
-    own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
-    storages = {whole.tensor.untyped_storage().data_ptr(): whole.tensor.untyped_storage().nbytes() for whole in kept}
+    weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    storages = {item.tensor.untyped_storage().data_ptr(): item.tensor.untyped_storage().nbytes() for item in saved}
     loss.backward()
-    return sum(size for place, size in storages.items() if place not in own)
+    return sum(size for address, size in storages.items() if address not in weights)
 
 
 @pytest.mark.parametrize("has_products", [False, True], ids=["slow", "native"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointed"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL, *TARGET_MODULES.values()], ids="-".join)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_activations_take_the_bytes_that_a_graph_really_keeps(
-    precision, targets, checkpointing, has_products, monkeypatch
-):
+def test_activation_bytes_equal_those_a_graph_saves(precision, targets, checkpointing, has_products, monkeypatch):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", has_products)
     described, load = network(precision, targets), Load(LENGTHS, SUPERVISED, checkpointing)
-    assert activation_bytes(described, load) == kept_bytes(described, load)
+    assert activation_bytes(described, load) == saved_bytes(described, load)
 
 
 WINDOWS = {"sliding_window": 20, "full_attention_layers": (0, 2)}
@@ -159,36 +157,36 @@ WINDOWS = {"sliding_window": 20, "full_attention_layers": (0, 2)}
 @pytest.mark.parametrize("flags", [BIASES, WINDOWS], ids=["biases", "windows"])
 def test_activation_bytes_are_exact_with_the_flags_of_a_family(flags, precision):
     described, load = network(precision, ALL, **flags), Load(LENGTHS, SUPERVISED)
-    assert activation_bytes(described, load) == kept_bytes(described, load)
+    assert activation_bytes(described, load) == saved_bytes(described, load)
 
 
 @pytest.mark.parametrize("flags", [{}, BIASES], ids=["plain", "biases"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointed"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL, ("lm_head",)], ids="-".join)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_dora_activations_take_the_bytes_that_its_graph_saves(precision, targets, checkpointing, flags):
     described, load = network(precision, targets, use_dora=True, **flags), Load(LENGTHS, SUPERVISED, checkpointing)
-    assert activation_bytes(described, load) == kept_bytes(described, load)
+    assert activation_bytes(described, load) == saved_bytes(described, load)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointed"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids="-".join)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_on_a_gpu_too_activations_take_the_bytes_that_a_graph_really_keeps(precision, targets, checkpointing):
-    lengths = (128, 64, 32)  # of which none has sums that are filled up
+def test_activation_bytes_on_gpu(precision, targets, checkpointing):
+    lengths = (128, 64, 32)  # none of which FlashAttention pads
     described, load = replace(network(precision, targets), device=GPU), Load(lengths, SUPERVISED, checkpointing)
-    beside = kept_bytes(described, load) - activation_bytes(described, load)
+    beside = saved_bytes(described, load) - activation_bytes(described, load)
     assert 0 <= beside < 1000  # of attention: where sequences begin, and a random state
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointed"])
 @pytest.mark.parametrize(
     ("precision", "quantize"),
     [("32-true", None), ("bf16-true", None), ("bf16-mixed", None), ("32-true", "bnb.nf4"), ("bf16-true", "bnb.nf4")],
 )
-def test_a_step_on_a_gpu_takes_about_what_is_said(precision, quantize, checkpointing):
+def test_step_on_gpu_takes_about_the_estimate(precision, quantize, checkpointing):
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "head_dim": 64}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
     shape = replace(CONFIG, **sizes, **heads, vocab_size=32000, max_position_embeddings=1024)
@@ -206,8 +204,8 @@ def test_a_step_on_a_gpu_takes_about_what_is_said(precision, quantize, checkpoin
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    said = sum(breakdown(described, load, "AdamW").values())
-    assert said == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    printed = sum(breakdown(described, load, "AdamW").values())
+    assert printed == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 
 
 def quantized(described: Network) -> GPT:
@@ -223,23 +221,23 @@ def quantized(described: Network) -> GPT:
     return gpt
 
 
-def test_a_dry_run_says_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp_path, capsys):
+def test_dry_run_prints_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp_path, capsys):
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
     flags = ["--train.epochs", 2, "--train.global_batch_size", 4, "--train.max_steps", 5, "--lora_mlp", "true"]
     command = ["finetune_lora", *map(str, folders + flags)]
     assert main([*command, "--dry_run", "true"]) == 0
-    said = dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
+    printed = dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
     assert not list(tmp_path.iterdir())
     assert main(command) == 0
     report = json.loads((tmp_path / "out/final/report.json").read_text(encoding="utf-8"))
     for name in ("trainable parameters", "frozen parameters", "steps", "tokens"):
-        assert said[name] == f"{report[name.replace(' ', '_')]:,}"
-    parts = list(said)[list(said).index("embedding, bfloat16") :]
+        assert printed[name] == f"{report[name.replace(' ', '_')]:,}"
+    parts = list(printed)[list(printed).index("embedding, bfloat16") :]
     assert parts[-1] == "peak memory, GB"
-    assert sum(float(said[part]) for part in parts[:-1]) == pytest.approx(float(said[parts[-1]]), abs=0.01)
+    assert sum(float(printed[part]) for part in parts[:-1]) == pytest.approx(float(printed[parts[-1]]), abs=0.01)
 
 
-def test_the_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, capsys):
+def test_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, capsys):
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
     flags = ["--train.micro_batch_size", 1, "--train.max_seq_length", 200, "--dry_run", "true"]
     assert main(["finetune_lora", *map(str, folders + flags)]) == 0
@@ -247,7 +245,7 @@ def test_the_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("flags", "at_once"),
+    ("flags", "concurrent"),
     [
         ([], 2),
         (["--devices", 4], 1),
@@ -256,19 +254,19 @@ def test_the_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, 
         (["--strategy", "fsdp", "--devices", 2], 1),
     ],
 )
-def test_micro_batches_that_are_computed_at_a_time_count_as_often(
-    tiny, data_dir, tmp_path, capsys, four_threads, flags, at_once
+def test_concurrent_micro_batches_multiply_activations(
+    tiny, data_dir, tmp_path, capsys, four_threads, flags, concurrent
 ):
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
     command = ["finetune_lora", *map(str, folders), "--dry_run", "true", "--train.micro_batch_size", "2"]
     command += [*map(str, flags), "--lora_r", "512", "--train.parallel_micro_batches"]
-    said = []
+    printed = []
     for count in ("1", "2"):
         assert main([*command, count]) == 0
-        said.append(dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE)))
+        printed.append(dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE)))
     for part in ("activations", "temporaries", "fragmentation"):
-        alone, together = (float(parts[part]) for parts in said)
-        assert together == pytest.approx(at_once * alone, abs=0.0015)
+        single, several = (float(parts[part]) for parts in printed)
+        assert several == pytest.approx(concurrent * single, abs=0.0015)
 
 
 def llama(name: str, shards: int = 1) -> Network:
@@ -276,22 +274,22 @@ def llama(name: str, shards: int = 1) -> Network:
     return replace(network("bf16-true"), config=memory_table.config(name), device=device, shards=shards)
 
 
-def test_of_a_sharded_base_a_device_has_a_part_and_gathers_what_is_outside_of_the_blocks_and_two_of_them():
+def test_sharded_base_counts_shards_and_gathered_weights():
     load = Load((512,), 512)
-    whole, dealt = (breakdown(llama("70B (Llama 2)", shards), load, "AdamW") for shards in (1, 8))
-    *outside, blocks = (name for name in whole if name.endswith("bfloat16"))
-    assert all(8 * dealt[name] == whole[name] for name in (*outside, blocks))
-    assert dealt["gathered weights"] == sum(whole[name] for name in outside) + whole[blocks] // 40
-    assert {name: dealt[name] for name in whole if "bfloat16" not in name}.items() <= whole.items()
+    full, sharded = (breakdown(llama("70B (Llama 2)", shards), load, "AdamW") for shards in (1, 8))
+    *outside, blocks = (name for name in full if name.endswith("bfloat16"))
+    assert all(8 * sharded[name] == full[name] for name in (*outside, blocks))
+    assert sharded["gathered weights"] == sum(full[name] for name in outside) + full[blocks] // 40
+    assert {name: sharded[name] for name in full if "bfloat16" not in name}.items() <= full.items()
 
 
 @pytest.mark.parametrize(("name", "room"), [("7B (Llama 2)", True), ("13B (Llama 2)", False)])
-def test_a_gpu_has_room_for_the_whole_of_a_base_or_has_not(name, room):
+def test_base_fits_a_gpu_or_not(name, room):
     assert has_room(24 * 10**9, llama(name), Load((512,), 512), "AdamW") is room
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
-def test_a_forecast_for_several_devices_is_that_of_one_of_them(tiny, data_dir, tmp_path, capsys, strategy):
+def test_forecast_for_several_devices_is_per_device(tiny, data_dir, tmp_path, capsys, strategy):
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
     flags = ["--dry_run", "true", "--devices", "2", "--strategy", strategy]
     assert main(["finetune_lora", *map(str, folders), *flags]) == 0
@@ -302,19 +300,21 @@ PARAMETERS = [134_515_008, 1_235_814_400, 6_738_415_616, 13_015_864_320, 68_976_
 
 
 @pytest.mark.parametrize(("name", "parameters"), list(zip(memory_table.SHAPES, PARAMETERS, strict=True)))
-def test_the_shapes_of_the_table_have_the_published_numbers_of_parameters(name, parameters):
+def test_table_shapes_have_the_published_parameter_counts(name, parameters):
     described = replace(network("bf16-true"), config=memory_table.config(name))
     weights = sum(weight_bytes(described.outline(), None).values())
     assert weights == 2 * parameters
 
 
-def test_the_table_has_a_row_for_every_model_and_base(capsys, monkeypatch):
-    monkeypatch.setattr(memory_table, "SHAPES", {"7B (Llama 2)": memory_table.SHAPES["7B (Llama 2)"]})
+def test_table_has_a_row_for_every_model_and_base(capsys, monkeypatch):
+    monkeypatch.setattr(memory_table, "TABLE", ("7B (Llama 2)",))
     memory_table.main()
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows] == [["7B (Llama 2)", base] for base in memory_table.BASES]
-    weights, trained, whole, peak, again, least = (tuple(float(row[column]) for row in rows) for column in range(2, 8))
+    weights, trained, saved, peak, recomputed, least = (
+        tuple(float(row[column]) for row in rows) for column in range(2, 8)
+    )
     assert weights[0] > 3 * weights[1] > 3 * weights[2]
     for index, total in enumerate(peak):
-        assert total == pytest.approx(weights[index] + trained[index] + whole[index], abs=0.02)
-        assert least[index] == pytest.approx(total - whole[index] + again[index], abs=0.02)
+        assert total == pytest.approx(weights[index] + trained[index] + saved[index], abs=0.02)
+        assert least[index] == pytest.approx(total - saved[index] + recomputed[index], abs=0.02)

@@ -250,8 +250,8 @@ def test_patience_ends_a_run_that_gets_no_better(contradicting, capsys):
     losses = [float(row["val_loss"]) for row in metrics("out")[1:]]
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 2 < 16
-    said = f"stopped early after step {best + 2}: no validation has been better than that of step {best} "
-    assert said + f"({min(losses):.4f})" in capsys.readouterr().err
+    expected = f"stopped early after step {best + 2}: no validation has been better than that of step {best} "
+    assert expected + f"({min(losses):.4f})" in capsys.readouterr().err
     shutil.rmtree("out/final")
     assert run(*flags, "--resume", "true") == 0
     assert len(metrics("out")) == best + 3
@@ -291,14 +291,14 @@ def test_finetune_returns_its_report(world):
 def test_run_out_of_time_saves_and_resumes(world, capsys):
     assert run("--train.save_interval", 9) == 0
     assert run("--train.save_interval", 9, "--train.max_time", 0.001, out="parts") == 124
-    said = "litlora: stopped after --train.max_time (0.001 seconds) after step 1 of 4, which is saved in "
-    assert capsys.readouterr().err.endswith(f"{said}parts/step-000001; {RESUME}\n")
+    expected = "litlora: stopped after --train.max_time (0.001 seconds) after step 1 of 4, which is saved in "
+    assert capsys.readouterr().err.endswith(f"{expected}parts/step-000001; {RESUME}\n")
     assert run("--train.save_interval", 9, "--resume", "true", out="parts") == 0
     assert same("out/final", "parts/final")
 
 
 def renew_manifest(checkpoint: Path) -> None:
-    """Let a checkpoint pass for intact whatever was done to its files."""
+    """Renew the manifest of a checkpoint, so that it counts as intact."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for name in manifest:
         content = (checkpoint / name).read_bytes()
@@ -319,8 +319,8 @@ def test_state_of_another_shape_is_refused(stopped, capsys):
     shape = [*state["optimizer.0.exp_avg"].shape]
     save_file(state | {"optimizer.0.exp_avg": torch.zeros(1)}, path)
     renew_manifest(path.parent)
-    said = f"of this optimizer: optimizer.0.exp_avg is of the shape [1] and not {shape}\n"
-    assert refusal(capsys, "--resume", "true").endswith(said)
+    expected = f"of this optimizer: optimizer.0.exp_avg has the shape [1] instead of {shape}\n"
+    assert refusal(capsys, "--resume", "true").endswith(expected)
 
 
 def test_setting_unknown_to_the_version_that_began_the_run_had_its_default(tmp_path):

@@ -1,4 +1,4 @@
-"""A disk that fails costs a sentence: what was saved stays, nothing half-written shows, the run goes on."""
+"""A disk that fails costs one sentence: what was saved stays, no partial file is visible, and the run resumes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ FINETUNE = [
     "--eval.max_new_tokens", "0", "--eval.initial_validation", "false", "--eval.final_validation", "false",
 ]  # fmt: skip
 MERGE = ["merge_lora", "--checkpoint_dir", "adapter", "--base_dir", "base", "--out_dir", "out"]
-EACH = 1 if settings().max_examples > 100 else 7  # of the requests of a training, of which there are many
+EACH = 1 if settings().max_examples > 100 else 7  # every n-th of the many requests of a training
 PREPARE = ["prepare_json", "--source", "rows.jsonl", "--destination_path", "data"]
 
 
@@ -59,7 +59,7 @@ def requests(command: Sequence[str], world: Path) -> int:
 
 
 def fails(command: Sequence[str], world: Path, at: int, capsys: pytest.CaptureFixture[str]) -> bool:
-    """Run a command on a disk that fails once; say whether the command fails too, for which one sentence says why."""
+    """Run a command on a disk that fails once; tell whether the command fails, in one sentence that reports why."""
     capsys.readouterr()
     code = CODES[at % len(CODES)]
     with failing_disk(world, at, refusal(code)):
@@ -70,25 +70,25 @@ def fails(command: Sequence[str], world: Path, at: int, capsys: pytest.CaptureFi
         assert exit_code == 1
         assert sentence.startswith("litlora: ")
         assert os.strerror(code) in sentence
-        assert sentence.endswith(os.strerror(code)) or kept(sentence)
+        assert sentence.endswith(os.strerror(code)) or names_checkpoint(sentence)
         assert "out" in sentence or "data" in sentence
     return exit_code != 0
 
 
-def kept(sentence: str) -> bool:
-    """Say whether a sentence names the checkpoint to go on from, which is whole."""
+def names_checkpoint(sentence: str) -> bool:
+    """Tell whether a sentence names the checkpoint to resume from, which is intact."""
     hint = "fix that, and resume with the same command and --resume true"
     named = re.search(rf"; (out/step-\d{{6}}) is saved: {hint}$", sentence)
     return named is not None and find_corruption(Path(named[1])) is None
 
 
-def test_training_goes_on_after_any_fault_of_the_disk(worlds, capsys):
+def test_training_resumes_after_any_disk_error(worlds, capsys):
     world = next(worlds)
-    asked = requests(FINETUNE, world)
+    total = requests(FINETUNE, world)
     good = contents(world / "out/final")
     steps = {path.name: set(contents(path)) for path in (world / "out").glob("step-*")}
-    assert asked > 50
-    for at in range(1, asked + 1, EACH):
+    assert total > 50
+    for at in range(1, total + 1, EACH):
         world = next(worlds)
         if fails(FINETUNE, world, at, capsys) and not Path("out/final").exists():
             saved = list(Path("out").glob("step-*"))
@@ -102,12 +102,12 @@ def test_training_goes_on_after_any_fault_of_the_disk(worlds, capsys):
         shutil.rmtree(world)
 
 
-def test_merging_leaves_a_whole_checkpoint_or_none(worlds, capsys):
+def test_merging_leaves_an_intact_checkpoint_or_none(worlds, capsys):
     world = next(worlds)
-    asked = requests(MERGE, world)
+    total = requests(MERGE, world)
     good = contents(world / "out")
-    assert asked > 10
-    for at in range(1, asked + 1):
+    assert total > 10
+    for at in range(1, total + 1):
         world = next(worlds)
         if fails(MERGE, world, at, capsys) and not Path("out").exists():
             assert main(MERGE) == 0
@@ -117,17 +117,17 @@ def test_merging_leaves_a_whole_checkpoint_or_none(worlds, capsys):
 def test_preparing_again_leaves_the_old_rows_or_the_new_ones(worlds, capsys):
     world = next(worlds)
     old = contents(world / "data")
-    asked = requests(PREPARE, world)
+    total = requests(PREPARE, world)
     new = contents(world / "data")
-    assert asked > 10
-    for at in range(1, asked + 1):
+    assert total > 10
+    for at in range(1, total + 1):
         world = next(worlds)
         outcomes = (old, new) if fails(PREPARE, world, at, capsys) else (new,)
         complete_transaction(Path("data"))  # as whatever reads the data does first
         assert contents(world / "data") in outcomes
 
 
-def test_files_that_change_together_do_so_whenever_the_process_is_killed(tmp_path):
+def test_write_together_is_atomic_when_killed(tmp_path):
     old, new = {"a": b"1", "b": b"1"}, {"a": b"2", "b": b"2", "c": b"2"}
     outcomes = []
     for at in count(1):
@@ -145,7 +145,7 @@ def test_files_that_change_together_do_so_whenever_the_process_is_killed(tmp_pat
 
 
 def killed_at(at: int, folder: Path, new: dict[str, bytes]) -> bool:
-    """Write in a process that ends, as by SIGKILL, at a request to the disk; say whether there were so many."""
+    """Write in a process that ends, as by SIGKILL, at the n-th request to the disk; tell whether there was one."""
     child = os.fork()
     if not child:
         with failing_disk(folder, at, lambda: os._exit(9)):
@@ -185,9 +185,9 @@ def run(command: Sequence[str], prefix: Sequence[str] = (), module: str = "litlo
     return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def goes_on_from(world: Path, sentence: str) -> None:
-    """Assert that a sentence names a whole checkpoint, from which the run goes on to its end and leaves no remains."""
-    assert kept(sentence), sentence
+def assert_resumes_from(world: Path, sentence: str) -> None:
+    """Assert that a sentence names an intact checkpoint, and that the run resumes from it without partial files."""
+    assert names_checkpoint(sentence), sentence
     assert all(find_corruption(path) is None for path in world.glob("out/step-*"))
     (world / "out/.step-000002.1234.partial").mkdir(exist_ok=True)  # as a killed run leaves it
     assert main([*LONG, "--resume", "true"]) == 0
@@ -195,21 +195,21 @@ def goes_on_from(world: Path, sentence: str) -> None:
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount a disk that is small")
-def test_a_disk_that_is_really_full_keeps_the_last_checkpoint(worlds):
+def test_full_disk_leaves_the_last_checkpoint(worlds):
     world = next(worlds)
     script = 'mkdir out && mount -t tmpfs -o size=600k none out && "$@"; code=$?; cp -a out saved; exit $code'
     full = run(LONG, [*IN_A_SMALL_ROOM, script, "sh"])
-    _, talk = full.communicate()
+    _, stderr = full.communicate()
     assert full.returncode == 1
     (world / "out").rmdir()
     (world / "saved").rename(world / "out")
-    *_, sentence = talk.splitlines()
+    *_, sentence = stderr.splitlines()
     assert "No space left on device" in sentence
-    goes_on_from(world, sentence)
+    assert_resumes_from(world, sentence)
 
 
 @pytest.mark.skipif(os.getuid() == 0 and shutil.which("setpriv") is None, reason="permissions do not bind root")
-def test_a_permission_that_is_lost_on_the_way_keeps_the_last_checkpoint(worlds):
+def test_lost_permission_leaves_the_last_checkpoint(worlds):
     world = next(worlds)
     without_rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
     process = run(LONG, without_rights, "tests.helpers.gate")
@@ -217,9 +217,9 @@ def test_a_permission_that_is_lost_on_the_way_keeps_the_last_checkpoint(worlds):
         time.sleep(0.001)
     (world / "out").chmod(0o500)
     Path("go").touch()
-    _, talk = process.communicate()
+    _, stderr = process.communicate()
     (world / "out").chmod(0o700)
     assert process.returncode == 1
-    *_, sentence = talk.splitlines()
+    *_, sentence = stderr.splitlines()
     assert "Permission denied" in sentence
-    goes_on_from(world, sentence)
+    assert_resumes_from(world, sentence)
