@@ -1,4 +1,4 @@
-"""What the flags and YAML keys of each command are: documented by attribute docstrings, self-checking."""
+"""The flags and YAML keys of every command: type, default, help (the attribute docstrings) and validation."""
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -34,13 +34,13 @@ class SecretStr:
 
 
 def require(condition: bool, flag: str, value: object, need: str) -> None:
-    """Refuse `value` of `flag` unless `condition` holds, saying what it must be instead."""
+    """Refuse a value of a flag unless a condition holds, and state what it must be."""
     if not condition:
         raise LitLoraError(f"{flag} ({value}) must be {need}")
 
 
 def require_seed(seed: int) -> None:
-    """Refuse a seed that torch's generators do not take."""
+    """Refuse a seed that torch's generators do not accept."""
     require(0 <= seed < 2**63, "--seed", seed, "0 or more, and below 2^63")
 
 
@@ -53,7 +53,7 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class CommandArgs:
-    """What --help shows of a command beside its summary and its flags."""
+    """What --help shows beside the summary and the flags of a command."""
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Titles of groups of flags, and patterns of the names in each."""
@@ -67,37 +67,37 @@ class TrainArgs:
     global_batch_size: int = 16
     """Examples per optimizer step, over all devices."""
     micro_batch_size: int = 4
-    """Most examples in one forward and backward pass; of no effect with micro_batch_tokens."""
+    """Maximum number of examples in one forward and backward pass; unused with micro_batch_tokens."""
     micro_batch_tokens: int | None = None
-    """Most tokens in one forward and backward pass, of however many examples; null bounds it by micro_batch_size."""
+    """Maximum number of tokens in one forward and backward pass; null limits the examples by micro_batch_size."""
     parallel_micro_batches: int = 2
-    """Most micro-batches that a CPU computes at a time, each on its share of the cores; a GPU computes one."""
+    """Micro-batches that run concurrently on CPU, each on its share of the cores; a GPU runs one."""
     epochs: int = 1
     """Passes over the training split."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps, however many epochs are asked for."""
+    """Stop after this many optimizer steps, even within an epoch."""
     max_time: float | None = None
-    """Seconds after which the run saves a checkpoint and stops, to be resumed by --resume."""
+    """Stop and save a resumable checkpoint after this many seconds."""
     max_seq_length: int | None = None
-    """Most tokens of one example; longer ones are cut. By default the checkpoint's own limit."""
+    """Maximum number of tokens of an example, by default the checkpoint's limit; longer examples are truncated."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_warmup_steps: int | None = None
-    """Steps over which the learning rate rises to its peak; beats lr_warmup_fraction."""
+    """Warmup steps; overrides lr_warmup_fraction."""
     lr_warmup_fraction: float = 0.05
-    """Share of all steps over which the learning rate rises to its peak."""
+    """Share of all steps that are warmup steps, in which the learning rate rises linearly to its peak."""
     min_lr: float = 0.0
-    """Learning rate towards which the cosine decays."""
+    """Final learning rate of the cosine schedule."""
     max_norm: float | None = 1.0
-    """Clip the norm of all gradients at this value; null for no clipping."""
+    """Clip the gradient norm at this value; null for no clipping."""
     save_interval: int = 1000
     """Save a resumable checkpoint every this many steps."""
     save_total_limit: int | None = None
-    """Keep only this many of the newest checkpoints, and the one with the best validation loss; null keeps all."""
+    """Retain this many of the newest checkpoints, and the one with the best validation loss; null retains all."""
     log_interval: int = 1
     """Write a row of metrics.csv every this many steps."""
     activation_checkpointing: bool = False
-    """Keep no more than each block's input, and compute the rest again for the gradient: slower, but far smaller."""
+    """Recompute block activations in the backward pass: slower, much less memory."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -121,7 +121,7 @@ class TrainArgs:
         require(norm is None or norm > 0, "--train.max_norm", norm, "above 0, or null for no clipping")
 
     def sequence_limit(self, positions: int) -> int:
-        """Return the most tokens of an example on a checkpoint that has so many positions."""
+        """Return the maximum number of tokens of an example, given the checkpoint's number of positions."""
         most = self.max_seq_length or positions
         need = f"at most the checkpoint's max_position_embeddings ({positions})"
         require(most <= positions, "--train.max_seq_length", most, need)
@@ -130,24 +130,24 @@ class TrainArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """When the model is validated, and on how much."""
+    """When and on what the model is validated."""
 
     interval: int = 100
     """Validate every this many steps."""
     max_iters: int | None = None
-    """Most micro-batches of one validation; null for the whole split."""
+    """Maximum number of micro-batches of a validation; null for the whole split."""
     max_new_tokens: int = 100
-    """Most tokens of the sample answer that is shown at each validation; 0 for none."""
+    """Maximum number of tokens of the sample completion printed at each validation; 0 for none."""
     initial_validation: bool = True
     """Validate before the first step."""
     final_validation: bool = True
     """Validate after the last step."""
     evaluate_example: int = 0
-    """Which row of the validation split the sample answer is for, counted from 0."""
+    """Row of the validation split whose prompt is completed, counted from 0."""
     keep_best: bool = False
-    """Let the final adapter be the one with the best validation loss instead of the last one."""
+    """Save the adapter with the best validation loss as the final one, instead of the last."""
     patience: int | None = None
-    """Stop when this many validations in a row have not been better than the best one; null never stops early."""
+    """Stop after this many validations in a row without improvement; null never stops early."""
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, "--eval.interval", self.interval, "at least 1")
@@ -160,7 +160,7 @@ class EvalArgs:
 
 @dataclass(frozen=True)
 class DownloadArgs(CommandArgs):
-    """Fetch a checkpoint from the Hugging Face Hub."""
+    """Download a checkpoint from the Hugging Face Hub."""
 
     examples: ClassVar = (
         "litlora download meta-llama/Llama-3.2-1B",
@@ -168,29 +168,29 @@ class DownloadArgs(CommandArgs):
     )
 
     repo_id: str
-    """Which repository, as ORG/NAME."""
+    """Repository on the Hub."""
     revision: str = "main"
     """Branch, tag or commit of the repository."""
     checkpoint_root: Path = Path("checkpoints")
-    """The checkpoint lands in CHECKPOINT_ROOT/ORG/NAME."""
+    """Parent folder: the checkpoint is saved as CHECKPOINT_ROOT/ORG/NAME."""
     access_token: SecretStr | None = None
     """Hub token for gated or private repositories; by default the environment's HF_TOKEN."""
     tokenizer_only: bool = False
-    """Fetch the tokenizer and configuration without the weights."""
+    """Download the tokenizer and configuration without the weights."""
 
 
 @dataclass(frozen=True)
 class PrepareArgs(CommandArgs):
-    """What the preparation of every data set shares."""
+    """The settings that all prepare commands share."""
 
     destination_path: Path
-    """Folder that gets train.jsonl, val.jsonl and dataset.json."""
+    """Output folder for train.jsonl, val.jsonl and dataset.json."""
     source: str
-    """A file, or the http(s) address of one."""
+    """File or http(s) URL."""
     val_split_fraction: float
-    """Share of the rows that is kept for validation."""
+    """Share of the rows in the validation split."""
     seed: int = 42
-    """Decides which rows are kept for validation."""
+    """Random seed of the split."""
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
@@ -223,10 +223,10 @@ class PrepareLimaArgs(PrepareArgs):
 
     destination_path: Path = Path("data/lima")
     source: str = "GAIR/lima"
-    """A file, the http(s) address of one, or the Hub's data set ORG/NAME."""
+    """File, http(s) URL, or data set ORG/NAME on the Hub."""
     val_split_fraction: float = 0.1
     include_multiturn_conversations: bool = False
-    """Keep conversations of several turns whole; by default only their first turn is kept."""
+    """Include all turns of a conversation instead of the first turn."""
     access_token: SecretStr | None = None
     """Hub token, since LIMA is gated; by default the environment's HF_TOKEN."""
 
@@ -269,29 +269,29 @@ class FinetuneLoraArgs(CommandArgs):
     )
 
     checkpoint_dir: Path
-    """Folder of the base: config.json, *.safetensors and tokenizer files, as the Hub serves them."""
+    """Folder of the base model in Hub format: config.json, *.safetensors and tokenizer files."""
     data_dir: Path
-    """Folder with train.jsonl and val.jsonl, as the prepare commands write them."""
+    """Folder with train.jsonl and val.jsonl, written by a prepare command."""
     out_dir: Path = Path("out/finetune_lora")
-    """Folder that gets the run's metrics, checkpoints and final adapter."""
+    """Output folder for metrics, checkpoints and the final adapter."""
     precision: Precision = "bf16-true"
-    """Of the base and its arithmetic; the adapter's weights are float32 whatever this says."""
+    """Precision of the base and of its computation; the adapter's weights are always float32."""
     quantize: Quantize | None = None
-    """Keep the base's blocks in 4 bits: bnb.nf4, or bnb.nf4-dq, whose scales are quantized as well."""
+    """Quantize the blocks of the base to 4 bits (QLoRA); bnb.nf4-dq quantizes the scales as well."""
     devices: int = 1
-    """How many devices of a machine to train on: GPUs, or processes where there are none."""
+    """Devices per machine: GPUs, or processes on CPU."""
     num_nodes: int = 1
-    """How many machines to train on; more than one are started by torchrun."""
+    """Number of machines; more than one need torchrun or srun."""
     strategy: Strategy = "auto"
-    """ddp keeps the whole base on every device, fsdp a part of it on each; auto is ddp where the base fits."""
+    """ddp replicates the base on every device, fsdp shards it; auto chooses ddp if the base fits."""
     lora_r: int = 8
     """Rank of the adapter's matrices."""
     lora_alpha: int = 16
-    """The adapter's output is scaled by lora_alpha / lora_r."""
+    """Scaling: the adapter's output is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.05
-    """Share of the adapter's inputs that is zeroed in training."""
+    """Dropout probability of the adapter's inputs."""
     lora_init: Start = "zero"
-    """What the adapter begins with: zero is the base as it is, fisher makes up for what --quantize loses of it."""
+    """Initialization of the adapter: zero leaves the base unchanged, fisher compensates for the error of --quantize."""
     lora_use_dora: bool = False
     """Train the magnitudes of the adapted weights apart from their directions (DoRA): slower, better at low rank."""
     lora_query: bool = True
@@ -307,7 +307,7 @@ class FinetuneLoraArgs(CommandArgs):
     lora_head: bool = False
     """Adapt the output head."""
     mask_prompt: bool = True
-    """Learn the responses only; false learns the prompts as well."""
+    """Exclude prompts from the loss; false supervises them as well."""
     prompt_style: str = "alpaca"
     """alpaca, none, chat (the checkpoint's own template), or a text with {instruction} and {input}."""
     train: TrainArgs = field(default_factory=TrainArgs)
@@ -315,15 +315,15 @@ class FinetuneLoraArgs(CommandArgs):
     optimizer: dict[str, Any] | str = "AdamW"
     """Name of a torch optimizer, or its class_path and init_args."""
     logger_name: Literal["csv"] = "csv"
-    """Where metrics go: csv is metrics.csv in out_dir."""
+    """Logger of the metrics: csv writes OUT_DIR/metrics.csv."""
     seed: int = 1337
-    """Decides the adapter's start, the order of the examples and dropout."""
+    """Random seed of the adapter's initialization, the order of the examples and dropout."""
     resume: bool | Literal["auto"] | Path = False
     """Resume from out_dir's newest intact checkpoint (true), if there is one (auto), or from the one at this path."""
     overwrite: bool = False
-    """Replace a run that out_dir holds; together with --resume, only the final adapter of a finished one."""
+    """Replace the run in out_dir; with --resume, replace only the final adapter of a finished run."""
     dry_run: bool = False
-    """Say what the run would compute and how much memory it would take, and stop before any weight is loaded."""
+    """Print steps, tokens and estimated peak memory of the run, and exit without loading weights."""
 
     def __post_init__(self) -> None:
         if self.quantize and self.precision == "bf16-mixed":
@@ -331,7 +331,7 @@ class FinetuneLoraArgs(CommandArgs):
             raise LitLoraError(f"--quantize {self.quantize} does not go with --precision bf16-mixed: {hint}")
         if self.lora_init == "fisher" and not self.quantize:
             hint = "give --quantize as well, or leave it out"
-            raise LitLoraError(f"--lora_init fisher makes up for what --quantize loses, which is not given: {hint}")
+            raise LitLoraError(f"--lora_init fisher compensates for the error of --quantize, which is not set: {hint}")
         if self.lora_use_dora and self.strategy == "fsdp":
             raise dora_is_not_sharded()
         for name in ("devices", "num_nodes"):
@@ -367,14 +367,14 @@ class FinetuneLoraArgs(CommandArgs):
 
     @property
     def lora_switches(self) -> tuple[str, ...]:
-        """Those of query, key, value, projection, mlp and head that are on."""
+        """The enabled switches among query, key, value, projection, mlp and head."""
         names = ("query", "key", "value", "projection", "mlp", "head")
         return tuple(name for name in names if getattr(self, f"lora_{name}"))
 
 
 @dataclass(frozen=True)
 class GenerateArgs(CommandArgs):
-    """Answer a prompt with a checkpoint, or with an adapter on its base."""
+    """Complete a prompt with a checkpoint, or with an adapter on its base."""
 
     examples: ClassVar = (
         'litlora generate checkpoints/ORG/NAME --prompt "Once upon a time"',
@@ -384,29 +384,29 @@ class GenerateArgs(CommandArgs):
     checkpoint_dir: Path
     """Folder of a checkpoint or of an adapter."""
     prompt: str | None = None
-    """The prompt; by default it is read from standard input."""
+    """Prompt, by default read from standard input."""
     max_new_tokens: int = 50
-    """Most tokens of the answer."""
+    """Maximum number of tokens of the completion."""
     temperature: float = 0.8
-    """Sharpness of the choice of tokens: 0 always takes the likeliest."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_k: int | None = 50
-    """Choose among this many likeliest tokens; null for all."""
+    """Sample from the k most likely tokens; null for all."""
     top_p: float = 1.0
-    """Choose among the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens with this total probability."""
     num_samples: int = 1
-    """How many answers to give."""
+    """Number of completions."""
     seed: int = 1234
-    """Decides the choice of tokens."""
+    """Random seed of sampling."""
     prompt_style: str | None = None
-    """alpaca, none, chat, or a text with {instruction}; by default an adapter's own, else none."""
+    """alpaca, none, chat, or a text with {instruction}; by default the adapter's, else none."""
     base_dir: Path | None = None
-    """Folder of the adapter's base; by default the one that the adapter names."""
+    """Folder of the adapter's base, by default the one in its adapter_config.json."""
     precision: Literal["bf16-true", "32-true"] | None = None
-    """Of the base and its arithmetic; by default as an adapter over 4 bits was trained, else bf16-true."""
+    """Precision of the base, by default that in which a QLoRA adapter was trained, else bf16-true."""
     quantize: Quantize | Literal["none"] | None = None
-    """Keep the base's blocks in 4 bits: bnb.nf4 or bnb.nf4-dq; by default as an adapter was trained, else none."""
+    """Quantize the blocks of the base to 4 bits; by default as the adapter was trained, else none."""
     compile: bool = False
-    """Compile the step from token to token first, which takes seconds and a C++ compiler."""
+    """Compile the decoding step first, which takes seconds and needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):
@@ -431,11 +431,11 @@ class MergeLoraArgs(CommandArgs):
     checkpoint_dir: Path
     """Folder of the adapter."""
     out_dir: Path
-    """Folder that gets the merged checkpoint."""
+    """Output folder for the merged checkpoint."""
     base_dir: Path | None = None
-    """Folder of the base; by default the one that the adapter names."""
+    """Folder of the base, by default the one in adapter_config.json."""
     dequantized_base: bool = False
-    """Merge into the base's weights as they are in 4 bits, for an adapter that was trained on these."""
+    """Merge into the dequantized 4-bit weights on which the adapter was trained."""
 
 
 COMMANDS: dict[str, type[CommandArgs]] = {

@@ -1,15 +1,12 @@
 """The exceptions that reach a user."""
 
-SHORTAGES = ("can't allocate memory", "out of memory")  # of a CPU, whose error has no class of its own, and of a GPU
-
+SHORTAGES = ("can't allocate memory", "out of memory")  # torch's messages on CPU, whose error has no class, and on GPU
 DAMAGED = "its weights are damaged, or too large for this --precision (try 32-true)"  # where a model gives no numbers
-
-
 RESUME = "resume with the same command and --resume true"
 
 
 class LitLoraError(Exception):
-    """What the user did wrong and the way out, in one sentence that names the flag, file or row."""
+    """A user's mistake and its fix, in one sentence that names the flag, file or row."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -24,16 +21,16 @@ class UsageError(LitLoraError):
 
 
 class StoppedError(LitLoraError):
-    """A run that was told to stop before its end, and how to resume it."""
+    """A run that was stopped before its end, and how to resume it."""
 
 
 class EndedElsewhereError(LitLoraError):
-    """The end of a process that trains with others, one of which says why."""
+    """The end of a rank whose peer reports the cause."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__("another process says why", exit_code)
+        super().__init__("a peer reports the cause", exit_code)
 
 
 def is_shortage(error: MemoryError | RuntimeError) -> bool:
     """Tell whether memory has run out, Python's or torch's."""
-    return isinstance(error, MemoryError) or any(said in str(error) for said in SHORTAGES)
+    return isinstance(error, MemoryError) or any(text in str(error) for text in SHORTAGES)

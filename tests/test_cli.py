@@ -47,32 +47,32 @@ def settings(*flags: str) -> FinetuneLoraArgs:
     ],
     ids=" ".join,
 )
-def test_a_flag_beats_the_file_wherever_it_stands(flags):
+def test_flag_overrides_file_in_any_position(flags):
     write("lora_r: 3\nlora_alpha: 7\ntrain:\n  epochs: 2\n")
     args = settings(*flags)
     assert (args.lora_r, args.lora_alpha, args.train.epochs) == (5, 7, 2)
 
 
-def test_a_config_before_the_command_counts_too():
+def test_config_before_the_command():
     write("lora_r: 3\n")
     assert args_of("--config", "run.yaml", "finetune_lora", *NEEDED).lora_r == 3
     assert args_of("--config=run.yaml", "finetune_lora", *NEEDED).lora_r == 3
 
 
-def test_a_flag_of_a_group_leaves_the_rest_of_the_group_in_the_file():
+def test_flag_of_a_section_overrides_one_key():
     write("train:\n  epochs: 2\n  max_steps: 9\n")
     args = settings("--train.epochs", "4", "--config", "run.yaml")
     assert (args.train.epochs, args.train.max_steps) == (4, 9)
 
 
-def test_of_several_files_the_last_wins():
+def test_last_of_several_files_wins():
     files = ["--config", write("lora_r: 3\nlora_alpha: 7\n", "a.yaml"), "--config", write("lora_r: 4\n", "b.yaml")]
     args = settings(*files)
     assert (args.lora_r, args.lora_alpha) == (4, 7)
 
 
 @pytest.mark.parametrize("text", ["", "# lora_r: 3\n", "train:\n  # epochs: 3\n"])
-def test_a_file_without_settings_changes_nothing(text):
+def test_empty_file_changes_nothing(text):
     assert settings("--config", write(text)) == settings()
 
 
@@ -101,7 +101,7 @@ SGD = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9, "nesterov
     "text",
     ["lora_r: 4", "optimizer: Adam", "optimizer:\n  class_path: torch.optim.SGD\n  init_args: {momentum: 0.5}"],
 )
-def test_an_optimizer_is_the_same_in_every_spelling_and_over_every_file(text, flags):
+def test_spellings_of_an_optimizer_are_equivalent(text, flags):
     assert settings("--config", write(text), *flags).optimizer == SGD
 
 
@@ -114,22 +114,22 @@ def test_an_optimizer_is_the_same_in_every_spelling_and_over_every_file(text, fl
         ("lora_r: 4", "AdamW"),
     ],
 )  # fmt: skip
-def test_an_optimizer_in_the_file_is_a_name_or_a_mapping(text, optimizer):
+def test_optimizer_in_file_is_name_or_mapping(text, optimizer):
     assert settings("--config", write(text)).optimizer == optimizer
 
 
-def test_optimizer_flags_go_on_top_of_the_file_as_the_parser_reads_its_numbers():
+def test_optimizer_flags_extend_the_file():
     text = "optimizer:\n  class_path: torch.optim.AdamW\n  init_args:\n    eps: 1e-7\n    betas: [0.9, 0.99]\n"
     optimizer = settings("--optimizer.init_args.weight_decay", "1e-2", "--config", write(text)).optimizer
     assert optimizer["init_args"] == {"eps": 1e-7, "betas": [0.9, 0.99], "weight_decay": 1e-2}
 
 
-def test_optimizer_flags_without_a_name_are_for_the_default():
+def test_optimizer_flags_apply_to_the_default():
     optimizer = settings("--optimizer.init_args.weight_decay", "0.1").optimizer
     assert optimizer == {"class_path": "AdamW", "init_args": {"weight_decay": 0.1}}
 
 
-def test_a_prompt_with_an_equals_sign_or_the_word_config_stays_whole():
+def test_prompt_with_syntax_of_flags_or_yaml():
     for prompt in ("a=b", "--config is a flag", "optimizer=1", "{instruction}", "123", "yes", " a\nb: c"):
         assert args_of("generate", "--checkpoint_dir", "base", f"--prompt={prompt}").prompt == prompt
 
@@ -181,7 +181,7 @@ def test_print_config_holds_every_setting(capsys):
     ],
     ids=" ".join,
 )
-def test_an_access_token_is_never_shown(arguments, capsys, monkeypatch):
+def test_access_token_is_never_printed(arguments, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     write(f"repo_id: a/b\naccess_token: {TOKEN}\n", "token.yaml")
     write(f"repo_id: a/b\nacess_token: {TOKEN}\n", "misspelt.yaml")
@@ -192,3 +192,40 @@ def test_an_access_token_is_never_shown(arguments, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert printed.out + printed.err
     assert TOKEN not in printed.out + printed.err
+
+
+def test_checkpoint_needs_no_flag():
+    for arguments in (
+        ["finetune_lora", "base", "--data_dir", "data"],
+        ["finetune_lora", "--data_dir", "data", "base"],
+        ["finetune_lora", "base", "--data_dir", "data", "--checkpoint_dir", "base"],
+    ):
+        assert args_of(*arguments).checkpoint_dir == Path("base")
+    assert args_of("generate", "base").checkpoint_dir == Path("base")
+    assert args_of("merge_lora", "adapter", "--out_dir", "out").checkpoint_dir == Path("adapter")
+    assert args_of("download", "org/name").repo_id == "org/name"
+
+
+def test_boolean_flag_needs_no_value():
+    assert settings("--dry_run", "--overwrite", "--resume").dry_run
+    assert settings("--resume").resume is True
+    assert settings("--resume", "false").resume is False
+    assert settings("--resume", "out/step-1").resume == Path("out/step-1")
+
+
+def test_numbers_and_words_of_yaml_are_read():
+    args = settings("--train.learning_rate", "1e-3", "--train.max_norm", "null", "--seed", "7", "--lora_mlp", "yes")
+    assert (args.train.learning_rate, args.train.max_norm, args.seed, args.lora_mlp) == (1e-3, None, 7, True)
+
+
+@pytest.mark.parametrize("flag", ["--acess_token", "--token", "--key", "-t"])
+@pytest.mark.parametrize("token", [TOKEN, "ghp_aBcDeF0123456789", "sk-proj-aBcDeF0123456789", "0123456789abcdef"])
+def test_value_of_an_unknown_flag_is_never_printed(flag, token, capsys):
+    assert main(["download", "org/name", flag, token]) == 2
+    assert main(["download", "org/name", f"{flag}={token}"]) == 2
+    assert main(["download", "org/name", token]) == 2
+    write(f"{flag.strip('-')}: {token}\n", "misspelt.yaml")
+    assert main(["download", "org/name", "--config", "misspelt.yaml"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 4
+    assert token not in printed.out + printed.err

@@ -35,7 +35,7 @@ HEAVY = {
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
-def test_help_waits_for_no_heavy_import(arguments):
+def test_help_imports_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout
@@ -44,7 +44,7 @@ def test_help_waits_for_no_heavy_import(arguments):
     assert not modules & HEAVY
 
 
-def test_a_mistake_in_the_flags_waits_for_no_heavy_import_either():
+def test_unknown_flag_imports_nothing_heavy():
     arguments = ["finetune_lora", "--checkpoint_dir", "base", "--data_dir", "data", "--nonsense", "1"]
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
@@ -62,7 +62,7 @@ def test_a_mistake_in_the_flags_waits_for_no_heavy_import_either():
         ["merge_lora", "--out_dir", "merged"],
     ],
 )
-def test_what_is_not_compiled_waits_for_no_compiler(adapter, tmp_path, arguments):
+def test_dynamo_is_imported_only_to_compile(adapter, tmp_path, arguments):
     command = [sys.executable, "-c", PROBE, *arguments, "--checkpoint_dir", str(adapter)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -77,8 +77,8 @@ def test_help_explains_every_flag(command, capsys):
     words = " ".join(capsys.readouterr().out.split())
     for name in settings_of(COMMANDS[command]):
         assert f" --{name} " in words or f" --{name}." in words
-    assert not re.findall(r"--[\w.]+ \S+ \((?:required|default)", words), "flags that nothing explains"
-    assert not re.findall(r"<class|type:|Optional|\| None|null\)", words), "types as only Python writes them"
+    assert not re.findall(r"--[\w.]+ \S+ \((?:required|default)", words), "flags without explanation"
+    assert not re.findall(r"<class|type:|Optional|\| None|null\)", words), "types in Python syntax"
     assert words.split("examples: ")[1].count("litlora") == 2
 
 

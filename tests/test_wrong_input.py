@@ -70,15 +70,15 @@ def change(path: str, **keys: object) -> None:
 def weigh(**tensors: Tensor | None) -> None:
     """Change tensors of the base, or take them away."""
     changed = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-    kept = {name: tensor for name, tensor in load_file(WEIGHTS).items() if name not in changed}
-    save_file(kept | {name: t for name, t in changed.items() if t is not None}, WEIGHTS, metadata={"format": "pt"})
+    others = {name: tensor for name, tensor in load_file(WEIGHTS).items() if name not in changed}
+    save_file(others | {name: t for name, t in changed.items() if t is not None}, WEIGHTS, metadata={"format": "pt"})
 
 
 def lie() -> None:
     """Make the header of the base's weights promise a tensor of another size than its bytes have."""
-    whole = Path(WEIGHTS).read_bytes()
-    (length,) = struct.unpack("<Q", whole[:8])
-    write(WEIGHTS, whole[:8] + whole[8 : 8 + length].replace(b"[300,32]", b"[301,32]", 1) + whole[8 + length :])
+    content = Path(WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    write(WEIGHTS, content[:8] + content[8 : 8 + length].replace(b"[300,32]", b"[301,32]", 1) + content[8 + length :])
 
 
 def point(name: str) -> None:
@@ -170,7 +170,7 @@ def case(name: str, spoil: Spoil, *rest: object) -> object:
              "fetch it with: litlora download --repo_id ORG/NAME --tokenizer_only true"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_is_none_is_refused(spoil, sentence, capsys):
+def test_invalid_checkpoint_is_refused(spoil, sentence, capsys):
     spoil()
     check(capsys, FINETUNE, sentence)
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_that_is_none_is_refused(spoil, sentence, capsys):
              "fetch a repository that has them with: litlora download --repo_id ORG/NAME"),
     ],
 )  # fmt: skip
-def test_a_shard_that_is_none_is_refused(spoil, sentence, capsys):
+def test_invalid_shard_is_refused(spoil, sentence, capsys):
     spoil()
     check(capsys, [*FINETUNE, "--checkpoint_dir", "sharded"], sentence)
 
@@ -229,7 +229,7 @@ def test_a_shard_that_is_none_is_refused(spoil, sentence, capsys):
              f"data/train.jsonl line 2: the byte 0xff is not valid UTF-8; save the file as UTF-8; {SHAPE}"),
     ],
 )  # fmt: skip
-def test_data_that_is_none_is_refused(spoil, sentence, capsys):
+def test_invalid_data_is_refused(spoil, sentence, capsys):
     spoil()
     check(capsys, FINETUNE, sentence)
 
@@ -240,7 +240,7 @@ def test_data_that_is_none_is_refused(spoil, sentence, capsys):
         ("--lora_r 0", "--lora_r (0) must be at least 1"),
         ("--lora_alpha 0", "--lora_alpha (0) must be at least 1"),
         ("--lora_dropout 1", "--lora_dropout (1.0) must be at least 0 and below 1"),
-        ("--lora_init fisher", "--lora_init fisher makes up for what --quantize loses, which is not given: "
+        ("--lora_init fisher", "--lora_init fisher compensates for the error of --quantize, which is not set: "
          "give --quantize as well, or leave it out"),
         ("--devices 0", "--devices (0) must be at least 1"),
         ("--quantize bnb.nf4 --precision bf16-mixed",
@@ -299,7 +299,7 @@ def test_data_that_is_none_is_refused(spoil, sentence, capsys):
         ("--config base", "--config base cannot be read: Is a directory"),
     ],
 )  # fmt: skip
-def test_a_setting_that_cannot_be_is_refused(flags, sentence, capsys):
+def test_invalid_setting_is_refused(flags, sentence, capsys):
     check(capsys, [*FINETUNE, *flags.split(" ")], sentence)
 
 
@@ -325,7 +325,7 @@ def test_a_setting_that_cannot_be_is_refused(flags, sentence, capsys):
         ("other", "CHECKPOINT (other) and --checkpoint_dir (base) are the same setting: give one of them"),
     ],
 )
-def test_a_flag_that_does_not_exist_or_has_another_type_exits_with_2(flags, sentence, capsys):
+def test_unknown_flag_or_wrong_type_exits_with_2(flags, sentence, capsys):
     check(capsys, [*FINETUNE, *flags.split()], f"{sentence}; see litlora finetune_lora --help", code=2)
 
 
@@ -344,30 +344,30 @@ def test_a_flag_that_does_not_exist_or_has_another_type_exits_with_2(flags, sent
     ],
     ids=str,
 )  # fmt: skip
-def test_a_file_of_settings_that_is_none_is_refused(content, sentence, capsys):
+def test_invalid_yaml_is_refused(content, sentence, capsys):
     write("run.yaml", content)
     check(capsys, [*FINETUNE, "--config", "run.yaml"], f"--config run.yaml {sentence}")
 
 
 @pytest.mark.parametrize("flags", [["--train", "train.yaml"], ["--train=train.yaml"]], ids=["two words", "one word"])
-def test_a_file_for_one_group_of_settings_is_checked_as_well(flags, capsys):
+def test_yaml_file_of_a_section_is_checked(flags, capsys):
     write("train.yaml", "epochs: 4\nepochs: 8\n")
     check(capsys, [*FINETUNE, *flags], "--train train.yaml line 2 gives epochs a second time: remove one of them")
 
 
-def test_a_group_of_settings_on_the_command_line_is_checked_as_well(capsys):
+def test_yaml_of_a_section_on_the_command_line_is_checked(capsys):
     sentence = "--eval {interval: 4, interval: 8} line 1 gives interval a second time: remove one of them"
     check(capsys, [*FINETUNE, "--eval", "{interval: 4, interval: 8}"], sentence)
 
 
 @pytest.mark.parametrize("content", ["lora_r: &a [*a]\n", "lora_r: &a {x: *a}\n", "&a seed: *a\nlora_r: &b {<<: *b}\n"])
-def test_a_file_of_settings_that_holds_itself_is_refused(content, capsys):
+def test_recursive_yaml_is_refused(content, capsys):
     write("run.yaml", content)
     assert main([*FINETUNE, "--config", "run.yaml"]) == 1
     assert capsys.readouterr().err.startswith("litlora: --config run.yaml ")
 
 
-def test_a_few_lines_that_stand_for_a_billion_values_are_refused(capsys):
+def test_exponential_yaml_aliases_are_refused(capsys):
     write(
         "run.yaml",
         "a: &a [1, 1]\n" + "".join(f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]\n" for x, y in pairwise("abcdefghijk")),
@@ -379,7 +379,7 @@ def test_a_few_lines_that_stand_for_a_billion_values_are_refused(capsys):
     )
 
 
-def test_what_is_printed_in_the_place_of_a_token_is_not_taken_for_one(capsys):
+def test_masked_token_is_not_accepted_as_a_token(capsys):
     assert not (main(["download", "--repo_id", "org/name", "--access_token", "hf_aBcDeFgHiJ", "--print_config"]))
     printed = capsys.readouterr().out
     assert "hf_" not in printed
@@ -421,7 +421,7 @@ def test_what_is_printed_in_the_place_of_a_token_is_not_taken_for_one(capsys):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_key_that_does_not_exist_or_has_another_type_exits_with_2(content, sentence, capsys):
+def test_unknown_key_or_wrong_type_exits_with_2(content, sentence, capsys):
     write("run.yaml", content)
     check(capsys, [*FINETUNE, "--config", "run.yaml"], f"--config run.yaml{sentence}", code=2)
 
@@ -441,12 +441,12 @@ def test_a_key_that_does_not_exist_or_has_another_type_exits_with_2(content, sen
              "--out_dir (out) holds a finished run: choose another, or replace it by --overwrite true"),
     ],
 )  # fmt: skip
-def test_an_out_dir_that_cannot_be_written_is_refused(spoil, out_dir, sentence, capsys):
+def test_unwritable_out_dir_is_refused(spoil, out_dir, sentence, capsys):
     spoil()
     check(capsys, [*FINETUNE, "--out_dir", out_dir], sentence)
 
 
-def test_examples_that_are_too_long_are_counted_and_said(capsys):
+def test_truncated_examples_are_counted_and_reported(capsys):
     flags = ["--train.max_seq_length", "150", "--train.max_steps", "1", "--precision", "32-true"]
     assert main([*FINETUNE, *flags]) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [
@@ -456,7 +456,7 @@ def test_examples_that_are_too_long_are_counted_and_said(capsys):
     assert Path("out/final/report.json").is_file()
 
 
-def test_a_length_that_leaves_nothing_of_any_response_is_refused(capsys):
+def test_length_without_any_response_token_is_refused(capsys):
     before = everything()  # the tokens of another run among it, so that none are made
     assert main([*FINETUNE, "--train.max_seq_length", "20"]) == 1
     assert capsys.readouterr().err.splitlines() == [
@@ -466,7 +466,7 @@ def test_a_length_that_leaves_nothing_of_any_response_is_refused(capsys):
     assert everything() == before
 
 
-def test_a_token_that_the_checkpoint_does_not_have_is_refused(capsys):
+def test_token_beyond_the_vocabulary_is_refused(capsys):
     tokenizer = Tokenizer.from_file("base/tokenizer.json")
     tokenizer.add_tokens([f"<{number}>" for number in range(100)])
     tokenizer.save("base/tokenizer.json")
@@ -483,7 +483,7 @@ def beyond(tokenizer: Tokenizer) -> str:
     return f"the token {tokenizer.token_to_id('<99>')}, but the checkpoint's vocab_size is 300: {hint}"
 
 
-def test_a_bound_below_the_longest_example_is_refused(capsys):
+def test_micro_batch_tokens_below_the_longest_example_is_refused(capsys):
     check(
         capsys,
         [*FINETUNE, "--train.micro_batch_tokens", "80"],
@@ -493,13 +493,13 @@ def test_a_bound_below_the_longest_example_is_refused(capsys):
 
 
 @pytest.mark.parametrize("name", ["PagedAdamW", "PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"])
-def test_a_paged_optimizer_is_refused_where_there_is_no_gpu_to_page_from(name, capsys, monkeypatch):
+def test_paged_optimizer_needs_a_gpu(name, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     hint = "and there is none here; choose AdamW8bit or AdamW"
     check(capsys, [*FINETUNE, "--optimizer", name], f"--optimizer {name} moves its state out of a full GPU, {hint}")
 
 
-def test_a_mistake_in_the_settings_is_said_before_anything_is_tokenized(capsys):
+def test_wrong_settings_are_reported_before_tokenization(capsys):
     remove("data/tokenized")
     for flags in ("--optimizer Foo", "--resume true", "--eval.evaluate_example 3", "--train.max_seq_length 257"):
         before = everything()
@@ -528,7 +528,7 @@ def test_a_mistake_in_the_settings_is_said_before_anything_is_tokenized(capsys):
         ("--prompt_style nonsense", f"--prompt_style (nonsense) {STYLES}"),
     ],
 )  # fmt: skip
-def test_generate_refuses_what_it_cannot_do(flags, sentence, capsys):
+def test_generate_refuses_invalid_arguments(flags, sentence, capsys):
     check(capsys, [*GENERATE, *flags.split()], sentence)
 
 
@@ -563,13 +563,13 @@ def test_generate_refuses_what_it_cannot_do(flags, sentence, capsys):
              'adapter/adapter_config.json has "use_qalora": True, which litlora does not implement'),
     ],
 )  # fmt: skip
-def test_an_adapter_that_does_not_fit_is_refused(command, spoil, sentence, capsys, monkeypatch):
+def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentence, capsys, monkeypatch):
     monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.3)
     spoil()
     check(capsys, command, sentence)
 
 
-def test_the_folder_of_a_run_is_told_from_its_adapter(capsys):
+def test_folder_of_a_run_is_no_adapter(capsys):
     Path("run").mkdir()
     Path("adapter").rename("run/final")
     check(capsys, [*GENERATE, "--checkpoint_dir", "run"], "run is the folder of a run; did you mean run/final?")
@@ -602,7 +602,7 @@ def test_the_folder_of_a_run_is_told_from_its_adapter(capsys):
              "fetch it with: litlora download --repo_id ORG/NAME --tokenizer_only true"),
     ],
 )  # fmt: skip
-def test_merge_lora_refuses_what_it_cannot_do(spoil, flags, sentence, capsys):
+def test_merge_lora_refuses_invalid_arguments(spoil, flags, sentence, capsys):
     spoil()
     check(capsys, [*MERGE, *flags.split()], sentence)
 
@@ -621,7 +621,7 @@ def test_merge_lora_refuses_what_it_cannot_do(spoil, flags, sentence, capsys):
     ],
     ids=["setting", "flag", "generate", "merge_lora", "required"],
 )  # fmt: skip
-def test_a_process_ends_with_the_sentence_alone(arguments, code, sentence, litlora):
+def test_process_prints_the_sentence_only(arguments, code, sentence, litlora):
     before = everything()
     done = litlora(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", f"litlora: {sentence}\n")

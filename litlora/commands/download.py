@@ -1,4 +1,4 @@
-"""Fetch a checkpoint from the Hugging Face Hub."""
+"""download: a repository of the Hub in, a checkpoint folder out."""
 
 import sys
 

@@ -14,7 +14,7 @@ ODD = ["How far?", "Ten miles.", "How long?"]
 
 
 def lima(*conversations):
-    return "\n".join(json.dumps({"conversations": said, "source": "test"}) for said in conversations).encode()
+    return "\n".join(json.dumps({"conversations": turns, "source": "test"}) for turns in conversations).encode()
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_lima_unanswered_message_is_reported(prepared, capsys, tmp_path):
 
 @pytest.mark.parametrize("multiturn", [False, True])
 @pytest.mark.parametrize(
-    ("said", "problem"),
+    ("turns", "problem"),
     [
         (["A prompt of the test split"], "the conversation has no response"),
         ([], "the conversation has no response"),
@@ -68,9 +68,9 @@ def test_lima_unanswered_message_is_reported(prepared, capsys, tmp_path):
         ("a", 'there is no list of strings under "conversations"'),
     ],
 )
-def test_lima_row_without_a_turn_is_refused(prepared, tmp_path, said, problem, multiturn):
+def test_lima_row_without_a_turn_is_refused(prepared, tmp_path, turns, problem, multiturn):
     with pytest.raises(LitLoraError) as refused:
-        prepared(SINGLE, said, multiturn=multiturn)
+        prepared(SINGLE, turns, multiturn=multiturn)
     assert str(refused.value) == (
         f"{tmp_path}/lima.jsonl line 2: {problem}; "
         'a row must look like {"conversations": ["question", "answer", ...]}'
