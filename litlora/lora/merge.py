@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,42 +10,38 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litlora.args import MergeLoraArgs
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
-from litlora.lora.adapter_folder import find_base
 from litlora.lora.checkpoint import read_lora_config, read_matrices, read_quantization, requires_nf4
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers
 from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint, block_linears
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization, dequantized
-from litlora.utils.files import atomic_directory, check_absent
+from litlora.utils.files import atomic_directory
 
 
-def merge_adapter(args: MergeLoraArgs) -> None:
-    """Merge an adapter into its base and write the result as a checkpoint."""
-    lora = read_lora_config(args.checkpoint_dir)
-    if lora.requires_quantized_base and not args.dequantized_base:
-        raise LitLoraError(f"{requires_nf4(args.checkpoint_dir)}: pass --dequantized_base true")
-    base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
-    check_absent(args.out_dir, "--out_dir")
-    base = Checkpoint.open(base_dir)
-    model = base.outline()
-    quantized = quantized_weights(model, args.checkpoint_dir) if args.dequantized_base else {}
+def merge_adapter(adapter_dir: Path, base: Checkpoint, out_dir: Path, *, dequantized: bool) -> None:
+    """Merge an adapter into its base, whose weights are dequantized first if requested, and write a checkpoint."""
+    lora, model = read_lora_config(adapter_dir), base.outline()
+    quantized = quantized_weights(model, adapter_dir) if dequantized else {}
+    if lora.requires_quantized_base and not dequantized:
+        raise LitLoraError(f"{requires_nf4(adapter_dir)}: pass --dequantized_base true")
     add_lora(model, lora)
-    adapter = Adapter(lora_layers(model), read_matrices(model, args.checkpoint_dir, base), quantized)
+    adapter = Adapter(lora_layers(model), read_matrices(model, adapter_dir, base), quantized)
     untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
-    with atomic_directory(args.out_dir) as folder:
+    with atomic_directory(out_dir) as folder:
         write_weights(folder, base, adapter, untie)
         write_config(folder, base, untie)
-        for path in (
-            *(base_dir / name for name in (GENERATION_CONFIG, *LICENCES)),
-            *Tokenizer(base_dir, base.hub_config).files,
-        ):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    sys.stderr.write(f"merged checkpoint in {args.out_dir}\n")
+        copy_other_files(folder, base)
+
+
+def copy_other_files(folder: Path, base: Checkpoint) -> None:
+    """Copy what a checkpoint has beside its config and weights: tokenizer, generation settings and license."""
+    others = (base.dir / name for name in (GENERATION_CONFIG, *LICENCES))
+    for path in (*others, *Tokenizer(base.dir, base.hub_config).files):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
 
 
 def quantized_weights(model: GPT, adapter_dir: Path) -> dict[str, Quantization]:
@@ -101,10 +96,14 @@ def write_weights(folder: Path, base: Checkpoint, adapter: Adapter, untie: bool)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions of the umask; save_file alone makes it the user's only."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # as which safetensors raises what the system refused
         raise LitLoraError(f"cannot write {path.name} of the merged checkpoint: {error}") from error
+    path.chmod(mode)
 
 
 def write_config(folder: Path, base: Checkpoint, untie: bool) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,19 @@ def test_an_adapter_trained_on_4_bits_is_merged_into_the_whole_base_by_default(t
     over_all = make_adapter(tmp_path / "whole", tiny, ALL)
     merged, expected = (merge(a, tmp_path / f"merged-{a.name}") for a in (over_4_bits, over_all))
     assert (merged / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)], ids=["022", "027"])
+def test_files_get_the_permissions_of_the_umask(umask, mode, tiny, data_dir, tmp_path):
+    before = os.umask(umask)
+    try:
+        out = tmp_path / "out"
+        folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", out]
+        flags = ["--precision", "32-true", "--train.max_steps", 1, "--train.save_interval", 1]
+        assert main(["finetune_lora", *map(str, [*folders, *flags])]) == 0
+        merge(out / "final", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    files = [path for folder in (out, tmp_path / "merged") for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "adapter_model.safetensors", "training_state.json"}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(mode) for path in files}
