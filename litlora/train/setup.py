@@ -68,6 +68,8 @@ def finetune(args: FinetuneLoraArgs) -> Report:
 
     Called in a Python program, it trains in the program's process, on one device.
     """
+    if args.dry_run:
+        raise LitLoraError("--dry_run makes no report: leave it out, or call litlora.train.setup.forecast")
     stop = StopRequest(args.train.max_time)
     with joined(args) as (fabric, ranks):
         inputs = find_inputs(args, fabric.device)

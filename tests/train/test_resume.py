@@ -286,6 +286,8 @@ def test_finetune_returns_its_report(world):
     assert litlora.finetune(args) == made
     with pytest.raises(LitLoraError, match="needs a process for each"):
         litlora.finetune(replace(args, devices=2))
+    with pytest.raises(LitLoraError, match="dry_run"):
+        litlora.finetune(replace(args, dry_run=True))
 
 
 def test_run_out_of_time_saves_and_resumes(world, capsys):

@@ -1,0 +1,73 @@
+"""Validation and sample completions need a model and data: neither optimizer nor output folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.reference import hugging_face
+from lightning_fabric import Fabric
+
+from litlora.data.batching import Batching, Samples
+from litlora.data.examples import Example, Turn
+from litlora.data.token_cache import SplitEncoder, find_split, open_splits
+from litlora.data.tokenizer import Tokenizer
+from litlora.distributed.process_group import Ranks
+from litlora.evaluation.engine import Engine
+from litlora.evaluation.samples import sample_completion
+from litlora.evaluation.validation import validate
+from litlora.models.checkpoint import Checkpoint
+from litlora.nn.backend import WorkerThreads
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Tokenizer:
+    checkpoint = Checkpoint.open(tiny)
+    return Tokenizer(checkpoint.dir, checkpoint.hub_config)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    """Return a model in training mode."""
+    gpt = Checkpoint.open(tiny).load(torch.float32, CPU)
+    return Engine(gpt.train(), Fabric(devices=1, accelerator="cpu"), "32-true", WorkerThreads(1), Ranks(0, 1, CPU))
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer: Tokenizer, data_dir: Path) -> Samples:
+    encoder = SplitEncoder(tokenizer, "alpaca", True)
+    (tokens,) = open_splits([find_split(data_dir / "val.jsonl", encoder)], encoder)
+    return Samples(tokens, 500)
+
+
+def loss_by_transformers(checkpoint: Path, samples: Samples, count: int) -> float:
+    """Return the mean loss over the supervised tokens of the first samples."""
+    model, losses = hugging_face(checkpoint), []
+    for sample in (samples[index] for index in range(count)):
+        with torch.no_grad():
+            logits = model(sample.tokens[None]).logits[0]
+        supervised = sample.labels >= 0
+        losses.append(F.cross_entropy(logits[supervised], sample.labels[supervised], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("batching", [Batching(16, 1), Batching(2, 2), Batching(16, 4, micro_batch_tokens=500)])
+def test_validation_loss_equals_that_of_transformers(engine, samples, tiny, batching):
+    expected = loss_by_transformers(tiny, samples, len(samples))
+    assert validate(engine, samples, batching) == pytest.approx(expected, abs=1e-5)
+    assert engine.gpt.training
+
+
+def test_max_iters_limits_the_micro_batches(engine, samples, tiny):
+    expected = loss_by_transformers(tiny, samples, 2)
+    assert validate(engine, samples, Batching(16, 1), max_iters=2) == pytest.approx(expected, abs=1e-5)
+
+
+def test_sample_completion_has_the_prompt_and_new_text(engine, tokenizer):
+    style, example = tokenizer.prompt_style("none"), Example((Turn("Name a fruit.", ""),))
+    prompt, completion = sample_completion(engine, tokenizer, style, example, 8).split("\n", 1)
+    assert prompt == "  Name a fruit."
+    assert completion.startswith("  -> ")
+    assert engine.gpt.training
