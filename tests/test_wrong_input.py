@@ -161,7 +161,7 @@ def case(name: str, spoil: Spoil, *rest: object) -> object:
              f"model.layers.2.mlp.gate_proj.weight and 6 more; {ANOTHER_MODEL}"),
         case("quantized", lambda: change("base/config.json", quantization_config={"quant_method": "gptq"}),
              'base: config.json has "quantization_config": {"quant_method": "gptq"}, which litlora does not support: '
-             "take the checkpoint that it was made from, which --quantize can quantize"),
+             "use the checkpoint that it was made from, which --quantize can quantize"),
         case("quantized tensor", lambda: weigh(model__norm__weight=torch.ones(32, dtype=torch.int8)),
              "base: model.norm.weight is stored as I8, but only F64, F32, F16, BF16 are supported; "
              "use a checkpoint that is not quantized"),
@@ -479,7 +479,7 @@ def test_token_beyond_the_vocabulary_is_refused(capsys):
 
 
 def beyond(tokenizer: Tokenizer) -> str:
-    hint = "take tokenizer files and weights of one and the same model"
+    hint = "use tokenizer files and weights of the same model"
     return f"the token {tokenizer.token_to_id('<99>')}, but the checkpoint's vocab_size is 300: {hint}"
 
 
