@@ -1,4 +1,4 @@
-"""The names of the files in a checkpoint folder, as the Hub serves them."""
+"""The file names of a checkpoint folder of the Hub."""
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -81,7 +81,7 @@ class Checkpoint:
             for hub_name, content in self.weights.in_file(path).items():
                 for name, tensor in self.from_hub(hub_name, content).items():
                     if name in needed:
-                        # A tensor to be cast is read by a map of its own, or the whole file would stay in memory.
+                        # A tensor to be cast is read by a map of its own, so that its pages leave memory with it.
                         source = tensor if tensor.dtype is dtype else self.tensor(name)
                         shards[name] = shard(source).to(device, dtype)
         return model, shards
@@ -118,7 +118,7 @@ class Checkpoint:
     def _check_weights(self) -> None:
         """Refuse weights whose names or shapes are not exactly the model's."""
         layers, stored = self.config.num_hidden_layers, self.weights.stored
-        if layers > len(stored):  # before a model of so many layers is built
+        if layers > len(stored):  # before a model with this many layers is built
             self._refuse(
                 f'config.json has "num_hidden_layers": {layers}, but the weights have only {len(stored)} tensors'
             )
@@ -137,10 +137,10 @@ class Checkpoint:
 
     def _check_names(self, expected: Mapping[str, object]) -> None:
         optional = {HEAD} if self.config.tie_word_embeddings else set()
-        found = {name for name in self.weights if not name.endswith(DERIVED)}
-        if missing := sorted(expected.keys() - optional - found):
+        actual = {name for name in self.weights if not name.endswith(DERIVED)}
+        if missing := sorted(expected.keys() - optional - actual):
             self._refuse(f"the weights lack {first_three(missing)}")
-        if surplus := sorted(found - expected.keys()):
+        if surplus := sorted(actual - expected.keys()):
             self._refuse(f"the weights have {first_three(surplus)}, which the model of config.json does not have")
 
     def _refuse(self, fault: str) -> NoReturn:

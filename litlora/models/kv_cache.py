@@ -7,7 +7,7 @@ from litlora.models.config import GPTConfig
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, of one sequence, in memory that is allocated once."""
+    """Keys and values of the tokens of one sequence, in memory that is allocated once."""
 
     def __init__(self, config: GPTConfig, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, 2, config.num_key_value_heads, max_length, config.head_dim)
@@ -15,9 +15,9 @@ class KVCache:
         self.length = 0
 
     def grow(self, count: int) -> tuple[Tensor, ...]:
-        """Make room for more positions, which each layer fills: return all of its keys and values, the new ones last.
+        """Extend the cache by `count` positions, and return the keys and values of each layer.
 
-        Each layer's are one tensor (2, n_kv, length + count, head_dim).
+        They are a tensor (2, n_kv, length + count, head_dim), whose last `count` positions the layer writes.
         """
         self.length += count
         return self.store[:, :, :, : self.length].unbind()

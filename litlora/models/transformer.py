@@ -1,7 +1,7 @@
 """GPT: embedding, rotary positions, attention with a KV cache, gated MLP, RMSNorm.
 
-Module names are those of the checkpoint, so its tensors load without renaming. Tokens come as one row in which the
-sequences lie end to end: there is no batch dimension, and nothing is padded.
+Module names are those of a Llama checkpoint of the Hub; families.py maps others to them. Tokens come as one packed
+sequence: there is no batch dimension.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.joint: Joint | None = None
 
     def join(self) -> None:
-        """Make one product of the three that have one input."""
+        """Join the three projections of one input in one product."""
         self.joint = Joint(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope, past: Tensor | None) -> Tensor:
@@ -63,7 +63,7 @@ class MLP(nn.Module):
         self.joint: Joint | None = None
 
     def join(self) -> None:
-        """Make one product of the two that have one input."""
+        """Join the two projections of one input in one product."""
         self.joint = Joint(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Draw the weights, if there are any: to draw none on the meta device, torch would import its compiler."""
+        """Initialize the weights unless they are on the meta device, where torch would import its compiler for that."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -99,8 +99,8 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.activation_checkpointing = False  # whether a backward pass computes the blocks' insides again
-        # Not part of the checkpoint, hence computed for real even where the model is built on the meta device.
+        self.activation_checkpointing = False  # whether backward recomputes the activations inside of blocks
+        # Not part of the checkpoint, hence computed even where the model is built on the meta device.
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
         self.inv_freq: Tensor
 
@@ -131,7 +131,7 @@ class GPT(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.is_compiled = False  # whether torch has compiled the blocks and the head, for one token at a time
+        self.is_compiled = False  # whether the blocks and the head are compiled, for decoding
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -140,9 +140,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the hidden states (T, hidden) that `lm_head` turns into logits.
 
-        tokens (T,) holds sequences of the given lengths end to end; none sees another, and each starts at position 0,
-        or behind as many of the first tokens that the one before it sees as `shared` says. With a cache there is one
-        sequence, and it goes on where the cache ends.
+        tokens (T,) holds packed sequences of the given lengths. Each attends to itself alone, from position 0, or
+        also to the first `shared` tokens that the sequence before it attends to, from the position after them. With a
+        cache there is one sequence, which continues where the cache ends.
         """
         spans = tuple(zip_longest(shared, lengths, fillvalue=0))
         out: Tensor = self.model(tokens, spans, cache)
@@ -151,7 +151,7 @@ class GPT(nn.Module):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the block, and back to what it was after it."""
+    """Switch to evaluation mode inside the block, and back to the previous mode after it."""
     training = model.training
     model.eval()
     try:

@@ -50,31 +50,31 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
 
 def assert_same_weights(ours: GPT, theirs: torch.nn.Module) -> None:
     expected = theirs.state_dict()
-    found = ours.state_dict()
-    assert found.keys() == expected.keys()
+    actual = ours.state_dict()
+    assert actual.keys() == expected.keys()
     for name, weight in expected.items():
-        assert torch.equal(found[name], weight), name
-        assert found[name].dtype is weight.dtype
+        assert torch.equal(actual[name], weight), name
+        assert actual[name].dtype is weight.dtype
 
 
-def test_the_weights_are_those_that_transformers_loads_to_the_bit(checkpoint):
+def test_weights_equal_transformers(checkpoint):
     assert_same_weights(load(checkpoint), hugging_face(checkpoint))
 
 
-def test_the_weights_of_many_files_are_those_of_one(sharded, tiny):
+def test_sharded_weights_equal_those_of_one_file(sharded, tiny):
     assert len(weight_files(sharded)) > 3
     assert_same_weights(load(sharded), load(tiny))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_weights_take_the_dtype_that_is_asked_for(make_checkpoint, stored):
+def test_weights_have_the_requested_dtype(make_checkpoint, stored):
     folder = make_checkpoint(FAMILIES[0], dtype=stored)
     for dtype in (torch.float32, torch.bfloat16):
         assert_same_weights(load(folder, dtype), hugging_face(folder, dtype))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of memory maps")
-def test_weights_in_their_own_dtype_stay_in_the_memory_map_of_their_file(checkpoint, sharded):
+def test_uncast_weights_stay_memory_mapped(checkpoint, sharded):
     for folder in (checkpoint, sharded):
         model = load(folder)
         maps = memory_maps(weight_files(folder))
@@ -90,12 +90,12 @@ def memory_maps(files: list[Path]) -> list[tuple[int, int]]:
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
-def test_checking_a_checkpoint_holds_no_weight_in_memory(checkpoint):
+def test_outline_has_no_weights(checkpoint):
     model = Checkpoint.open(checkpoint).outline()
     assert all(weight.is_meta for weight in model.state_dict().values())
 
 
-def test_a_head_that_is_tied_is_the_embedding(checkpoints, tied):
+def test_tied_head_is_the_embedding(checkpoints, tied):
     embedding = Weights(tied)["model.embed_tokens.weight"]
     for stored in (False, True):
         if stored:
@@ -106,7 +106,7 @@ def test_a_head_that_is_tied_is_the_embedding(checkpoints, tied):
         assert_same_weights(model, hugging_face(checkpoints(TIED.name)))
 
 
-def test_a_stored_head_that_is_not_the_embedding_it_should_be_is_refused(tied):
+def test_tied_head_that_differs_is_refused(tied):
     head = Weights(tied)["model.embed_tokens.weight"].clone()
     head[299, 31] += 1
     change(tied, lambda tensors: tensors.update({"lm_head.weight": head}))
@@ -135,20 +135,20 @@ def test_bias_that_the_model_has_must_be_stored(checkpoints, tmp_path):
         load(folder)
 
 
-def test_an_untied_head_must_be_stored(copy):
+def test_untied_head_must_be_stored(copy):
     change(copy, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(LitLoraError, match=r"the weights lack lm_head\.weight;"):
         load(copy)
 
 
-def test_rotary_frequencies_that_old_checkpoints_store_are_ignored(copy, tiny):
+def test_stored_rotary_frequencies_are_ignored(copy, tiny):
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
     change(copy, lambda tensors: tensors.update(frequencies))
     assert_same_weights(load(copy), load(tiny))
     assert torch.equal(load(copy).model.inv_freq, load(tiny).model.inv_freq)
 
 
-def test_a_tensor_in_two_files_is_refused(sharded, tmp_path):
+def test_tensor_in_two_files_is_refused(sharded, tmp_path):
     folder = Path(shutil.copytree(sharded, tmp_path / "folder"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     name, shard = next(iter(index["weight_map"].items()))
@@ -160,20 +160,20 @@ def test_a_tensor_in_two_files_is_refused(sharded, tmp_path):
 
 
 @pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[1]], ids=["one file", "many files"])
-def test_a_fingerprint_tells_any_single_byte_of_the_weights(family: Family, make_checkpoint, tmp_path):
+def test_fingerprint_depends_on_every_byte(family: Family, make_checkpoint, tmp_path):
     folder = make_checkpoint(family, max_shard_size="20KB" if family is FAMILIES[1] else "5GB")
-    found = {fingerprint(weight_files(folder))}
-    places = [(path, at) for path in weight_files(folder) for at in range(0, path.stat().st_size, 4999)]
-    assert len(places) > 20
-    for path, at in places:
-        whole = path.read_bytes()
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        found.add(fingerprint(weight_files(folder)))
-        path.write_bytes(whole)
-    assert len(found) == len(places) + 1
+    fingerprints = {fingerprint(weight_files(folder))}
+    positions = [(path, at) for path in weight_files(folder) for at in range(0, path.stat().st_size, 4999)]
+    assert len(positions) > 20
+    for path, at in positions:
+        intact = path.read_bytes()
+        path.write_bytes(intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1 :])
+        fingerprints.add(fingerprint(weight_files(folder)))
+        path.write_bytes(intact)
+    assert len(fingerprints) == len(positions) + 1
 
 
-def test_a_fingerprint_is_the_same_for_a_copy_elsewhere(checkpoint, tmp_path):
+def test_fingerprint_of_a_copy_is_the_same(checkpoint, tmp_path):
     copied = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     assert Checkpoint.open(copied).fingerprint() == Checkpoint.open(checkpoint).fingerprint()
 
@@ -226,7 +226,7 @@ def test_command_reads_config_and_headers_once(command, run, sharded, tmp_path, 
     assert {path: opened[path] for path in expected} == expected
 
 
-def test_shards_may_be_links_to_elsewhere_as_in_the_hubs_cache(sharded, tiny, tmp_path):
+def test_shards_may_be_symlinks(sharded, tiny, tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/main"
     shutil.copytree(sharded, blobs)
     snapshot.mkdir(parents=True)
@@ -242,7 +242,7 @@ def header_of(folder: Path) -> tuple[dict[str, dict[str, list[int]]], bytes]:
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "corrupt",
     [
         lambda tensors: tensors["model.norm.weight"].update(data_offsets=[0, 2**62]),
         lambda tensors: tensors["model.norm.weight"].update(data_offsets=[-8, 120]),
@@ -255,11 +255,11 @@ def header_of(folder: Path) -> tuple[dict[str, dict[str, list[int]]], bytes]:
         ),
         lambda tensors: tensors.pop("model.norm.weight"),
     ],
-    ids=["beyond the end", "before the start", "overflow", "shape", "dtype", "same place", "overlap", "hole"],
+    ids=["beyond the end", "before the start", "overflow", "shape", "dtype", "same offsets", "overlap", "hole"],
 )
-def test_a_header_that_lies_about_sizes_is_refused(copy, lie):
+def test_header_with_wrong_sizes_is_refused(copy, corrupt):
     tensors, data = header_of(copy)
-    lie(tensors)
+    corrupt(tensors)
     header = json.dumps(tensors).encode()
     (copy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     with pytest.raises(LitLoraError, match="is truncated or not a safetensors file"):
@@ -267,7 +267,7 @@ def test_a_header_that_lies_about_sizes_is_refused(copy, lie):
 
 
 @pytest.mark.parametrize("length", [0, 2**31, 2**63, 2**64 - 1])
-def test_a_header_that_lies_about_its_own_length_is_refused(copy, length):
+def test_header_with_wrong_length_is_refused(copy, length):
     path = copy / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(LitLoraError, match="is truncated or not a safetensors file"):

@@ -22,7 +22,7 @@ FACTORS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 MIXED = ["sliding_attention", "full_attention"]
 ONLY_FACTORS = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
-# The keys that the config.json of published models has, and their values.
+# config.json of published models.
 PUBLISHED = {
     "Llama-1-7B": """{"architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu",
 "hidden_size": 4096, "intermediate_size": 11008, "initializer_range": 0.02, "max_sequence_length": 2048,
@@ -122,12 +122,12 @@ def layer_window(config: PretrainedConfig, attention: nn.Module) -> int | None:
 
 
 @pytest.mark.parametrize("hub", [json.loads(text) for text in PUBLISHED.values()], ids=PUBLISHED)
-def test_the_config_of_a_published_model_is_read_as_transformers_reads_it(hub):
+def test_published_config_is_read_as_in_transformers(hub):
     assert GPTConfig.from_hub(hub) == theirs(hub)
 
 
 @pytest.mark.parametrize("hub", [json.loads(text) for text in PUBLISHED.values()], ids=PUBLISHED)
-def test_a_config_that_transformers_has_rewritten_means_the_same(hub):
+def test_config_rewritten_by_transformers_is_equal(hub):
     rewritten = json.loads(AutoConfig.for_model(**hub).to_json_string(use_diff=False))
     assert rewritten["rope_parameters"]
     assert GPTConfig.from_hub(rewritten) == GPTConfig.from_hub(hub)
@@ -169,7 +169,7 @@ def test_a_config_that_transformers_has_rewritten_means_the_same(hub):
     ],
     ids=str,
 )
-def test_what_a_config_leaves_unsaid_is_what_transformers_makes_of_it(hub):
+def test_absent_keys_have_the_values_of_transformers(hub):
     assert GPTConfig.from_hub(TINY | hub) == theirs(TINY | hub)
 
 
@@ -199,7 +199,7 @@ def test_key_that_transformers_does_not_read_is_ignored(key, model_type):
 
 
 QUANTIZED = "use the checkpoint that it was made from, which --quantize can quantize"
-WHOLE = "it must be a whole number above 0"
+INTEGER = "it must be a whole number above 0"
 NUMBER = "it must be a number above 0"
 
 
@@ -227,14 +227,14 @@ NUMBER = "it must be a number above 0"
         ("num_key_value_heads", 3, "it must divide num_attention_heads (4)"),
         ("num_key_value_heads", 8, "it must divide num_attention_heads (4)"),
         ("head_dim", 7, "it must be even"),
-        ("vocab_size", 0, WHOLE),
-        ("hidden_size", -32, WHOLE),
-        ("num_hidden_layers", True, WHOLE),
-        ("intermediate_size", "48", WHOLE),
-        ("num_attention_heads", 4.0, WHOLE),
-        ("max_position_embeddings", 0, WHOLE),
-        ("head_dim", 0, WHOLE),
-        ("num_key_value_heads", 0, WHOLE),
+        ("vocab_size", 0, INTEGER),
+        ("hidden_size", -32, INTEGER),
+        ("num_hidden_layers", True, INTEGER),
+        ("intermediate_size", "48", INTEGER),
+        ("num_attention_heads", 4.0, INTEGER),
+        ("max_position_embeddings", 0, INTEGER),
+        ("head_dim", 0, INTEGER),
+        ("num_key_value_heads", 0, INTEGER),
         ("rms_norm_eps", 0, NUMBER),
         ("rms_norm_eps", "1e-6", NUMBER),
         ("rope_theta", True, NUMBER),
@@ -243,7 +243,7 @@ NUMBER = "it must be a number above 0"
         ("rope_scaling", "llama3", "it must be an object or null"),
     ],
 )
-def test_a_value_that_is_not_implemented_is_refused_by_key_and_value(key, value, reason):
+def test_unimplemented_value_is_refused_by_key(key, value, reason):
     with pytest.raises(LitLoraError) as refused:
         GPTConfig.from_hub(TINY | {"model_type": "llama", key: value})
     written = json.dumps(value)
@@ -259,7 +259,7 @@ def test_a_value_that_is_not_implemented_is_refused_by_key_and_value(key, value,
         ("use_sliding_window", 1, "it must be true or false"),
     ],
 )
-def test_window_of_qwen2_is_refused_by_key_and_value(key, value, reason):
+def test_unimplemented_window_is_refused_by_key(key, value, reason):
     with pytest.raises(LitLoraError) as refused:
         GPTConfig.from_hub(TINY | {"model_type": "qwen2", "num_key_value_heads": 2, key: value})
     written = json.dumps(value)
@@ -267,7 +267,7 @@ def test_window_of_qwen2_is_refused_by_key_and_value(key, value, reason):
 
 
 @pytest.mark.parametrize("first", [-1, 0.5, None, True])
-def test_first_window_layer_of_qwen2_must_be_a_layer(first):
+def test_first_window_layer_must_be_an_integer(first):
     hub = TINY | {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True}
     with pytest.raises(LitLoraError, match=r'^config\.json has "max_window_layers": '):
         GPTConfig.from_hub(hub | {"max_window_layers": first})
@@ -293,7 +293,7 @@ def test_first_window_layer_of_qwen2_must_be_a_layer(first):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_a_rope_that_is_not_implemented_is_refused_by_key_and_value(key, rope, fault):
+def test_unimplemented_rope_is_refused_by_key(key, rope, fault):
     with pytest.raises(LitLoraError) as refused:
         GPTConfig.from_hub(TINY | {"model_type": "llama", key: rope})
     assert str(refused.value).startswith(f"config.json has {fault}, which litlora does not support: ")
@@ -301,20 +301,20 @@ def test_a_rope_that_is_not_implemented_is_refused_by_key_and_value(key, rope, f
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "hidden_size"])
-def test_a_number_that_is_none_is_refused(key, number):
+def test_nan_and_infinity_are_refused(key, number):
     hub = TINY | {"model_type": "llama"} | json.loads(f'{{"{key}": {number}}}')
     with pytest.raises(LitLoraError, match=f'^config.json has "{key}": {number}, '):
         GPTConfig.from_hub(hub)
 
 
 @pytest.mark.parametrize("key", TINY)
-def test_a_size_that_is_missing_is_named(key):
+def test_missing_size_is_named(key):
     with pytest.raises(LitLoraError) as refused:
         GPTConfig.from_hub({"model_type": "llama"} | {name: size for name, size in TINY.items() if name != key})
     assert str(refused.value) == f'config.json has no "{key}", without which the model cannot be built'
 
 
-def test_of_a_long_value_the_beginning_is_shown():
+def test_long_value_is_cut_off():
     hub = {"quant_method": "bitsandbytes", "modules": [f"model.layers.{i}.mlp" for i in range(1000)]}
     with pytest.raises(LitLoraError) as refused:
         GPTConfig.from_hub(TINY | {"model_type": "llama", "quantization_config": hub})

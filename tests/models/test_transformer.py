@@ -33,23 +33,23 @@ def logits(model: GPT, tokens: torch.Tensor, lengths: list[int], cache: KVCache 
         return model.lm_head(model(tokens.to(model.lm_head.weight.device), lengths, cache)).cpu()
 
 
-def test_logits_of_sequences_end_to_end_equal_those_of_transformers_one_by_one(checkpoint, model):
+def test_logits_of_packed_sequences_equal_transformers(checkpoint, model):
     sequences = random_tokens(*LENGTHS)
-    found = logits(model, torch.cat(sequences), LENGTHS).split(LENGTHS)
+    actual = logits(model, torch.cat(sequences), LENGTHS).split(LENGTHS)
     reference = hugging_face(checkpoint)
-    for tokens, ours in zip(sequences, found, strict=True):
+    for tokens, ours in zip(sequences, actual, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(ours, reference(tokens[None]).logits[0], atol=1e-5, rtol=2e-6)
 
 
-def test_logits_with_a_cache_equal_those_of_one_pass(model, device):
+def test_logits_with_cache_equal_one_forward_pass(model, device):
     tokens = random_tokens(40)[0]
     cache = KVCache(model.config, 40, torch.float32, device)
     parts = [logits(model, part, [len(part)], cache) for part in tokens.split([9, 1, 1, 13, 1, 15])]
     torch.testing.assert_close(torch.cat(parts), logits(model, tokens, [40]), atol=1e-5, rtol=2e-6)
 
 
-def test_greedy_tokens_equal_those_of_transformers(checkpoint, model):
+def test_greedy_tokens_equal_transformers(checkpoint, model):
     prompt = random_tokens(9)[0]
     ours = list(generate(model, prompt.tolist(), Sampler(), max_new_tokens=40, stop_ids=[]))
     settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
@@ -57,7 +57,7 @@ def test_greedy_tokens_equal_those_of_transformers(checkpoint, model):
     assert ours == theirs[0, 9:].tolist()
 
 
-def test_greedy_tokens_are_the_same_without_a_cache(model):
+def test_greedy_tokens_without_cache(model):
     tokens = random_tokens(9)[0].tolist()
     ours = list(generate(model, tokens, Sampler(), max_new_tokens=20, stop_ids=[]))
     for _ in range(20):
@@ -65,7 +65,7 @@ def test_greedy_tokens_are_the_same_without_a_cache(model):
     assert ours == tokens[9:]
 
 
-def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(checkpoint, device):
+def test_bfloat16_error_is_that_of_transformers(checkpoint, device):
     tokens = random_tokens(40)[0]
     exact = logits(Checkpoint.open(checkpoint).load(torch.float32, device), tokens, [40])
     ours = logits(Checkpoint.open(checkpoint).load(torch.bfloat16, device), tokens, [40])
@@ -75,7 +75,7 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(checkp
 
 
 @pytest.mark.parametrize("family", BIASED_BLOCKS, ids=lambda family: family.name)
-def test_nf4_logits_with_biases_equal_those_of_transformers(family, make_checkpoint):
+def test_nf4_logits_with_biases_equal_transformers(family, make_checkpoint):
     folder, tokens = make_checkpoint(family, dtype=torch.bfloat16), random_tokens(40)[0]
     quantization = Quantization("bnb.nf4", torch.float32)
     ours = logits(Checkpoint.open(folder).load(torch.float32, torch.device("cpu"), quantization), tokens, [40])
@@ -84,27 +84,27 @@ def test_nf4_logits_with_biases_equal_those_of_transformers(family, make_checkpo
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_the_gradient_of_the_gated_activation_is_exact():
+def test_swiglu_gradient_is_exact():
     gate, up = (torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))
 
 
-def test_activation_checkpointing_keeps_little_more_than_the_input_of_each_block(tiny):
+def test_activation_checkpointing_saves_block_inputs(tiny):
     model = Checkpoint.open(tiny).load(torch.float32, torch.device("cpu"))
     add_lora(model, LoRAConfig(2, 2, 0.1, ("q_proj", "down_proj")))
-    kept = {}
+    saved = {}
     for on in (False, True):
         model.model.activation_checkpointing = on
         stored: dict[int, torch.Tensor] = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.update({t.data_ptr(): t}) or t, lambda t: t):  # noqa: B023
             model(torch.arange(60), [50, 10])
         weights = {p.data_ptr() for p in model.parameters()}
-        kept[on] = sum(t.numel() for where, t in stored.items() if where not in weights)
-    assert kept[True] < kept[False] / 5
+        saved[on] = sum(t.numel() for where, t in stored.items() if where not in weights)
+    assert saved[True] < saved[False] / 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_norm_is_that_of_torch_to_the_bit_and_its_gradient_that_of_float64(dtype):
+def test_norm_equals_torch_and_gradient_equals_float64(dtype):
     torch.manual_seed(0)
     norm, x, gradient = RMSNorm(100, 1e-5), torch.randn(7, 100).to(dtype), torch.randn(7, 100).to(dtype)
     norm.to(dtype).requires_grad_(False).weight.copy_(torch.rand(100) + 0.5)
