@@ -82,7 +82,6 @@ class _SlicedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | StoredWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
         out, inputs = x.new_empty(len(x), weight.shape[0]), x.to(matmul_dtype(x.dtype))
         for rows in _slices(weight, x):
             part = None if bias is None else bias[rows].to(inputs.dtype)
@@ -92,6 +91,7 @@ class _SlicedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
         dtype, slices = matmul_dtype(gradient.dtype), _slices(ctx.weight, gradient)
         parts = (gradient[:, rows].to(dtype) @ _rows(ctx.weight, rows).to(dtype) for rows in slices)
         total = next(parts)
@@ -106,6 +106,7 @@ class _LongLinear(_SlicedLinear):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
         return gradient @ ctx.weight, None, None
 
 
