@@ -13,7 +13,7 @@ import pytest
 import yaml
 from helpers.families import Family
 from helpers.hub_server import reachable_hub
-from helpers.markdown import Block, blocks
+from helpers.markdown import Block, blocks, shape
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 from transformers import LlamaConfig
 
@@ -86,11 +86,6 @@ def run(line: str, exit_code: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         runpy.run_path(arguments[0], run_name="__main__")
-
-
-def shape(line: str) -> str:
-    """Return a line of output without its numbers, precision and alignment, which depend on the checkpoint."""
-    return re.sub(r"\s+", " ", re.sub(r"\d[\d,.]*", "N", line.replace("bfloat16", "float32"))).strip()
 
 
 @pytest.mark.parametrize("page", named(PAGES))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.markdown import blocks, shape
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,3 +34,7 @@ def test_quickstart_teaches_pico_to_answer(tmp_path):
     before, after = (float(share) for share in re.findall(r"exact match: .* = ([\d.]+)%", done.stdout))
     assert before <= 5
     assert after >= 90
+    shown = next(block for block in blocks(ROOT / "README.md") if block.text.startswith("== Before"))
+    printed = {shape(line) for line in (done.stdout + done.stderr).splitlines()}
+    missing = {line for line in shown.text.splitlines() if shape(line) not in printed and "answered:" not in line}
+    assert not missing, f"scripts/quickstart does not print {missing}"

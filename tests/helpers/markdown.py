@@ -34,3 +34,8 @@ def blocks(page: Path) -> Iterator[Block]:
     """Yield the blocks of a page in order."""
     for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
         yield Block(match["language"], match["text"], bool(match["reason"]), int(match["code"] or 0))
+
+
+def shape(line: str) -> str:
+    """Return a line of output without its numbers, precision and alignment, which depend on the checkpoint."""
+    return re.sub(r"\s+", " ", re.sub(r"\d[\d,.]*", "N", line.replace("bfloat16", "float32"))).strip()
