@@ -1,4 +1,4 @@
-"""Ask a checkpoint or an adapter the questions of a data set, and count the answers that are exactly right."""
+"""Generate completions for a data set with a checkpoint or an adapter, and count those that match exactly."""
 
 import argparse
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from litlora.lora.adapter_folder import find_base
 from litlora.lora.checkpoint import load_with_adapter
 from litlora.models.checkpoint import Checkpoint
 
-STYLE = "alpaca"  # before and after fine-tuning, so that only the weights differ
-MAX_NEW_TOKENS = 16  # twice the longest answer
+STYLE = "alpaca"  # for the base and the adapter, so that only the weights differ
+MAX_NEW_TOKENS = 16  # twice the longest reference
 
 
-def answers(directory: Path, turns: list[Turn]) -> Iterator[str]:
-    """Yield the likeliest answer of a checkpoint, or of an adapter on its base, to each turn; … where it never ends."""
+def completions(directory: Path, turns: list[Turn]) -> Iterator[str]:
+    """Yield the greedy completion for each turn, with … if it does not end."""
     base_dir, adapter = find_base(directory, None)
     model = load_with_adapter(Checkpoint.open(base_dir), adapter, torch.float32, torch.device("cpu"))
     tokenizer = Tokenizer(directory)
@@ -31,24 +31,24 @@ def answers(directory: Path, turns: list[Turn]) -> Iterator[str]:
         yield tokenizer.decode(tokens).strip() + unfinished
 
 
-def show(turn: Turn, answer: str) -> None:
-    question = " ".join(filter(None, (turn.instruction, turn.input)))
-    print(f"  {question}\n    expected: {turn.output}\n    answered: {answer}")
+def show(turn: Turn, completion: str) -> None:
+    prompt = " ".join(filter(None, (turn.instruction, turn.input)))
+    print(f"  {prompt}\n    expected: {turn.output}\n    answered: {completion}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="folder of a checkpoint or of an adapter")
-    parser.add_argument("--data", type=Path, default=Path("data/pico/val.jsonl"), help="questions, as JSONL")
-    parser.add_argument("--show", type=int, default=5, help="how many of the questions to show")
+    parser.add_argument("directory", type=Path, help="checkpoint or adapter folder")
+    parser.add_argument("--data", type=Path, default=Path("data/pico/val.jsonl"), help="rows as JSONL")
+    parser.add_argument("--show", type=int, default=5, help="number of completions to print")
     args = parser.parse_args()
     turns = [example.turns[0] for example in read_examples(args.data)]
-    right = 0
-    for number, (turn, answer) in enumerate(zip(turns, answers(args.directory, turns), strict=True)):
-        right += answer == turn.output
+    matches = 0
+    for number, (turn, completion) in enumerate(zip(turns, completions(args.directory, turns), strict=True)):
+        matches += completion == turn.output
         if number < args.show:
-            show(turn, answer)
-    print(f"exact match: {right} of {len(turns)} = {right / len(turns):.1%}")
+            show(turn, completion)
+    print(f"exact match: {matches} of {len(turns)} = {matches / len(turns):.1%}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The checkpoint knows a few skills with words and numbers as plain statements (`"robin" spelled backwards is "nibor".`)
 and has never seen an instruction. The data set asks for the same skills in instructions. Validation asks about words
-and sums that neither training nor any statement is about. Every answer can be checked.
+and sums that occur in neither training nor any statement. Every response can be verified.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from litlora.utils.files import write_atomically
 
 SEED = 2026
 VAL_WORDS, VAL_SUMS, TRAIN_SUMS = 28, 24, 360
-STATED_SUMS = 800  # that train asks about as well: it takes many to see that the answer is not learned by heart
+STATED_SUMS = 800  # which train asks about as well: many, so that sums are not memorized
 LARGEST_TERM = 49  # so that every sum has at most two digits
 SHARE_OF_SUMS = 0.3  # of the pre-training texts
 BOS, EOS = "<s>", "</s>"
@@ -74,7 +74,7 @@ def plural(word: str) -> str:
 
 @dataclass(frozen=True)
 class Skill:
-    """A question with one right answer, and the wordings in which it is stated and asked."""
+    """A task with one correct response, and its wordings as statements and as instructions."""
 
     answer: Callable[[str], str]
     statements: tuple[str, ...]
@@ -232,9 +232,9 @@ class Subjects:
 
 
 def share_subjects(rng: random.Random) -> tuple[tuple[str, ...], Subjects, Subjects]:
-    """Return the sums that pre-training states, and what train and val ask about: no two of them share a subject.
+    """Return the sums of the pre-training statements, and the subjects of train and val; all are disjoint.
 
-    Two sums of the same terms count as one. The words of pre-training are made up as it goes.
+    Two sums of the same terms count as one. The words of pre-training are invented during it.
     """
     words = rng.sample(WORDS.split(), k=len(WORDS.split()))
     pairs = list(combinations_with_replacement(range(1, LARGEST_TERM + 1), 2))
@@ -251,7 +251,7 @@ def as_sums(pairs: Iterable[Iterable[int]]) -> tuple[str, ...]:
 
 
 def questions(subjects: Subjects, rng: random.Random) -> list[Example]:
-    """Ask for every skill of every subject once, in one of the skill's wordings."""
+    """Return one example for every skill and subject, in one of the skill's wordings."""
     asked = [(skill, subject) for skill, group in subjects.by_skill() for subject in group]
     rng.shuffle(asked)
     return [Example((question(skill, subject, rng.choice(skill.instructions)),)) for skill, subject in asked]
@@ -263,7 +263,7 @@ def question(skill: Skill, subject: str, instruction: str) -> Turn:
 
 
 def statements(sums: tuple[str, ...], asked: Collection[str], rng: random.Random) -> Iterator[str]:
-    """Yield texts without end: one to four statements about sums, or about a made-up word that is not in `asked`."""
+    """Yield endless texts of one to four statements about sums, or about an invented word that is not in `asked`."""
     while True:
         count = rng.randint(1, 4)
         if rng.random() < SHARE_OF_SUMS:
@@ -275,7 +275,7 @@ def statements(sums: tuple[str, ...], asked: Collection[str], rng: random.Random
 
 
 def prompts(examples: Iterable[Example]) -> Iterator[str]:
-    """Yield what comes before the answer to each question in Alpaca's style."""
+    """Yield the prompt of each example in Alpaca's style."""
     style = TemplateStyle("alpaca", ALPACA, ALPACA_WITH_INPUT, EOS)
     yield from (style.prompt(turn.instruction, turn.input) for example in examples for turn in example.turns)
 
@@ -317,7 +317,7 @@ def new_model() -> GPT:
 
 
 def batches(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[Tensor]:
-    """Lay texts end to end and yield them cut into rows (ROWS, ROW_LENGTH + 1), which overlap by one token."""
+    """Concatenate texts and yield them as rows (ROWS, ROW_LENGTH + 1), which overlap by one token."""
     size = ROWS * ROW_LENGTH
     stream: list[int] = []
     while True:
@@ -354,13 +354,13 @@ def logits(model: GPT, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: GPT, tokenizer: Tokenizer, skill: Skill, subjects: Iterable[str]) -> float:
-    """Return the share of statements about the subjects that the model completes correctly from the answer on."""
+    """Return the share of statements about the subjects whose response the model predicts correctly."""
     right = []
     for statement, subject in product(skill.statements, subjects):
-        whole = tokenizer.encode(state(skill, subject, statement)).ids
+        ids = tokenizer.encode(state(skill, subject, statement)).ids
         given = len(tokenizer.encode(statement.partition("{answer}")[0].format(subject=subject)).ids)
-        choices = logits(model, torch.tensor([whole])).argmax(dim=1).tolist()
-        right.append(choices[given - 1 : -1] == whole[given:])
+        choices = logits(model, torch.tensor([ids])).argmax(dim=1).tolist()
+        right.append(choices[given - 1 : -1] == ids[given:])
     return mean(right)
 
 
@@ -391,7 +391,7 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 
 def make(checkpoint: Path, data: Path, steps: int) -> None:
-    """Write the data set, pre-train the model, write the checkpoint and print what the model knows."""
+    """Write the data set, pre-train the model, write the checkpoint and print the accuracy of each skill."""
     rng = random.Random(SEED)
     torch.manual_seed(SEED)
     sums, train_subjects, val_subjects = share_subjects(rng)

@@ -1,6 +1,6 @@
-"""Print what several GPUs send and compute in a step, and from which global batch on they are used by nine tenths.
+"""Estimate communication and computation of a step on several GPUs, and the global batch for 90 % utilization.
 
-The bytes follow from the shapes as they are sent; the rates are stated here, not measured.
+The bytes are computed from the shapes; the rates are assumptions stated here, not measurements.
 """
 
 import math
@@ -17,12 +17,12 @@ from litlora.lora.layer import count
 from litlora.models.transformer import GPT
 from litlora.train.memory_estimate import Network, weight_bytes
 
-TOKENS = 200  # of an example
-FLOPS = 400e12  # a second, that a GPU sustains in bfloat16
-NVLINK = 450e9  # bytes a second in each direction, from GPU to GPU
-HOP = 10e-6  # seconds that a message takes from GPU to GPU beside those of its bytes
-MESSAGES = 2  # in a step: the sum of the gradients, and whether to stop
-USED = 0.9
+TOKENS = 200  # per example
+FLOPS = 400e12  # per second, sustained by a GPU in bfloat16
+NVLINK = 450e9  # bytes per second and direction between GPUs
+HOP = 10e-6  # latency of a message between GPUs, in seconds
+MESSAGES = 2  # all-reduces per step: the gradients, and whether to stop
+UTILIZATION = 0.9
 ADAPTERS = {
     "query, value": TARGET_MODULES["query"] + TARGET_MODULES["value"],
     "all six": tuple(name for names in TARGET_MODULES.values() for name in names),
@@ -32,7 +32,7 @@ COLUMNS = ("base", "adapter", "example, ms")
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of eight GPUs, and the bytes a second that each machine sends to the others."""
+    """Machines of eight GPUs, and the network bandwidth of each machine in bytes per second."""
 
     name: str
     machines: int
@@ -42,8 +42,8 @@ class Cluster:
     def gpus(self) -> int:
         return 8 * self.machines
 
-    def sending(self, size: float, hops: int) -> float:
-        """Return the seconds in which every GPU sends so many bytes around the ring of all."""
+    def send_seconds(self, size: float, hops: int) -> float:
+        """Return the seconds in which every GPU sends `size` bytes around the ring of all GPUs."""
         return size / (NVLINK if self.machines == 1 else min(NVLINK, self.network)) + hops * HOP
 
 
@@ -56,12 +56,12 @@ CLUSTERS = (
 
 @dataclass(frozen=True)
 class Training:
-    """A model with its adapter: the base whole on every GPU, or in equal parts on all."""
+    """A model with its adapter; the base is replicated on every GPU or sharded across all."""
 
     name: str
     base: str
     adapter: str
-    is_shared: bool = False
+    is_sharded: bool = False
 
     @cached_property
     def model(self) -> GPT:
@@ -70,68 +70,68 @@ class Training:
 
     @property
     def trained(self) -> int:
-        """How many weights the adapter has."""
+        """The number of parameters of the adapter."""
         return count(self.model, trainable=True)
 
     @property
     def example(self) -> float:
-        """The seconds that a GPU computes for an example.
+        """The seconds that a GPU computes per example.
 
-        A frozen weight is multiplied with each token once forward and once back, a trained one twice back.
+        A frozen weight takes one matmul in the forward and one in the backward pass, a trained one two in the backward.
         """
         frozen = count(self.model, trainable=False) - self.model.model.embed_tokens.weight.numel()
         return TOKENS * (4 * frozen + 6 * self.trained) / FLOPS
 
     def gradients(self, gpus: int) -> float:
-        """Return the bytes that every GPU sends in a step for the sum of the adapter's gradients."""
+        """Return the bytes that every GPU sends per step to all-reduce the adapter's gradients."""
         return 4 * self.trained * 2 * (gpus - 1) / gpus
 
     def weights(self, gpus: int) -> float:
-        """Return the bytes that every GPU sends in a micro-batch, to gather the base forward and again back."""
-        size = sum(weight_bytes(self.model, BASES[self.base]).values()) if self.is_shared else 0
+        """Return the bytes that every GPU sends per micro-batch to all-gather the base, forward and backward."""
+        size = sum(weight_bytes(self.model, BASES[self.base]).values()) if self.is_sharded else 0
         return 2 * size * (gpus - 1) / gpus
 
 
 TRAININGS = (
     *(Training(f"{size} (Llama 2)", base, adapter) for (size, base), adapter in product(
         (("7B", "bfloat16"), ("70B", "NF4")), ADAPTERS)),
-    *(Training("70B (Llama 2)", base, "query, value", is_shared=True) for base in ("NF4", "bfloat16")),
+    *(Training("70B (Llama 2)", base, "query, value", is_sharded=True) for base in ("NF4", "bfloat16")),
 )  # fmt: skip
 
 
-def sending(training: Training, cluster: Cluster) -> tuple[float, float]:
-    """Return the seconds in which a step's gradients, and the base for a micro-batch, are sent."""
-    gradients = cluster.sending(training.gradients(cluster.gpus), MESSAGES * 2 * (cluster.gpus - 1))
-    return gradients, cluster.sending(training.weights(cluster.gpus), 0)
+def send_seconds(training: Training, cluster: Cluster) -> tuple[float, float]:
+    """Return the seconds of the gradients' all-reduce per step, and of the base's all-gather per micro-batch."""
+    gradients = cluster.send_seconds(training.gradients(cluster.gpus), MESSAGES * 2 * (cluster.gpus - 1))
+    return gradients, cluster.send_seconds(training.weights(cluster.gpus), 0)
 
 
-def used(training: Training, cluster: Cluster, share: int) -> float:
-    """Return which part of a step is computing, with so many examples in one micro-batch on each GPU.
+def utilization(training: Training, cluster: Cluster, share: int) -> float:
+    """Return the share of a step that computes, with one micro-batch of `share` examples on each GPU.
 
-    The base is gathered while it computes, as far as that takes as long; the gradients are sent after it.
+    Gathering the base overlaps with computation; the gradients are sent afterwards.
     """
-    gradients, gathering = sending(training, cluster)
+    gradients, gathering = send_seconds(training, cluster)
     computing = share * training.example
     return computing / (max(computing, gathering) + gradients)
 
 
-def enough(training: Training, cluster: Cluster) -> int:
-    """Return the least global batch with which computing takes nine tenths of a step."""
-    gradients, gathering = sending(training, cluster)
-    computing = max(USED * (gathering + gradients), USED / (1 - USED) * gradients)
+def sufficient_batch(training: Training, cluster: Cluster) -> int:
+    """Return the smallest global batch that reaches the utilization."""
+    gradients, gathering = send_seconds(training, cluster)
+    computing = max(UTILIZATION * (gathering + gradients), UTILIZATION / (1 - UTILIZATION) * gradients)
     return cluster.gpus * math.ceil(computing / training.example)
 
 
 def rows() -> Iterator[tuple[str, ...]]:
     for training in TRAININGS:
-        name = f"{training.name.split()[0]}, {training.base}{', fsdp' if training.is_shared else ''}"
+        name = f"{training.name.split()[0]}, {training.base}{', fsdp' if training.is_sharded else ''}"
         cells = [name, training.adapter, f"{1e3 * training.example:.0f}"]
         for cluster in CLUSTERS:
             sent = (training.gradients(cluster.gpus) + training.weights(cluster.gpus)) / 1e6
             cells += [
                 f"{sent:,.0f}",
-                f"{1e3 * sum(sending(training, cluster)):,.1f}",
-                f"{enough(training, cluster):,}",
+                f"{1e3 * sum(send_seconds(training, cluster)):,.1f}",
+                f"{sufficient_batch(training, cluster):,}",
             ]
         yield tuple(cells)
 

@@ -113,7 +113,7 @@ def read(path: Path) -> dict[str, Measurement]:
 
 def measurement_of(values: dict[str, Any]) -> Measurement:
     results = {name: [Result(**result) for result in results] for name, results in values["results"].items()}
-    products = [Products(**found) for found in values["products"]]
+    products = [Products(**product) for product in values["products"]]
     return Measurement(**{**values, "results": results, "products": products})
 
 

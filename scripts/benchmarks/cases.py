@@ -1,4 +1,4 @@
-"""What is measured: which programs do which work. A new case is a new entry of CASES."""
+"""The cases: which programs run which task. A new case is a new entry of CASES."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class Program:
 
     name: str
     environment: str
-    """The virtual environment that it runs in, and the module beside this one that runs it there."""
+    """The name of its virtual environment and of the module that runs in it."""
     compiled: bool = False
 
 
@@ -25,7 +25,7 @@ PRODUCTS = Program("matrix products", "products")
 
 @dataclass(frozen=True)
 class Case:
-    """One table: the same work by several programs."""
+    """One table: the same task in several programs."""
 
     name: str
     task: Task

@@ -1,4 +1,4 @@
-"""The virtual environments of the programs, and how a job is done in one of them."""
+"""The virtual environments of the programs, and running a job in one of them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ HOME = ROOT / ".benchmark"
 SCRIPTS = str(Path(__file__).parents[1])
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-TORCH = "torch==2.13.0"  # the same for all, so that programs are compared
+TORCH = "torch==2.13.0"  # one version for all, so that the programs are compared
 REQUIREMENTS = {
     "litlora": ("--editable", str(ROOT)),
     "peft": ("peft==0.21.2", "transformers==5.23.0", "accelerate==1.15.0", "bitsandbytes==0.50.2"),
@@ -25,41 +25,41 @@ REQUIREMENTS = {
 
 
 class ProgramError(Exception):
-    """What a program cannot do, and why."""
+    """A program cannot run, for the reason that the message gives."""
 
 
 @dataclass
 class Environments:
-    """The python of each environment that is there, and why others are not."""
+    """The Python of each environment, and the errors of those that could not be created."""
 
     pythons: dict[str, Path] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
 def install(name: str) -> Path:
-    """Make the environment unless it is there as it should be, and return its python."""
+    """Create the environment unless it is up to date, and return its Python."""
     folder = HOME / name
     python, stamp = folder / "bin/python", folder / "installed.txt"
-    wanted = wanted_in(name)
-    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+    requirements = requirements_of(name)
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != requirements:
         sys.stderr.write(f"installing {name} into {folder}\n")
         run([sys.executable, "-m", "venv", str(folder)], HOME / f"{name}.log")
         run([str(python), "-m", "pip", "install", "--quiet", TORCH, *REQUIREMENTS[name]], HOME / f"{name}.log")
-        stamp.write_text(wanted, encoding="utf-8")
+        stamp.write_text(requirements, encoding="utf-8")
     return python
 
 
-def wanted_in(name: str) -> str:
-    """Return what an environment is made from: the requirements, and for litlora those of its own."""
+def requirements_of(name: str) -> str:
+    """Return the requirements of an environment as text, including litlora's own."""
     own = (ROOT / "pyproject.toml").read_text(encoding="utf-8") if name == "litlora" else ""
     return "\n".join((TORCH, *REQUIREMENTS[name], own))
 
 
 def run_job(job: Job, python: Path, module: str) -> Any:
-    """Do a job in a process of its own, and return what its last line of JSON says."""
+    """Run a job in its own process, and return the JSON of its last output line."""
     command = [str(python), "-m", f"benchmarks.{module}", json.dumps(asdict(job))]
     extra = {} if job.device == "cuda" else NO_GPU
-    if python == Path(sys.executable):  # an environment of its own must not find what this one does
+    if python == Path(sys.executable):  # a separate environment must not import from this one
         paths = [SCRIPTS, *filter(None, [os.environ.get("PYTHONPATH")])]
         extra = extra | {"PYTHONPATH": os.pathsep.join(paths)}
     output = run(command, job.work / f"{module}-{job.task}.log", extra)
@@ -67,13 +67,13 @@ def run_job(job: Job, python: Path, module: str) -> Any:
 
 
 def run(command: list[str], log: Path, extra: Mapping[str, str] = NO_GPU) -> str:
-    """Return what a command writes; a failure is said with its last line, and all of it stands in the log."""
+    """Return a command's stdout; on failure raise the last line of its stderr, which is logged."""
     log.parent.mkdir(parents=True, exist_ok=True)
     env = os.environ | QUIET | {"PYTHONPATH": SCRIPTS} | extra
     with log.open("w", encoding="utf-8") as errors:
         done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
     if done.returncode:
         lines = log.read_text(encoding="utf-8").splitlines()
-        sys.stderr.write(f"{log} says why this failed:\n")
+        sys.stderr.write(f"failed; see {log}:\n")
         raise ProgramError(lines[-1] if lines else f"exit code {done.returncode}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""What passes between the wrapper and a program's process: a job in, one line of JSON with its result out."""
+"""What passes between the benchmark and a program's process: a job in, its result out as one line of JSON."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ Layers = Literal["query and value", "all linear layers"]
 Device = Literal["cpu", "cuda"]
 
 RANK, ALPHA, DROPOUT = 8, 16, 0.05
-LEARNING_RATE = 2e-4  # from the first step to the last, so that the losses of all programs can be compared
+LEARNING_RATE = 2e-4  # constant, so that the losses of all programs are comparable
 MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 4, 16
 MAX_SEQ_LENGTH = 512
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
@@ -23,7 +23,7 @@ CHECKPOINT, DATA, PROMPT = "checkpoint", "data", "prompt.txt"
 
 @dataclass(frozen=True)
 class Job:
-    """What a program is to do, with what lies ready in a folder."""
+    """The task of a program, with its inputs in a folder."""
 
     task: Task
     precision: Precision
@@ -31,7 +31,7 @@ class Job:
     rows: int = 0
     layers: Layers = "query and value"
     quantized: bool = False
-    """Whether the blocks' weights are in NF4."""
+    """Whether the base is in NF4."""
     compiled: bool = False
     device: Device = "cpu"
 
@@ -45,17 +45,17 @@ class Job:
 
     @property
     def data(self) -> Path:
-        """Return the folder with train.jsonl and val.jsonl, in litlora's shape."""
+        """Return the folder with train.jsonl and val.jsonl."""
         return self.work / DATA
 
     @property
     def text(self) -> str:
-        """Return the text of which the first tokens are the prompt."""
+        """Return the text whose first tokens are the prompt."""
         return (self.work / PROMPT).read_text(encoding="utf-8")
 
     @property
     def global_batch_size(self) -> int:
-        """Return the rows of a step: fewer where the rows do not fill whole global batches."""
+        """Return the rows of a step: one micro-batch if the rows are not a multiple of the global batch."""
         return MICRO_BATCH_SIZE if self.rows % GLOBAL_BATCH_SIZE else GLOBAL_BATCH_SIZE
 
     @property
@@ -65,26 +65,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a program did, and in which time."""
+    """What a program computed, and its time."""
 
     seconds: float
-    """Of the training loop, or of one generation; never of start-up."""
+    """Of the training loop, or of one generation, without start-up."""
     tokens: int
-    """Real ones: no padding, and no last token of a row, which is only ever a label."""
+    """Without padding and without the last token of a row, which is only ever a label."""
     memory_gb: float
     versions: dict[str, str]
     supervised: int = 0
     losses: list[float] = field(default_factory=list)
-    """Of each step, as means over its supervised tokens."""
+    """The mean over the supervised tokens of each step."""
     ids: list[int] = field(default_factory=list)
-    """The prompt and what was generated."""
+    """The token ids of prompt and completion."""
     compile_seconds: float = 0.0
-    """Before the first token, not among the seconds above."""
+    """Before the first token, not included in `seconds`."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """The best rate of matrix products on this machine, and what a model needs of them."""
+    """The best matmul rate of this machine, and the matmul parameters of a model."""
 
     rate: float
     """Floating-point operations per second."""
@@ -92,12 +92,12 @@ class Products:
     head_parameters: int
 
     def limit(self, tokens: int, supervised: int) -> float:
-        """Return the seconds below which training cannot go: forward, and the gradient of what went in."""
+        """Return a lower bound of the training time: the forward pass and the gradients of the inputs."""
         return 4 * (self.block_parameters * tokens + self.head_parameters * supervised) / self.rate
 
 
 def serve(tasks: Mapping[Task, Callable[[Job], Result | Products | None]]) -> None:
-    """Do the job that the command line names, and print its result as the last line."""
+    """Run the job of the command line, and print its result as the last line."""
     job = Job(**json.loads(sys.argv[1]))
     result = tasks[job.task](job)
     print(json.dumps(result and asdict(result)))

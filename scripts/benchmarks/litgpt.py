@@ -56,13 +56,13 @@ def convert(job: Job) -> None:
 
 def name_of_shape(checkpoint: Path) -> str:
     """Return litgpt's name for a model of this shape."""
-    ours = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    wanted = {theirs: ours.get(name) for theirs, name in SHAPE.items()}
+    hub_config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    shape = {key: hub_config.get(name) for key, name in SHAPE.items()}
     for known in configs:
         config = Config(**known)
-        if all(getattr(config, theirs) == value for theirs, value in wanted.items()):
+        if all(getattr(config, key) == value for key, value in shape.items()):
             return config.name
-    raise SystemExit(f"litgpt knows no model of the shape {wanted}")
+    raise SystemExit(f"litgpt has no model of the shape {shape}")
 
 
 def train(job: Job) -> Result:
@@ -130,7 +130,7 @@ def prepare(fabric: lightning.Fabric, job: Job) -> tuple[torch.nn.Module, torch.
 
 
 class InOrder(JSON):
-    """litgpt's data, not shuffled, and without processes beside the one that trains."""
+    """litgpt's data without shuffling and without worker processes."""
 
     def train_dataloader(self) -> DataLoader:
         collate = get_sft_collate_fn(max_seq_length=self.max_seq_length, ignore_index=self.ignore_index)
@@ -139,7 +139,7 @@ class InOrder(JSON):
 
 @dataclass
 class Record:
-    """The losses of micro-batches, which litgpt averages whatever the number of their tokens."""
+    """The losses of micro-batches, which litgpt averages without weights."""
 
     losses: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
@@ -153,7 +153,7 @@ class Record:
 
 @contextmanager
 def recorded_losses() -> Iterator[Record]:
-    """Record the loss of each micro-batch, and leave validation out."""
+    """Record the loss of each micro-batch, and skip validation."""
     record = Record()
     cross_entropy = finetune.chunked_cross_entropy
 

@@ -1,4 +1,4 @@
-"""One case: the programs in turn, repetition by repetition, and whether they did the same work."""
+"""One case: alternating runs of the programs, and the check that they computed the same."""
 
 import sys
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from benchmarks.cases import LITLORA, PRODUCTS, Case, Program
 from benchmarks.environments import Environments, ProgramError, run_job
 from benchmarks.jobs import PROMPT_TOKENS, Device, Job, Precision, Products, Result, Task
 
-# Relative. What bfloat16 rounds, each program in places of its own, evens out over the tokens of a step.
+# Relative tolerances. Programs round at different points in bfloat16, which averages out over the tokens of a step.
 FIRST_LOSS = {"32-true": 1e-4, "bf16-true": 2e-2}
-LATER_LOSSES = 2e-2  # every program draws an adapter and its dropout of its own
+LATER_LOSSES = 2e-2  # every program draws its own initial adapter and dropout
 
 
 class DisagreementError(Exception):
-    """Two programs that should have done the same did not."""
+    """Two programs did not compute the same."""
 
 
 @dataclass
 class Measurement:
-    """What came of a case."""
+    """The results of a case."""
 
     title: str
     task: Task
@@ -29,31 +29,31 @@ class Measurement:
     results: dict[str, list[Result]] = field(default_factory=dict)
     products: list[Products] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    """Why a program is not among the results."""
+    """The reasons why programs have no results."""
     device: Device = "cpu"
 
 
 def measure(case: Case, job: Job, environments: Environments, repetitions: int) -> Measurement:
-    """Run the programs of a case in turn, forth and back, and stop when they disagree.
+    """Run the programs of a case alternately, reversing the order each time; fail if they disagree.
 
-    A program that fails is left out from there on: what it did until then counts for nothing.
+    A program that fails is removed together with its earlier results.
     """
     measurement = Measurement(case.title, case.task, case.precision, job.rows, device=job.device)
     pythons, missing = environments.pythons, environments.missing
     measurement.missing = {p.name: missing[p.environment] for p in case.programs if p.environment in missing}
     for repetition in range(repetitions):
         if case.task == "train":
-            found = run_job(replace(job, task="products"), pythons["litlora"], PRODUCTS.environment)
-            measurement.products.append(Products(**found))
+            values = run_job(replace(job, task="products"), pythons["litlora"], PRODUCTS.environment)
+            measurement.products.append(Products(**values))
         for program in case.programs[:: -1 if repetition % 2 else 1]:
             if program.name not in measurement.missing:
                 variant = replace(job, compiled=program.compiled)
-                take(measurement, program, variant, pythons[program.environment])
+                run_once(measurement, program, variant, pythons[program.environment])
     return measurement
 
 
-def take(measurement: Measurement, program: Program, job: Job, python: Path) -> None:
-    """Have one program do the job once more."""
+def run_once(measurement: Measurement, program: Program, job: Job, python: Path) -> None:
+    """Run the job once with one program."""
     try:
         result = Result(**run_job(job, python, program.environment))
     except ProgramError as error:
@@ -61,7 +61,7 @@ def take(measurement: Measurement, program: Program, job: Job, python: Path) -> 
             raise
         measurement.results.pop(program.name, None)
         measurement.missing[program.name] = str(error)
-        sys.stderr.write(f"  {program.name} is left out: {error}\n")
+        sys.stderr.write(f"  {program.name} is removed: {error}\n")
         return
     sys.stderr.write(f"  {program.name}: {result.seconds:.2f} s\n")
     for name, results in measurement.results.items():
@@ -70,29 +70,29 @@ def take(measurement: Measurement, program: Program, job: Job, python: Path) -> 
 
 
 def compare(name: str, result: Result, other_name: str, other: Result, precision: Precision) -> None:
-    """Refuse results that are not of the same work."""
+    """Refuse results that differ."""
 
-    def agree(what: str, ours: object, theirs: object, same: bool) -> None:
+    def require(what: str, first: object, second: object, same: bool) -> None:
         if not same:
-            raise DisagreementError(f"{name} and {other_name} disagree on {what}: {ours} and {theirs}")
+            raise DisagreementError(f"{name} and {other_name} disagree on {what}: {first} and {second}")
 
     counts = (result.tokens, result.supervised), (other.tokens, other.supervised)
-    agree("the number of tokens, and of supervised ones", *counts, counts[0] == counts[1])
-    agree("the losses of the steps", result.losses, other.losses, close(result.losses, other.losses, precision))
+    require("the number of tokens, and of supervised ones", *counts, counts[0] == counts[1])
+    require("the losses of the steps", result.losses, other.losses, close(result.losses, other.losses, precision))
     prompts = result.ids[:PROMPT_TOKENS], other.ids[:PROMPT_TOKENS]
-    agree("the tokens of the prompt", *prompts, prompts[0] == prompts[1])
+    require("the tokens of the prompt", *prompts, prompts[0] == prompts[1])
     same = precision != "32-true" or result.ids == other.ids
-    agree("the tokens that are generated", result.ids, other.ids, same)
+    require("the tokens that are generated", result.ids, other.ids, same)
 
 
 def close(losses: Sequence[float], others: Sequence[float], precision: Precision) -> bool:
-    """Tell whether the losses of all steps agree; an untrained adapter adds nothing, so the first is the base's own."""
+    """Return whether the losses of all steps agree; the first is the base's, since an untrained adapter adds zero."""
     tolerances = [FIRST_LOSS[precision]] + [LATER_LOSSES] * (len(losses) - 1)
     pairs = zip(losses, others, tolerances, strict=False)
     return len(losses) == len(others) and all(abs(a - b) <= tolerance * abs(a) for a, b, tolerance in pairs)
 
 
 def leading(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many of the generated tokens are the same until the first that is not."""
+    """Return the number of identical generated tokens before the first difference."""
     pairs = list(zip(ids, others, strict=True))[PROMPT_TOKENS:]
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), len(pairs))

@@ -1,4 +1,4 @@
-"""The most memory that a program has had: of the GPU it computes on, or else resident."""
+"""Peak memory of a program: on the GPU, or else resident."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory, in 10^9 bytes, that this process has had."""
+    """Return the peak memory of this process in gigabytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -58,7 +58,7 @@ def train(job: Job) -> Result:
 
 
 def encode(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Turn a row into ids, and labels where the response is."""
+    """Tokenize a row, with labels for the response."""
     template, task = (TEMPLATE_WITH_INPUT, TASK + CONTEXT) if row["input"] else (TEMPLATE, TASK)
     prompt = task + REQUEST + template.format(**row)
     encoded = tokenizer(prompt + row["output"] + tokenizer.eos_token, return_offsets_mapping=True)
@@ -97,7 +97,7 @@ def arguments(job: Job, scratch: str) -> TrainingArguments:
         train_sampling_strategy="sequential",
         learning_rate=jobs.LEARNING_RATE,
         lr_scheduler_type="constant",
-        weight_decay=0.01,  # torch's default for AdamW, which the others keep
+        weight_decay=0.01,  # torch's default for AdamW, which the other programs use
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -121,7 +121,7 @@ class Stopwatch(TrainerCallback):
 def generate(job: Job) -> Result:
     """Generate greedily twice, and time the second."""
     model = load(job).eval()
-    model.generation_config.eos_token_id = None  # all are to generate the same number of tokens
+    model.generation_config.eos_token_id = None  # so that all programs generate the same number of tokens
     ids = AutoTokenizer.from_pretrained(job.checkpoint)(job.text)["input_ids"]
     prompt = torch.tensor([ids[: jobs.PROMPT_TOKENS]], device=job.device)
     settings = {"max_new_tokens": jobs.NEW_TOKENS, "do_sample": False, "pad_token_id": 0}

@@ -1,4 +1,4 @@
-"""The best rate of matrix products with a checkpoint's weights, which bounds every program from below."""
+"""The best matmul rate for a checkpoint's weights, which gives a lower bound of the training time."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,11 @@ from benchmarks.jobs import Job, Products, serve
 from litlora.models.checkpoint import Checkpoint
 
 TOKENS = (512, 1024, 2048)  # about what a micro-batch holds
-SECONDS = 0.25  # for each shape, and each way
+SECONDS = 0.25  # per shape and implementation
 
 
 def products(job: Job) -> Products:
-    """Time all shapes of the model's products, and keep the best rate."""
+    """Time matmuls of all shapes of the model, and return the best rate."""
     gpt = Checkpoint.open(job.checkpoint).outline()
     head = gpt.lm_head.weight.numel()
     linear = [module.weight.shape for module in gpt.modules() if isinstance(module, nn.Linear)]
@@ -26,7 +26,7 @@ def products(job: Job) -> Products:
 
 
 def ways(dtype: torch.dtype) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
-    """Return the ways to multiply: without bfloat16 instructions, float32 is the faster one for bfloat16 too."""
+    """Return the matmul implementations; on CPUs without bfloat16 instructions, float32 is faster for bfloat16 too."""
     return (F.linear,) if dtype is torch.float32 else (F.linear, upcast)
 
 
@@ -41,7 +41,7 @@ def drawn(tokens: int, shape: torch.Size, dtype: torch.dtype, device: str) -> tu
 
 @torch.no_grad()
 def rate(x: Tensor, weight: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Return the floating-point operations per second of the median of many products."""
+    """Return the floating-point operations per second, from the median time of many matmuls."""
     operands = {"multiply": multiply, "x": x, "weight": weight}
     timer = Timer("multiply(x, weight)", globals=operands, num_threads=torch.get_num_threads())
     return 2 * len(x) * weight.numel() / timer.blocked_autorange(min_run_time=SECONDS).median

@@ -13,7 +13,7 @@ from benchmarks.measuring import Measurement, leading
 
 
 def render(measurements: Mapping[str, Measurement]) -> str:
-    """Return all tables, under a line that says on what and with what they were made."""
+    """Return all tables, below a line with the machine and the versions."""
     versions: dict[str, str] = {}
     for measurement in measurements.values():
         for results in measurement.results.values():
@@ -25,7 +25,7 @@ def render(measurements: Mapping[str, Measurement]) -> str:
 
 
 def machine(device: Device) -> str:
-    """Return the name of the GPU, or of the processor and how many threads every program has."""
+    """Return the name of the GPU, or of the CPU with the number of threads."""
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -45,17 +45,17 @@ def section(name: str, measurement: Measurement) -> str:
 
 
 def work(measurement: Measurement) -> str:
-    """Say what every program did, how often, and what bounds it."""
+    """Describe the task, the repetitions and the lower bound of the time."""
     results = next(iter(measurement.results.values()), [])
     times = f"repetitions: {len(results)}"
     if not results or measurement.task == "generate":
         return f"{NEW_TOKENS} tokens after {PROMPT_TOKENS}, greedy, {times}."
     counts = f"{results[0].tokens:,} tokens, {results[0].supervised:,} of them supervised"
-    said = f"{measurement.rows} rows with {counts}, {times}"
+    text = f"{measurement.rows} rows with {counts}, {times}"
     if not measurement.products:
-        return f"{said}."
+        return f"{text}."
     best = median(products.rate for products in measurement.products) / 1e9
-    return f"{said}; the limit is {limit(measurement):.1f} s, at {best:.0f} GFLOP/s."
+    return f"{text}; the limit is {limit(measurement):.1f} s, at {best:.0f} GFLOP/s."
 
 
 def limit(measurement: Measurement) -> float:
@@ -64,14 +64,14 @@ def limit(measurement: Measurement) -> float:
 
 
 def compiling(measurement: Measurement) -> list[str]:
-    """Say what compiling costs, and after how many tokens it is won back."""
+    """Describe the cost of compilation, and after how many tokens it pays off."""
     compiled, eager = (measurement.results.get(p.name) for p in (LITLORA_COMPILED, LITLORA))
     if not compiled or not eager:
         return []
     cost = median(result.compile_seconds for result in compiled)
     saved = middle(eager) - middle(compiled)
     tokens = math.ceil(cost / saved * eager[0].tokens) if saved > 0 else 0
-    worth = f"are won back after {tokens:,} tokens" if tokens else "are never won back"
+    worth = f"pays off after {tokens:,} tokens" if tokens else "never pays off"
     return [f"{LITLORA_COMPILED.name} first compiles for {cost:.1f} s, which {worth}."]
 
 
@@ -84,7 +84,7 @@ def line(cells: Sequence[str]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Return the median, the least and the greatest."""
+    """Return median, minimum and maximum."""
     center, least, most = (f"{value:.{digits}f}" for value in (median(values), min(values), max(values)))
     return f"{center} ({least} to {most})"
 
@@ -94,7 +94,7 @@ def seconds(measurement: Measurement, program: str) -> str:
 
 
 def ratio(measurement: Measurement, program: str) -> str:
-    """Return the time in times of the first program's."""
+    """Return the time relative to the first program's."""
     first = next(iter(measurement.results.values()))
     return f"{middle(measurement.results[program]) / middle(first):.2f}"
 
@@ -112,7 +112,7 @@ def share(measurement: Measurement, program: str) -> str:
 
 
 def same_tokens(measurement: Measurement, program: str) -> str:
-    """Return how many tokens are the first program's, until the first that is not."""
+    """Return the number of tokens identical to the first program's, before the first difference."""
     first = next(iter(measurement.results.values()))[0]
     return str(leading(first.ids, measurement.results[program][0].ids))
 

@@ -148,7 +148,7 @@ def test_generation_table_counts_identical_tokens():
     text = section("generate-bf16", Measurement("Generation", "generate", "bf16-true", 64, results))
     assert "| litlora | 50.0 (50.0 to 50.0) | 1.00 | 1.00 | 4 |" in text
     assert "| transformers | 25.0 (25.0 to 25.0) | 2.00 | 1.00 | 2 |" in text
-    assert "first compiles for 9.0 s, which are won back after 900 tokens." in text  # 9 s / (1 s saved in 100 tokens)
+    assert "first compiles for 9.0 s, which pays off after 900 tokens." in text  # 9 s / (1 s saved in 100 tokens)
 
 
 def test_measurements_round_trip():

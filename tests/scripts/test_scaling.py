@@ -7,9 +7,9 @@ import scaling
 def test_reported_global_batch_is_the_smallest_that_suffices():
     for training in scaling.TRAININGS[::2]:
         for cluster in scaling.CLUSTERS:
-            share = scaling.enough(training, cluster) // cluster.gpus
-            assert scaling.used(training, cluster, share) >= scaling.USED - 1e-9
-            assert share == 1 or scaling.used(training, cluster, share - 1) < scaling.USED
+            share = scaling.sufficient_batch(training, cluster) // cluster.gpus
+            assert scaling.utilization(training, cluster, share) >= scaling.UTILIZATION - 1e-9
+            assert share == 1 or scaling.utilization(training, cluster, share - 1) < scaling.UTILIZATION
 
 
 def test_computed_and_sent_bytes_by_hand():
@@ -19,5 +19,5 @@ def test_computed_and_sent_bytes_by_hand():
     assert training.gradients(8) == 4 * matrices * 2 * 7 / 8
     assert training.weights(8) == 0
     assert training.example == pytest.approx(200 * (4 * frozen + 6 * matrices) / 400e12)
-    shared = scaling.Training("7B (Llama 2)", "bfloat16", "query, value", is_shared=True)
+    shared = scaling.Training("7B (Llama 2)", "bfloat16", "query, value", is_sharded=True)
     assert shared.weights(8) == 2 * 2 * 6_738_415_616 * 7 / 8
