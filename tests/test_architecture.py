@@ -14,7 +14,7 @@ ORDER = """
     train
     evaluation
     distributed generation
-    lora
+    lora export
     data models
     hub
     nn

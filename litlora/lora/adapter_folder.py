@@ -1,6 +1,7 @@
 """What an adapter folder tells without its tensors: its base and its prompt style. Imports no torch."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -10,6 +11,10 @@ from litlora.utils.files import YAML_ERRORS, read_json
 CONFIG = "adapter_config.json"
 PROMPT_STYLE = "prompt_style.yaml"
 FINAL = "final"  # in the folder of a run
+# PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
+BASE = "auto_mapping"
+LOCAL_PATH = "local_path"
+CHECKPOINTS = Path("checkpoints")  # download's --checkpoint_root
 
 
 def is_adapter(directory: Path) -> bool:
@@ -51,8 +56,20 @@ def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None
         if base_dir is not None:
             raise LitLoraError(f"--base_dir ({base_dir}) goes with an adapter, but {directory} has no {CONFIG}")
         return directory, None
-    named = read_json(directory / CONFIG).get("base_model_name_or_path") if base_dir is None else str(base_dir)
-    if not isinstance(named, str) or not Path(named).is_dir():
-        hint = "say where it is with --base_dir"
-        raise LitLoraError(f"the base of the adapter {directory} is not there ({named}); {hint}")
-    return Path(named), directory
+    config = read_json(directory / CONFIG)
+    named = config.get("base_model_name_or_path") if base_dir is None else str(base_dir)
+    candidates = [base_dir] if base_dir else _base_candidates(config)
+    for path in candidates:
+        if path.is_dir():
+            return path, directory
+    hint = "say where it is with --base_dir"
+    raise LitLoraError(f"the base of the adapter {directory} is not there ({named}); {hint}")
+
+
+def _base_candidates(config: dict[str, Any]) -> list[Path]:
+    """Return where the base of an adapter may be: where it was trained, or where download puts its repository."""
+    recorded = config.get(BASE)
+    local = recorded.get(LOCAL_PATH) if isinstance(recorded, dict) else None
+    named = config.get("base_model_name_or_path")
+    paths = [Path(name) for name in (local, named) if isinstance(name, str)]
+    return [*paths, CHECKPOINTS / named] if isinstance(named, str) else paths

@@ -13,7 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from litlora.errors import LitLoraError
-from litlora.lora.adapter_folder import CONFIG, PROMPT_STYLE, require_adapter
+from litlora.hub.origin import origin
+from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, PROMPT_STYLE, require_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, freeze_adapter, lora_parameters
 from litlora.models.checkpoint import Checkpoint
@@ -27,8 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
-# PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
-BASE, QUANTIZATION, INIT = "auto_mapping", "quantization_config", "lora_init"
+QUANTIZATION, INIT = "quantization_config", "lora_init"
 # Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
 IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora"}
 WITHOUT_EFFECT = {
@@ -46,10 +46,13 @@ def write_adapter(
 
     `base_sha256` is the fingerprint of the base.
     """
-    quantization, init = quantization_of(model), {INIT: lora.init} if lora.requires_quantized_base else {}
+    quantization, source = quantization_of(model), origin(base_dir)
+    init = {INIT: lora.init} if lora.requires_quantized_base else {}
+    quantized = {QUANTIZATION: quantization.hub, **init} if quantization else {}
+    downloaded = {LOCAL_PATH: str(base_dir.resolve())} if source else {}
     config = {
-        BASE: None if quantization is None else {QUANTIZATION: quantization.hub, **init},
-        "base_model_name_or_path": str(base_dir.resolve()),
+        BASE: {**quantized, **downloaded} or None,
+        "base_model_name_or_path": source.repo_id if source else str(base_dir.resolve()),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -58,6 +61,7 @@ def write_adapter(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora.r,
+        "revision": source.revision if source else None,
         "target_modules": lora.target_modules,
         "task_type": "CAUSAL_LM",
         "use_dora": lora.use_dora,

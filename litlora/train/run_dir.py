@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from litlora.args import FinetuneLoraArgs, plain
 from litlora.errors import RESUME, LitLoraError
+from litlora.export.model_card import model_card
+from litlora.hub.origin import origin
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.train.report import Report
@@ -150,7 +152,14 @@ class RunFolder:
         with self._naming_checkpoint(), atomic_directory(self.final) as folder:
             self._write_adapter(folder, model)
             report.write(folder)
+            self._write_model_card(folder, report)
         return self.final
+
+    def _write_model_card(self, folder: Path, report: Report) -> None:
+        base_dir = self.args.checkpoint_dir
+        source = origin(base_dir)
+        name, license_id = (source.repo_id, source.license) if source else (str(base_dir.resolve()), None)
+        (folder / "README.md").write_text(model_card(name, license_id, vars(report)), encoding="utf-8")
 
     def _write_adapter(self, folder: Path, model: nn.Module) -> None:
         base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]

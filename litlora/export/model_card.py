@@ -1,0 +1,50 @@
+"""The model card of an adapter: README.md with the front matter that the Hub and PEFT read."""
+
+from collections.abc import Mapping
+
+import yaml
+
+FIGURES = {
+    "val_loss": "validation loss",
+    "val_perplexity": "validation perplexity",
+    "train_loss": "training loss of the last epoch",
+    "steps": "steps",
+    "supervised_tokens": "supervised tokens",
+    "trainable_parameters": "trainable parameters",
+}
+"""Figures of report.json that the card shows, by what it calls them."""
+
+
+def model_card(base_model: str, license_id: str | None, figures: Mapping[str, object]) -> str:
+    """Return the card of an adapter on a base: a Hub repository, or the path of a folder."""
+    front: dict[str, object] = {
+        "base_model": base_model,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [f"base_model:adapter:{base_model}", "lora", "litlora", "transformers"],
+    }
+    if license_id:
+        front["license"] = license_id
+    rows = "".join(f"| {title} | {_text(figures[name])} |\n" for name, title in FIGURES.items() if name in figures)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+
+# LoRA adapter for {base_model}
+
+Trained with litlora. Losses are means over the supervised tokens, in nats.
+
+| | |
+| --- | --: |
+{rows}
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+"""
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
