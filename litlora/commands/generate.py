@@ -30,7 +30,7 @@ def generate(args: GenerateArgs) -> None:
     device = default_device()
     dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))
     if args.compile and quantization:
-        raise LitLoraError(f"--compile does not go with a base in 4 bits ({quantization.name}): leave one of them out")
+        raise LitLoraError(f"--compile does not work with a 4-bit base ({quantization.name}): leave one of them out")
     model = load_with_adapter(base, adapter_dir, dtype, device, quantization)
     if args.compile:
         compile_decode_step(model)
@@ -55,7 +55,7 @@ def storage(args: GenerateArgs, trained: Quantization | None) -> tuple[torch.dty
 
 
 def read_prompt(given: str | None) -> str:
-    """Return the prompt that was given, or else what stands on standard input, less its last line end."""
+    """Return --prompt, or else standard input without its last line break."""
     prompt = sys.stdin.read().removesuffix("\n") if given is None else given
     if not prompt:
         raise LitLoraError(NO_PROMPT)
@@ -63,7 +63,7 @@ def read_prompt(given: str | None) -> str:
 
 
 def check_length(prompt: int, new: int, positions: int) -> None:
-    """Refuse a prompt and completion that together are longer than the model can see."""
+    """Refuse a prompt and completion that together are longer than the model's context."""
     if prompt + new > positions:
         fault = f"the prompt's {prompt} tokens and --max_new_tokens ({new}) are more than the checkpoint's {positions}"
         raise LitLoraError(f"{fault} positions: shorten one of them")

@@ -10,7 +10,7 @@ from litlora.errors import DAMAGED, LitLoraError
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the next token is chosen: temperature 0 takes the likeliest."""
+    """How the next token is chosen: temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -18,12 +18,12 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Choose one of the logits (vocab,), or -1 where they are not numbers.
+        """Choose one of the logits (vocab,), or -1 where they are not finite.
 
         top_k applies before top_p (nucleus sampling, Holtzman et al. 2019).
         """
         if self.temperature == 0:
-            best, index = logits.float().max(dim=0)  # bfloat16 numbers take a CPU thrice the time
+            best, index = logits.float().max(dim=0)  # bfloat16 takes a CPU three times as long
             return index.where(best.isfinite(), -1)
         count = min(self.top_k or len(logits), len(logits))
         values, indices = logits.float().topk(count)  # sorted, likeliest first

@@ -72,7 +72,7 @@ class AttentionShape:
 
 
 class Backend(ABC):
-    """What a device does its own way; the numbers are the same on all of them, up to rounding."""
+    """What depends on the device; results are equal on all of them up to rounding."""
 
     shares_prefixes: bool
     """Whether a prefix that sequences of a micro-batch share is computed once."""

@@ -21,8 +21,8 @@ def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     hidden is (T, hidden), labels (T,) holds the id of the next token, or IGNORE_INDEX where none is supervised.
     The gradients are computed along the way, chunk by chunk, so memory does not grow with T x vocabulary.
     """
-    kept = labels != IGNORE_INDEX
-    hidden, labels = hidden[kept], labels[kept]
+    supervised = labels != IGNORE_INDEX
+    hidden, labels = hidden[supervised], labels[supervised]
     if not torch.is_grad_enabled():
         return _summed(hidden, labels, head)
     trainable = [p for p in head.parameters() if p.requires_grad]
@@ -44,7 +44,7 @@ def _logits(hidden: Tensor, head: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the cross-entropies and its gradient, which takes the place of the logits in memory."""
+    """Return the sum of the cross-entropies and its gradient, which overwrites the logits."""
     logits = logits.detach()
     rows = backend(logits.device).scored_rows(*logits.shape)
     parts = zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
@@ -52,7 +52,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the cross-entropies of logits, and leave its gradient in their place."""
+    """Return the sum of the cross-entropies of logits, which are overwritten by its gradient."""
     scores, picked = logits.float(), (torch.arange(len(labels), device=labels.device), labels)
     short_of_highest = scores.amax(dim=-1) - scores[picked]
     torch.softmax(scores, dim=-1, out=scores)
@@ -82,11 +82,11 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             chunk = hidden[rows].detach().requires_grad_(hidden_gradient is not None)
             sources = [chunk, *trainable] if hidden_gradient is not None else list(trainable)
-            loss, found = _chunk_gradients(chunk, labels[rows], head, sources)
+            loss, chunk_gradients = _chunk_gradients(chunk, labels[rows], head, sources)
             total += loss
             if hidden_gradient is not None:
-                hidden_gradient[rows] = found.pop(0)
-            for gradient, part in zip(gradients, found, strict=True):
+                hidden_gradient[rows] = chunk_gradients.pop(0)
+            for gradient, part in zip(gradients, chunk_gradients, strict=True):
                 gradient += part
         ctx.save_for_backward(hidden_gradient, *gradients)
         return total

@@ -1,4 +1,4 @@
-"""Linear layers whose frozen weight is stored in 4 bits (QLoRA, Dettmers et al. 2023), by bitsandbytes."""
+"""Linear layers with a frozen 4-bit weight (QLoRA, Dettmers et al. 2023), by bitsandbytes."""
 
 import importlib
 import logging
@@ -56,8 +56,8 @@ class Quantization:
         """Read what `hub` gives."""
         for name in NAMES:
             for dtype in (torch.bfloat16, torch.float32):
-                if (found := cls(name, dtype)).hub == hub:
-                    return found
+                if (quantization := cls(name, dtype)).hub == hub:
+                    return quantization
         raise LitLoraError(f"a base that litlora cannot make: {hub}")
 
 
@@ -70,8 +70,8 @@ def import_bitsandbytes(flag: str) -> Any:
             module = importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise LitLoraError(f"{flag} needs bitsandbytes, which cannot be imported ({error}); {hint}") from error
-    found, least = ([int(part) for part in version.split(".")[:2]] for version in (module.__version__, OLDEST))
-    if found < least:
+    installed, least = ([int(part) for part in version.split(".")[:2]] for version in (module.__version__, OLDEST))
+    if installed < least:
         raise LitLoraError(f"{flag} needs bitsandbytes {OLDEST} or newer, not {module.__version__}; {hint}")
     return module
 
@@ -109,9 +109,9 @@ class NF4Linear(nn.Module):
 
 
 class NF4Weight(nn.Module):
-    """A frozen weight (out, in): 16 levels, of which a byte holds two, and a float32 scale for each block.
+    """A frozen weight (out, in): 4-bit indices of 16 levels, two per byte, and a float32 scale for each block.
 
-    The scales are kept as integers of the same bits, since a cast of the whole model must not reach them.
+    The scales are stored as integers of the same bits, so that casting the model leaves them unchanged.
     """
 
     packed: nn.Parameter
@@ -159,8 +159,8 @@ class NF4Weight(nn.Module):
         # Threads share the rows of a shape, but bitsandbytes' AVX-512 code is wrong if they do not end with a block.
         width = self.shape[1] if self.shape[1] % BLOCK == 0 else stop - start
         shape = ((stop - start) // width, width)
-        numbers: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK, "nf4", shape, dtype)
-        return numbers.view(-1, self.shape[1]).to(self.quantization.dtype)
+        values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK, "nf4", shape, dtype)
+        return values.view(-1, self.shape[1]).to(self.quantization.dtype)
 
     def bitsandbytes_matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + b by bitsandbytes' own product, which reads the weight as it is stored."""
@@ -220,5 +220,5 @@ def dequantized(weight: Tensor, quantization: Quantization) -> Tensor:
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:
-    """Return how the weights of a model's blocks are stored, or None where they are plain numbers."""
+    """Return how the weights of a model's blocks are stored, or None where they are not quantized."""
     return next((module.quantization for module in model.modules() if isinstance(module, NF4Weight)), None)

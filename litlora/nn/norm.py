@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.RMSNorm):
-    """A norm (Zhang and Sennrich 2019) that takes a CPU a third of the time where it is frozen.
+    """RMSNorm (Zhang and Sennrich 2019) with a frozen weight, which is faster on CPU and equals torch's bit for bit.
 
-    Its numbers are torch's, to the bit; a single row is nothing but calls, of which torch's own has fewer.
+    A single row takes the time of its calls, of which torch's own norm needs fewer.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x), computed in float32, times a frozen weight: x, and a number for each token, are all that is kept."""
+    """x / rms(x), computed in float32, times a frozen weight: saves x and one float per token for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

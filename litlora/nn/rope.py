@@ -17,15 +17,15 @@ def turns(angles: Tensor, dtype: torch.dtype) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of x (T, heads, head_dim) by its angle (Su et al. 2021, eq. 34)."""
+    """Rotate each pair (i, i + head_dim / 2) of x (T, heads, head_dim) by its angle (Su et al. 2021, eq. 34)."""
     if not torch.is_grad_enabled():
-        return _turned(x, *rope)  # for a single token it takes no longer than the way to it through autograd
+        return _turned(x, *rope)  # for a single token, autograd's overhead is as long
     out: Tensor = _Rotation.apply(x, *rope)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Rotation(torch.autograd.Function):
-    """A rotation, whose gradient is the rotation back: nothing but the angles is kept."""
+    """A rotation, whose gradient is the inverse rotation: only the angles are saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # what is written in place would be computed again wherever it is read
+    if torch.compiler.is_compiling():  # in-place writes would be recomputed at every read
         (a, b), (c, _), (_, s) = (t.chunk(2, dim=-1) for t in (x, cos, sin))
         return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
     out = (x * cos).to(x.dtype)

@@ -32,26 +32,26 @@ def generate(capfd):
 
 
 def greedy(model: torch.nn.Module, checkpoint: Path, prompt: str, count: int) -> str:
-    """Return the completion that transformers gives."""
+    """Return transformers' completion."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)[0]
     return tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_a_greedy_completion_equals_that_of_transformers(checkpoint, generate):
+def test_greedy_completion_equals_transformers(checkpoint, generate):
     ours = generate(checkpoint, "--prompt", "Say hello to", "--max_new_tokens", 30, "--temperature", 0)
     assert ours == greedy(hugging_face(checkpoint), checkpoint, "Say hello to", 30) + "\n"
 
 
-def test_an_adapter_answers_on_its_base_in_its_own_prompt_style(adapter, tiny, generate):
+def test_adapter_uses_its_base_and_prompt_style(adapter, tiny, generate):
     ours = generate(adapter, "--prompt", "Close the door.", "--max_new_tokens", 20, "--temperature", 0)
     prompt = ALPACA.format(instruction="Close the door.")
     assert ours == greedy(with_peft(tiny, adapter), tiny, prompt, 20) + "\n"
     assert ours != generate(tiny, "--prompt", prompt, "--max_new_tokens", 20, "--temperature", 0)
 
 
-def test_the_prompt_may_come_from_standard_input(litlora, tiny):
+def test_prompt_from_stdin(litlora, tiny):
     flags = ["generate", "--checkpoint_dir", tiny, "--temperature", 0, "--precision", "32-true"]
     piped = litlora(*flags, stdin="Say hello\n")
     assert piped.returncode == 0
@@ -61,20 +61,20 @@ def test_the_prompt_may_come_from_standard_input(litlora, tiny):
 
 def test_every_stop_id_ends_the_completion(tiny, tmp_path, generate):
     prompt = ["--prompt", "Say hello to", "--max_new_tokens", 12, "--temperature", 0]
-    whole = generate(tiny, *prompt)
+    complete = generate(tiny, *prompt)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     ids = tokenizer("Say hello to", return_tensors="pt").input_ids
     tokens = hugging_face(tiny).generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     path = copy / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [1, int(tokens[5])]}))
-    kept = tokens[: tokens.tolist().index(int(tokens[5]))]
+    expected = tokens[: tokens.tolist().index(int(tokens[5]))]
     stopped = generate(copy, *prompt)
-    assert stopped == tokenizer.decode(kept) + "\n"
-    assert whole.startswith(stopped[:-1])
+    assert stopped == tokenizer.decode(expected) + "\n"
+    assert complete.startswith(stopped[:-1])
 
 
-def test_a_seed_decides_the_samples(tiny, generate):
+def test_seed_determines_the_samples(tiny, generate):
     flags = ["--prompt", "Say", "--max_new_tokens", 8, "--num_samples", 3, "--temperature", 1.5, "--top_k", "null"]
     first, again, other = (generate(tiny, *flags, "--seed", seed) for seed in (1, 1, 2))
     assert first == again
@@ -83,22 +83,22 @@ def test_a_seed_decides_the_samples(tiny, generate):
 
 
 @pytest.mark.parametrize("limit", [["--top_k", 1], ["--top_p", 1e-6]], ids=["top_k", "top_p"])
-def test_the_narrowest_choice_is_greedy(tiny, generate, limit):
+def test_top_k_1_and_tiny_top_p_are_greedy(tiny, generate, limit):
     flags = ["--prompt", "Say", "--max_new_tokens", 20]
     assert generate(tiny, *flags, *limit, "--temperature", 2) == generate(tiny, *flags, "--temperature", 0)
 
 
-def test_an_adapter_trained_on_4_bits_is_generated_from_in_4_bits(tiny, data_dir, tmp_path, capfd):
+def test_adapter_of_a_4_bit_base_is_generated_from_4_bit(tiny, data_dir, tmp_path, capfd):
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path]
     training = ["--precision", "32-true", "--quantize", "bnb.nf4", "--train.learning_rate", "1e-2"]
     assert main([*map(str, ["finetune_lora", *folders, *training, "--lora_mlp", "true"])]) == 0
     prompt = ["--prompt", "Say hello to", "--max_new_tokens", 30, "--temperature", 0]
-    answers = []
+    completions = []
     for flags in ([], ["--precision", "32-true", "--quantize", "bnb.nf4"], ["--quantize", "none"]):
         capfd.readouterr()
         assert main([*map(str, ["generate", "--checkpoint_dir", tmp_path / "final", *prompt, *flags])]) == 0
-        answers.append(capfd.readouterr().out)
-    assert answers[0] == answers[1] != answers[2]
+        completions.append(capfd.readouterr().out)
+    assert completions[0] == completions[1] != completions[2]
 
 
 @pytest.mark.parametrize(
@@ -112,28 +112,28 @@ def test_an_adapter_trained_on_4_bits_is_generated_from_in_4_bits(tiny, data_dir
         ({"precision": "32-true", "quantize": "bnb.nf4"}, None, (torch.float32, "bnb.nf4")),
     ],
 )
-def test_flags_beat_what_an_adapter_remembers_of_its_base(flags, trained, expected):
+def test_flags_override_the_adapter_s_base_settings(flags, trained, expected):
     dtype, quantization = storage(GenerateArgs(Path("x"), **flags), trained and Quantization(*trained))
     assert (dtype, quantization and quantization.name) == expected
     assert quantization is None or quantization.dtype is dtype
 
 
-def test_compiled_it_says_the_same(adapter, generate):
+def test_compile_leaves_the_completion_unchanged(adapter, generate):
     flags = ["--prompt", "Close the door.", "--max_new_tokens", 20, "--temperature", 0]
     assert generate(adapter, *flags, "--compile", "true") == generate(adapter, *flags)
 
 
-def test_a_missing_compiler_is_said_before_any_token(tiny, tmp_path, litlora):
+def test_missing_compiler_is_reported_before_any_token(tiny, tmp_path, litlora):
     nothing = {"CXX": "no-such-compiler", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    found = litlora("generate", "--checkpoint_dir", tiny, "--prompt", "Say", "--compile", "true", **nothing)
-    assert (found.returncode, found.stdout) == (1, "")
-    loading, sentence = found.stderr.splitlines()
+    run = litlora("generate", "--checkpoint_dir", tiny, "--prompt", "Say", "--compile", "true", **nothing)
+    assert (run.returncode, run.stdout) == (1, "")
+    loading, sentence = run.stderr.splitlines()
     assert loading == LOADING
     assert sentence.startswith("litlora: --compile needs a C++ compiler: install g++, or leave --compile out (torch")
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_weights_that_are_not_numbers_are_said_in_a_sentence(tiny, tmp_path, capfd, temperature):
+def test_nan_weights_are_reported_in_a_sentence(tiny, tmp_path, capfd, temperature):
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     weights = load_file(copy / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan

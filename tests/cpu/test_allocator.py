@@ -31,30 +31,30 @@ library.free.argtypes = [ctypes.c_void_p]
 """
 
 
-def test_a_thread_has_its_memory_of_the_one_heap():
+def test_threads_share_one_heap():
     code = """
 import threading
-places = []
-thread = threading.Thread(target=lambda: places.append(library.malloc(1000)))
+addresses = []
+thread = threading.Thread(target=lambda: addresses.append(library.malloc(1000)))
 thread.start()
 thread.join()
-assert places[0] in heap(), (heap(), hex(places[0]))
+assert addresses[0] in heap(), (heap(), hex(addresses[0]))
 """
     say(SUITED + code)
 
 
-def test_large_tensors_are_of_the_heap_and_their_places_stay_there():
+def test_large_tensors_stay_in_the_heap():
     code = """
-places = [library.malloc(20_000_000) for _ in range(8)]
-print(all(place in heap() for place in places))
-for place in places:
-    library.free(place)
-print(places[-1] in heap())
+addresses = [library.malloc(20_000_000) for _ in range(8)]
+print(all(address in heap() for address in addresses))
+for address in addresses:
+    library.free(address)
+print(addresses[-1] in heap())
 """
     assert say(SUITED + code) == ["True", "True"]
 
 
-def test_what_passes_leave_of_the_heap_is_filled_again():
+def test_freed_activations_are_reused():
     code = """
 import ctypes
 import torch

@@ -21,11 +21,11 @@ def test_moved_weights_are_unchanged(tiny, dtype):
 def test_transposed_weight_becomes_contiguous(huge, monkeypatch):
     if not huge:
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    numbers = torch.randn(4, 3)
-    weight = nn.Parameter(numbers.t())
+    values = torch.randn(4, 3)
+    weight = nn.Parameter(values.t())
     move_to_huge_pages([weight])
     assert weight.is_contiguous()
-    assert torch.equal(weight, numbers.t())
+    assert torch.equal(weight, values.t())
 
 
 def test_weights_are_contiguous_and_a_shared_one_is_moved_once():
@@ -34,6 +34,6 @@ def test_weights_are_contiguous_and_a_shared_one_is_moved_once():
     model = nn.Sequential(first, second)
     move_to_huge_pages(model.parameters())
     assert second.weight is first.weight
-    places = [weight.data_ptr() for weight in model.parameters()]
-    assert [place - places[0] for place in places] == [0, ALIGNMENT, 2 * ALIGNMENT]
+    addresses = [weight.data_ptr() for weight in model.parameters()]
+    assert [address - addresses[0] for address in addresses] == [0, ALIGNMENT, 2 * ALIGNMENT]
     assert [weight.numel() for weight in model.parameters()] == [15, 3, 3]

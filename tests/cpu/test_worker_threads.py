@@ -26,7 +26,7 @@ def test_results_are_in_the_order_of_the_items():
 
 
 def test_workers_are_concurrent_on_equal_shares_of_the_cores():
-    barrier = Barrier(2, timeout=30)  # which nobody passes alone
+    barrier = Barrier(2, timeout=30)  # which needs two threads
 
     def work(_: int) -> int:
         barrier.wait()
@@ -47,9 +47,9 @@ def test_leftover_item_uses_all_cores_in_the_calling_thread(workers, items, in_w
         at_work.remove(item)
         return current_thread() is main_thread(), torch.get_num_threads(), others
 
-    found = list(WorkerThreads(workers).map(work, range(items)))
-    assert [share for *share, _ in found[:in_workers]] == [[False, 4 // workers]] * in_workers
-    assert found[in_workers:] == [(True, 4, [item]) for item in range(in_workers, items)]
+    actual = list(WorkerThreads(workers).map(work, range(items)))
+    assert [share for *share, _ in actual[:in_workers]] == [[False, 4 // workers]] * in_workers
+    assert actual[in_workers:] == [(True, 4, [item]) for item in range(in_workers, items)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

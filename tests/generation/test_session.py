@@ -33,9 +33,9 @@ def test_sampling_frequencies_equal_transformers(temperature, top_k, top_p):
     if top_k:
         warped = TopKLogitsWarper(top_k)(None, warped)
     expected = TopPLogitsWarper(top_p)(None, warped).softmax(dim=-1)[0]
-    found = frequencies(Sampler(temperature, top_k, top_p, torch.Generator().manual_seed(1)), logits)
-    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
-    assert not found[expected == 0].any()
+    actual = frequencies(Sampler(temperature, top_k, top_p, torch.Generator().manual_seed(1)), logits)
+    torch.testing.assert_close(actual, expected, atol=0.015, rtol=0)
+    assert not actual[expected == 0].any()
 
 
 def test_temperature_0_is_greedy():

@@ -34,8 +34,8 @@ def plain(
     mask, start, path = torch.zeros(len(q), len(q), dtype=torch.bool), 0, []
     for shared, own in spans:
         path = [*path[:shared], *range(start, start + own)]
-        for place, row in enumerate(path[shared:], start=shared):
-            mask[row, path[max(0, place + 1 - (window or len(path))) : place + 1]] = True
+        for position, row in enumerate(path[shared:], start=shared):
+            mask[row, path[max(0, position + 1 - (window or len(path))) : position + 1]] = True
         start += own
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
@@ -57,7 +57,7 @@ def by_backend(q: torch.Tensor, *rest: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
 @pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2), (3, 1)])
-def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head, n_kv, window, device):
+def test_attention_and_gradients_equal_masked_float64(n_head, n_kv, window, device):
     tensors = problem(n_head, n_kv, device=device)
     exact = outcome(plain, [t.double().cpu() for t in tensors], window)
     for ours, reference in zip(outcome(by_backend, tensors, window), exact, strict=True):
@@ -66,7 +66,7 @@ def test_attention_and_its_gradients_equal_those_in_float64_under_a_mask(n_head,
 
 @pytest.mark.parametrize("window", [None, 1, 50, BLOCK, 3 * BLOCK])
 @pytest.mark.parametrize(("n_head", "n_kv"), [(4, 4), (6, 2)])
-def test_sequences_that_begin_alike_share_keys_whose_gradients_are_those_of_all(n_head, n_kv, window):
+def test_gradients_of_shared_prefixes(n_head, n_kv, window):
     tensors = problem(n_head, n_kv)
     exact = outcome(plain, [t.double() for t in tensors], window, SHARED)
     for ours, reference in zip(outcome(CPU.varlen_attention, tensors, window, SHARED), exact, strict=True):
@@ -76,7 +76,7 @@ def test_sequences_that_begin_alike_share_keys_whose_gradients_are_those_of_all(
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize("width", [16, 20])
-def test_bfloat16_on_a_gpu_deviates_by_its_rounding_and_no_more(window, width):
+def test_bfloat16_on_cuda_deviates_by_its_rounding(window, width):
     tensors = [t[..., :1].expand(-1, -1, width) + t.repeat(1, 1, 2)[..., :width] for t in problem(6, 2)]
     tensors = [t.to("cuda", torch.bfloat16) for t in tensors]
     exact = outcome(plain, [t.double().cpu() for t in tensors], window)
@@ -84,7 +84,7 @@ def test_bfloat16_on_a_gpu_deviates_by_its_rounding_and_no_more(window, width):
         assert (ours.double().cpu() - reference).norm() <= 2**-6 * reference.norm() + 1e-3
 
 
-def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_products_of_it(monkeypatch):
+def test_bfloat16_is_rounded_once_without_bf16_matmul(monkeypatch):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)
     tensors = problem(6, 2, torch.bfloat16)
     exact = outcome(CPU.varlen_attention, [t.float() for t in tensors], None)
@@ -95,21 +95,21 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once_where_a_cpu_has_no_pro
 @pytest.mark.parametrize("spans", [APART, SHARED], ids=["apart", "shared"])
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("width", [16, 24])  # the root of one is a power of two
-def test_products_of_bfloat16_deviate_by_its_rounding_and_no_more(width, window, spans, monkeypatch):
+def test_bf16_matmul_deviates_by_its_rounding(width, window, spans, monkeypatch):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", True)
     tensors = problem(6, 2, torch.bfloat16, width=width)
-    exact, found = (
+    exact, actual = (
         outcome(CPU.varlen_attention, some, window, spans) for some in ([t.float() for t in tensors], tensors)
     )
-    assert torch.equal(found[0], exact[0].bfloat16())  # only gradients are of such products
-    for ours, reference in zip(found, exact, strict=True):
+    assert torch.equal(actual[0], exact[0].bfloat16())  # only gradients are of such products
+    for ours, reference in zip(actual, exact, strict=True):
         deviation = (ours.float() - reference).norm() / reference.norm()
         assert deviation < 2**-7  # twice the step from one bfloat16 number to the next
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
-def test_probabilities_that_are_computed_again_are_those_that_are_kept(window, dtype, monkeypatch):
+def test_recomputed_probabilities_equal_saved_ones(window, dtype, monkeypatch):
     tensors, outcomes = problem(6, 2, dtype), []
     for most in (RETAINED_KEYS, BLOCK + 20, 0):
         monkeypatch.setattr(attention, "RETAINED_KEYS", most)
@@ -119,17 +119,17 @@ def test_probabilities_that_are_computed_again_are_those_that_are_kept(window, d
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_what_a_sequence_keeps_grows_with_its_length_alone(window):
-    def kept(length: int) -> int:
+def test_saved_memory_is_linear_in_the_length(window):
+    def saved(length: int) -> int:
         values: list[torch.Tensor] = []
         leaves = [torch.randn(length, heads, 16, requires_grad=True) for heads in (6, 2, 2)]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: values.append(t) or t, lambda t: t):
             CPU.varlen_attention(*leaves, [(0, length)], window).sum().backward()
         return sum(t.numel() for t in values)
 
-    first, step = kept(2 * RETAINED_KEYS), kept(3 * RETAINED_KEYS) - kept(2 * RETAINED_KEYS)
+    first, step = saved(2 * RETAINED_KEYS), saved(3 * RETAINED_KEYS) - saved(2 * RETAINED_KEYS)
     assert first <= 2 * RETAINED_KEYS * (6 * RETAINED_KEYS + (6 + 2 + 2) * 16)
-    assert step == kept(4 * RETAINED_KEYS) - kept(3 * RETAINED_KEYS)
+    assert step == saved(4 * RETAINED_KEYS) - saved(3 * RETAINED_KEYS)
 
 
 @pytest.mark.parametrize("window", [None, 1, 50])
@@ -202,7 +202,7 @@ def test_new_tokens_attend_to_the_cache(window, native, monkeypatch):
         torch.testing.assert_close(y.double(), exact[:, -rows:], atol=2**-7, rtol=2**-7)
 
 
-def test_a_rotation_keeps_lengths_and_its_gradient_turns_back():
+def test_rotation_preserves_norms_and_passes_gradcheck():
     x = torch.randn(9, 3, 8, dtype=torch.float64, requires_grad=True)
     rope = turns(torch.randn(9, 4, dtype=torch.float64), torch.float64)
     torch.testing.assert_close(rotate(x, rope).norm(dim=-1), x.norm(dim=-1))

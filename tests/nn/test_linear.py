@@ -28,30 +28,30 @@ def outcome(product, dtype: torch.dtype, bias: torch.Tensor | None = None) -> tu
     return y.detach(), x.grad
 
 
-@pytest.mark.parametrize("slab", [SLICE_ROWS, 20])
-def test_a_bfloat16_product_in_float32_is_the_exact_one_rounded_once(slab, monkeypatch):
-    monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)  # or float32 is not asked for
-    monkeypatch.setattr(matmul, "SLICE_ROWS", slab)  # a weight of 48 rows is one slab, or two and a part
+@pytest.mark.parametrize("size", [SLICE_ROWS, 20])
+def test_sliced_bfloat16_product_is_rounded_once(size, monkeypatch):
+    monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", False)  # or float32 is not used
+    monkeypatch.setattr(matmul, "SLICE_ROWS", size)  # a weight of 48 rows is one slice, or two and a shorter one
     bias = torch.linspace(-3, 3, 48).bfloat16()
-    found = outcome(sliced_linear, torch.bfloat16, bias)
+    actual = outcome(sliced_linear, torch.bfloat16, bias)
     exact = outcome(F.linear, torch.float64, bias)
-    for ours, reference in zip(found, exact, strict=True):
+    for ours, reference in zip(actual, exact, strict=True):
         assert ours.dtype is torch.bfloat16
         torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=2**-8)
 
 
-def test_a_gradient_in_many_slabs_is_as_exact_as_in_one_where_a_cpu_multiplies_bfloat16(monkeypatch):
+def test_gradient_in_many_slices_is_as_exact_as_in_one(monkeypatch):
     monkeypatch.setattr(onednn, "HAS_BFLOAT16_PRODUCTS", True)
     _, exact = outcome(F.linear, torch.float64)
     deviations = []
-    for slab in (SLICE_ROWS, 2):
-        monkeypatch.setattr(matmul, "SLICE_ROWS", slab)
-        _, found = outcome(sliced_linear, torch.bfloat16)
-        deviations.append((found.double() - exact).norm())
+    for size in (SLICE_ROWS, 2):
+        monkeypatch.setattr(matmul, "SLICE_ROWS", size)
+        _, actual = outcome(sliced_linear, torch.bfloat16)
+        deviations.append((actual.double() - exact).norm())
     assert deviations[1] < 1.5 * deviations[0]
 
 
-def test_the_product_is_the_same_by_every_way():
+def test_all_products_agree():
     ways = (F.linear, frozen_linear, sliced_linear)
     first, *others = (outcome(way, torch.bfloat16) for way in ways)
     for other in others:
@@ -60,7 +60,7 @@ def test_the_product_is_the_same_by_every_way():
 
 
 @pytest.mark.parametrize("part", [48, 20])
-def test_a_product_of_many_outputs_is_the_same_in_parts(part, monkeypatch):
+def test_long_product_in_slices(part, monkeypatch):
     monkeypatch.setattr(matmul, "LONG_OUTPUTS", 48)
     monkeypatch.setattr(matmul, "LONG_SLICE", part)
     bias = torch.randn(48)
@@ -71,7 +71,7 @@ def test_a_product_of_many_outputs_is_the_same_in_parts(part, monkeypatch):
 
 
 @torch.autocast("cpu", torch.bfloat16)
-def test_a_product_of_many_outputs_is_torch_s_own_in_mixed_precision(monkeypatch):
+def test_long_product_in_mixed_precision_is_torch_s(monkeypatch):
     monkeypatch.setattr(matmul, "LONG_OUTPUTS", 48)
     x, weight, _ = problem(torch.float32)
     y, reference = frozen_linear(x, weight), F.linear(x, weight)
@@ -139,7 +139,7 @@ def test_bias_over_an_nf4_weight(name, rows):
     torch.testing.assert_close(x.grad, exact.grad)
 
 
-def test_a_weight_that_trains_gets_its_gradient():
+def test_weight_that_trains_gets_its_gradient():
     layer = Linear(8, 3, bias=False, dtype=torch.bfloat16)
     layer(torch.randn(5, 8, dtype=torch.bfloat16)).sum().backward()
     assert layer.weight.grad is not None
@@ -149,7 +149,7 @@ def test_a_weight_that_trains_gets_its_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("out_features", [1024, 333], ids=["shared by threads", "not to be shared"])
-def test_one_row_is_multiplied_as_exactly_as_many(dtype, out_features):
+def test_one_row_is_as_exact_as_many(dtype, out_features):
     torch.manual_seed(0)
     weight, x = torch.randn(out_features, 600).to(dtype), torch.randn(1, 600).to(dtype)
     exact = F.linear(x.double(), weight.double())
@@ -287,7 +287,7 @@ def test_nf4_product_on_cuda_is_one_call_of_bitsandbytes(name, rows, monkeypatch
 
 @torch.no_grad()
 @pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)], ids=str)
-def test_a_joint_product_is_that_of_each_layer_with_its_own_branch(biases):
+def test_joint_product_equals_each_layer_with_its_adapter(biases):
     torch.manual_seed(0)
     layers = [Linear(16, out, bias=has_bias) for out, has_bias in zip((12, 4, 4), biases, strict=True)]
     layers[0], layers[2] = (LoRALinear(layer, rank=2, scaling=3.0, dropout=0.5) for layer in (layers[0], layers[2]))
@@ -298,5 +298,5 @@ def test_a_joint_product_is_that_of_each_layer_with_its_own_branch(biases):
     joint = Joint(*layers)
     assert joint.weight.shape == (20, 16)
     assert all(layer.weight is layer.bias is None for layer in layers)  # or every weight would be there twice
-    for found, reference in zip(joint(x), expected, strict=True):
-        torch.testing.assert_close(found, reference)
+    for actual, reference in zip(joint(x), expected, strict=True):
+        torch.testing.assert_close(actual, reference)

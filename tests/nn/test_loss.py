@@ -45,7 +45,7 @@ def reference(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> tu
     return loss, list(torch.autograd.grad(loss, [leaf, *trainable]))
 
 
-def found(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def ours(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     loss = supervised_loss(hidden, head, labels)
     return loss, list(torch.autograd.grad(loss, [hidden, *(p for p in head.parameters() if p.requires_grad)]))
 
@@ -53,15 +53,15 @@ def found(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> tuple[
 @pytest.mark.parametrize("make", [problem, adapted_head], ids=["frozen-head", "lora-head"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 def test_loss_and_gradients_equal_full_logits_in_float64(make, dtype, tolerance, device):
-    loss, gradients = found(*make(dtype, device))
+    loss, gradients = ours(*make(dtype, device))
     exact_loss, exact_gradients = reference(*make(dtype, device))
     assert loss.dtype is torch.float32
     assert abs(loss.item() - exact_loss.item()) < tolerance * exact_loss.item()
-    for ours, exact in zip(gradients, exact_gradients, strict=True):
-        assert (ours.double() - exact).norm() < tolerance * exact.norm()
+    for gradient, exact in zip(gradients, exact_gradients, strict=True):
+        assert (gradient.double() - exact).norm() < tolerance * exact.norm()
 
 
-def test_the_gradient_follows_the_factor_of_the_loss():
+def test_gradient_is_scaled_with_the_loss():
     hidden, head, labels = adapted_head(torch.float32)
     parameters = [hidden, head.lora_A.weight, head.lora_B.weight]
     once = torch.autograd.grad(supervised_loss(hidden, head, labels), parameters)
@@ -70,14 +70,14 @@ def test_the_gradient_follows_the_factor_of_the_loss():
         torch.testing.assert_close(a / 7, b)
 
 
-def test_a_frozen_network_below_an_adapted_head_gets_no_gradient():
+def test_frozen_network_below_an_adapted_head_gets_no_gradient():
     hidden, head, labels = adapted_head(torch.float32)
     supervised_loss(hidden.detach(), head, labels).backward()
     assert hidden.grad is None
     assert head.lora_B.weight.grad.any()
 
 
-def test_positions_without_a_label_change_nothing():
+def test_unsupervised_positions_change_nothing():
     hidden, head, labels = problem(torch.float32)
     loss = supervised_loss(hidden, head, labels)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_positions_without_a_label_change_nothing():
     assert torch.equal(loss, supervised_loss(hidden, head, labels))
 
 
-def test_the_loss_without_gradients_is_the_same():
+def test_loss_without_gradients():
     hidden, head, labels = adapted_head(torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(supervised_loss(hidden, head, labels), supervised_loss(*adapted_head(torch.float32)))
@@ -113,7 +113,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize(("dtype", "head"), [("bfloat16", "frozen"), ("float32", "lora")])
-def test_a_large_vocabulary_adds_less_than_300_megabytes(dtype, head):
+def test_large_vocabulary_adds_less_than_300_mb(dtype, head):
     added = [
         float(subprocess.run([sys.executable, "-c", MEMORY, dtype, head, str(rows)], capture_output=True).stdout)
         for rows in (256, 512)
@@ -122,7 +122,7 @@ def test_a_large_vocabulary_adds_less_than_300_megabytes(dtype, head):
     assert added[1] < added[0] + 20  # it does not grow with the number of tokens
 
 
-def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
+def test_logits_exist_one_chunk_at_once():
     hidden, head, labels = problem(torch.float32)
     seen = []
     head.register_forward_hook(lambda module, inputs, logits: seen.append(len(logits)))

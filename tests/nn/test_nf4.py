@@ -68,14 +68,14 @@ def levels_times_scales(weight: NF4Weight, scales: torch.Tensor) -> torch.Tensor
     """Return a weight by its definition."""
     levels = bitsandbytes.functional.get_4bit_type("nf4", device=weight.device)
     nibbles = torch.stack([weight.packed >> 4, weight.packed & 15], dim=-1).flatten()
-    numbers = levels[nibbles.int()] * scales.repeat_interleave(64)[: len(nibbles)]
-    return numbers.view(weight.shape).to(weight.quantization.dtype)
+    values = levels[nibbles.int()] * scales.repeat_interleave(64)[: len(nibbles)]
+    return values.view(weight.shape).to(weight.quantization.dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("whole_blocks", [True, False])
-def test_levels_and_scales_are_those_of_transformers(name, dtype, whole_blocks, base, tiny, device):
+def test_levels_and_scales_equal_transformers(name, dtype, whole_blocks, base, tiny, device):
     quantization = Quantization(name, dtype)
     checkpoint = base if whole_blocks else tiny
     ours = Checkpoint.open(checkpoint).load(dtype, device, quantization)
@@ -102,27 +102,27 @@ def test_only_the_blocks_are_quantized(base, quantization):
         Checkpoint.open(base).load(torch.float32, CPU),
         Checkpoint.open(base).load(torch.float32, CPU, quantization),
     )
-    kept = {name for name, parameter in model.named_parameters() if parameter.dtype is torch.float32}
-    assert kept == {n for n, _ in plain.named_parameters() if not n.endswith("_proj.weight")}
+    dense = {name for name, parameter in model.named_parameters() if parameter.dtype is torch.float32}
+    assert dense == {n for n, _ in plain.named_parameters() if not n.endswith("_proj.weight")}
     counts = [count(m.requires_grad_(False), trainable=False) for m in (plain, model)]
     assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(("name", "share"), [("bnb.nf4", 0.30), ("bnb.nf4-dq", 0.27)])
-def test_a_weight_takes_little_more_than_a_quarter_of_bfloat16(name, share):
+def test_size_is_little_more_than_a_quarter_of_bfloat16(name, share):
     weight = torch.randn(256, 1024)
     stored = NF4Weight(weight, Quantization(name, torch.bfloat16))
     assert sum(t.nbytes for t in stored.state_dict().values()) <= share * weight.bfloat16().nbytes
 
 
-def test_any_rows_that_begin_with_a_block_come_out_alone(quantization):
+def test_rows_that_start_with_a_block(quantization):
     weight = NF4Weight(torch.randn(48, 40), quantization)
     assert torch.equal(
         torch.cat([weight.rows(slice(*bounds)) for bounds in ((0, 8), (8, 40), (40, 48))]), weight.to_dense()
     )
 
 
-def test_a_product_in_slabs_is_that_with_the_whole_weight(quantization, monkeypatch):
+def test_sliced_product_equals_the_dense_one(quantization, monkeypatch):
     monkeypatch.setattr(matmul, "STORED_SLICE_ROWS", 64)
     monkeypatch.setattr(matmul, "STORED_SLICE_VALUES", 1)
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def memory(name):
 import_bitsandbytes("the test")
 quantization = Quantization("bnb.nf4", torch.bfloat16)
 Checkpoint.open(Path(sys.argv[1])).load(torch.bfloat16, torch.device("cpu"), quantization)  # whatever is needed once
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak
 before = memory("VmRSS")
 model = Checkpoint.open(Path(sys.argv[2])).load(torch.bfloat16, torch.device("cpu"), quantization)
 print(memory("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values()))
@@ -157,16 +157,16 @@ print(memory("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_loading_never_holds_more_than_the_quantized_model_and_two_tensors(base, make_checkpoint):
+def test_peak_memory_of_loading(base, make_checkpoint):
     sizes = {"hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 6}
     large = make_checkpoint(Family("large", LlamaConfig, sizes), dtype=torch.bfloat16)
     done = subprocess.run([sys.executable, "-c", LOADING, base, large], capture_output=True, text=True)
     grown, model = map(int, done.stdout.split())
-    bound = model + 2 * 768 * 4096 * 2 + 32e6  # which is what allocators keep for themselves
+    bound = model + 2 * 768 * 4096 * 2 + 32e6  # of the allocators
     assert model < grown < bound < 0.7 * (large / "model.safetensors").stat().st_size
 
 
-def test_a_cast_of_the_model_leaves_the_scales_alone(tiny, quantization):
+def test_casting_the_model_leaves_the_scales_unchanged(tiny, quantization):
     model = Checkpoint.open(tiny).load(torch.float32, CPU, quantization)
     weight = model.model.layers[0].self_attn.q_proj.weight
     before = weight.to_dense()
@@ -174,7 +174,7 @@ def test_a_cast_of_the_model_leaves_the_scales_alone(tiny, quantization):
     assert torch.equal(weight.to_dense(), before)
 
 
-def test_logits_are_those_of_transformers_with_bitsandbytes(base, pico, quantization, device):
+def test_logits_equal_transformers_with_bitsandbytes(base, pico, quantization, device):
     rounded = Quantization(quantization.name, torch.bfloat16)
     for checkpoint in (base, pico):
         with torch.no_grad():
@@ -191,7 +191,7 @@ def test_logits_are_those_of_transformers_with_bitsandbytes(base, pico, quantiza
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-def test_the_network_that_trains_is_the_one_that_deploys_to_the_bit(base, tiny, quantization, dtype, device):
+def test_trained_and_deployed_logits_are_bit_identical(base, tiny, quantization, dtype, device):
     quantization = Quantization(quantization.name, dtype)
     for checkpoint in (base, tiny):
         model = adapted(checkpoint, quantization, tuple(TARGET_MODULES), device)
@@ -206,7 +206,7 @@ def test_the_network_that_trains_is_the_one_that_deploys_to_the_bit(base, tiny, 
 
 @pytest.mark.parametrize("switches", [*((switch,) for switch in TARGET_MODULES), tuple(TARGET_MODULES)], ids="+".join)
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_adapter_and_gradients_are_those_of_peft_over_the_same_base(base, switches, quantization, tmp_path, device):
+def test_logits_and_gradients_equal_peft(base, switches, quantization, tmp_path, device):
     model, tokens = adapted(base, quantization, switches, device), TOKENS.to(device)
     write_trained(tmp_path, model, switches, base)
     theirs = PeftModel.from_pretrained(in_4_bits(base, quantization, device), tmp_path, is_trainable=True)
@@ -224,20 +224,20 @@ def test_adapter_and_gradients_are_those_of_peft_over_the_same_base(base, switch
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-def test_an_adapter_remembers_the_base_it_was_trained_on(base, quantization, dtype, tmp_path):
+def test_adapter_records_the_quantization_of_its_base(base, quantization, dtype, tmp_path):
     quantization = Quantization(quantization.name, dtype)
     write_trained(tmp_path, adapted(base, quantization, ("query",)), ("query",), base)
     assert read_quantization(tmp_path) == quantization
 
 
-def test_without_bitsandbytes_the_flag_that_needs_it_is_named(monkeypatch):
+def test_missing_bitsandbytes_names_the_flag(monkeypatch):
     import_bitsandbytes.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(LitLoraError, match=r"^--quantize bnb.nf4 needs bitsandbytes, which cannot be imported .*pip"):
         import_bitsandbytes("--quantize bnb.nf4")
 
 
-def test_bitsandbytes_imports_no_code_of_the_hub_and_asks_for_none(tmp_path):
+def test_bitsandbytes_imports_no_code_from_the_hub(tmp_path):
     (tmp_path / "kernels.py").write_text("print('imported')\nget_kernel = print\n")
     code = "from litlora.nn.nf4 import import_bitsandbytes as get; get('the test'); import kernels"
     done = subprocess.run(
@@ -246,7 +246,7 @@ def test_bitsandbytes_imports_no_code_of_the_hub_and_asks_for_none(tmp_path):
     assert (done.stdout, done.stderr) == ("imported\n", "")  # once, by the program itself
 
 
-def test_a_bitsandbytes_that_is_too_old_is_named(monkeypatch):
+def test_old_bitsandbytes_names_the_version(monkeypatch):
     import_bitsandbytes.cache_clear()
     monkeypatch.setattr(bitsandbytes, "__version__", "0.9.1")
     with pytest.raises(LitLoraError, match=r"needs bitsandbytes 0\.49 or newer, not 0\.9\.1; get it with: pip install"):
@@ -255,7 +255,7 @@ def test_a_bitsandbytes_that_is_too_old_is_named(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
-def test_a_gpu_multiplies_one_row_with_the_weight_as_it_is_stored(name):
+def test_one_row_on_cuda(name):
     weight = NF4Weight(torch.randn(128, 256, device="cuda"), Quantization(name, torch.bfloat16))
     x = torch.randn(1, 256, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
