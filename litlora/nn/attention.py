@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
@@ -16,9 +16,17 @@ from litlora.cpu.attention import visible
 from litlora.cpu.onednn import has_slow_products
 from litlora.torch_private import flash_attention
 
-VARLEN: Any = import_module("torch.nn.attention.varlen") if find_spec("torch.nn.attention.varlen") else None
-HAS_VARLEN = VARLEN and {"window_size", "enable_gqa"} <= inspect.signature(VARLEN.varlen_attn).parameters.keys()
-"""Whether torch has public attention of packed sequences with a window and with heads that share keys."""
+
+@cache
+def public_varlen_attention() -> Any:
+    """Return torch's public attention of packed sequences, with windows and heads that share keys, or None.
+
+    Only a GPU asks for it: the import brings torch's compiler with it, which takes seconds.
+    """
+    if find_spec("torch.nn.attention.varlen") is None:
+        return None
+    attention = import_module("torch.nn.attention.varlen").varlen_attn
+    return attention if {"window_size", "enable_gqa"} <= inspect.signature(attention).parameters.keys() else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
@@ -66,10 +74,10 @@ def sdpa_per_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], w
 def varlen_flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
     """Let all packed sequences attend to themselves at once, by FlashAttention: (T, heads, head_dim)."""
     bounds, longest = _bounds(lengths, q.device), max(lengths)
-    if not HAS_VARLEN:
+    if (public := public_varlen_attention()) is None:
         return flash_attention(q, k, v, bounds, longest, window)
     limits = (-1 if window is None else window - 1, 0)
-    out: Tensor = VARLEN.varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=limits, enable_gqa=True)
+    out: Tensor = public(q, k, v, bounds, bounds, longest, longest, window_size=limits, enable_gqa=True)
     return out
 
 

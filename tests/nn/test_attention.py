@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,14 +144,16 @@ def test_sdpa_per_sequence_equals_float64(n_head, n_kv, window):
         torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif(not nn_attention.HAS_VARLEN, reason="this torch has no public varlen attention")
 @pytest.mark.parametrize("window", [None, 50])
 def test_varlen_attention_is_torch_s_public_one(window, monkeypatch):
     """Run torch's own function on tensors without data, which checks arguments, output and the backward pass."""
     monkeypatch.setattr(nn_backend, "_has_flash_attention", lambda *_: True)
     monkeypatch.setattr(nn_attention, "_bounds", nn_attention._bounds.__wrapped__)  # a cache of tensors without data
-    calls, public = [], nn_attention.VARLEN.varlen_attn
-    monkeypatch.setattr(nn_attention.VARLEN, "varlen_attn", lambda *a, **k: calls.append(k) or public(*a, **k))
+    calls, public = [], nn_attention.public_varlen_attention()
+    if public is None:
+        pytest.skip("this torch has no public varlen attention")
+    count = lambda *a, **k: calls.append(k) or public(*a, **k)  # noqa: E731
+    monkeypatch.setattr(nn_attention, "public_varlen_attention", lambda: count)
     with FakeTensorMode():
         q, k, v, gradient = problem(6, 2, torch.bfloat16)
         leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -181,8 +181,7 @@ def test_varlen_attention_has_the_arguments_of_the_sequences(window, public, mon
         assert window_size[1] == 0
         return kernel(q, k, v, starts, longest, None if window_size[0] == -1 else window_size[0] + 1)
 
-    monkeypatch.setattr(nn_attention, "HAS_VARLEN", public)
-    monkeypatch.setattr(nn_attention, "VARLEN", SimpleNamespace(varlen_attn=varlen_attn))
+    monkeypatch.setattr(nn_attention, "public_varlen_attention", lambda: varlen_attn if public else None)
     monkeypatch.setattr(nn_attention, "flash_attention", kernel)
     q, k, v, _ = problem(6, 2)
     torch.testing.assert_close(
