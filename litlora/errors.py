@@ -1,7 +1,9 @@
 """The exceptions that reach a user."""
 
 SHORTAGES = ("can't allocate memory", "out of memory")  # torch's messages on CPU, whose error has no class, and on GPU
-DAMAGED = "its weights are damaged, or too large for this --precision (try 32-true)"  # where a model gives no numbers
+CORRUPT_WEIGHTS = (
+    "its weights are corrupt, or too large for this --precision (try 32-true)"  # where a model gives no numbers
+)
 RESUME = "resume with the same command and --resume true"
 
 

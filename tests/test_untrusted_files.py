@@ -204,7 +204,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 
 
 def restored(tiny: Path, folder: Path) -> int:
-    """Go on from a checkpoint, and return at which step."""
+    """Resume from a checkpoint, and return its step."""
     gpt = Checkpoint.open(tiny).load(torch.float32, CPU)
     load_adapter(gpt, intact(folder), Checkpoint.open(tiny))
     return restore_state(folder, build_optimizer("AdamW", lora_parameters(gpt).values(), 1e-3)).step

@@ -554,7 +554,7 @@ def test_generate_refuses_invalid_arguments(flags, sentence, capsys):
              "but it must be a list of layer names or a regular expression"),
         case("rank beyond any matrix", lambda: change("adapter/adapter_config.json", r=10**12),
              f'adapter/adapter_config.json has "r": {10**12}, '
-             "but no matrix in adapter_model.safetensors has so many rows or columns"),
+             "but no matrix in adapter_model.safetensors has that many rows or columns"),
         case("scale that is no number", lambda: change("adapter/adapter_config.json", lora_alpha=float("nan")),
              'adapter/adapter_config.json has "lora_alpha": nan, but it must be a number above 0'),
         case("pattern that takes years", lambda: change("adapter/adapter_config.json", target_modules="(.|.)*!"),

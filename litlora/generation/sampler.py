@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from litlora.errors import DAMAGED, LitLoraError
+from litlora.errors import CORRUPT_WEIGHTS, LitLoraError
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,5 @@ class Sampler:
 def checked(token: int) -> int:
     """Return a chosen token, which is negative where there was nothing to choose from."""
     if token < 0:
-        raise LitLoraError(f"the model's scores for the next token are NaN or infinite: {DAMAGED}")
+        raise LitLoraError(f"the model's scores for the next token are NaN or infinite: {CORRUPT_WEIGHTS}")
     return token

@@ -107,7 +107,7 @@ def _check_rank(path: Path, rank: int) -> None:
     handle = open_safetensors(path.with_name(WEIGHTS))
     longest = max((max(handle.get_slice(name).get_shape(), default=0) for name in handle.keys()), default=0)  # noqa: SIM118
     if rank > longest:
-        raise LitLoraError(f'{path} has "r": {rank}, but no matrix in {WEIGHTS} has so many rows or columns')
+        raise LitLoraError(f'{path} has "r": {rank}, but no matrix in {WEIGHTS} has that many rows or columns')
 
 
 def read_quantization(adapter_dir: Path) -> Quantization | None:

@@ -2,7 +2,7 @@
 
 The Fisher information of a layer's weight is approximated by the Kronecker product of the second moments of the layer's
 inputs and of its output gradients (K-FAC, Martens and Grosse 2015, arXiv 1503.05671). LQ-LoRA (Guo et al. 2024, arXiv
-2311.12023) weights the error by the same information, of which it takes the diagonal.
+2311.12023) weights the error by the diagonal of the same information.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from litlora.errors import DAMAGED, LitLoraError
+from litlora.errors import CORRUPT_WEIGHTS, LitLoraError
 from litlora.lora.layer import LoRALinear
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import NF4Weight, dequantized
@@ -46,7 +46,7 @@ def initialize_from_fisher(
     for name, layer in layers.items():
         if not (inputs[name].isfinite().all() and gradients[name].isfinite().all()):
             raise LitLoraError(
-                f"--lora_init fisher: {name} has inputs or gradients that are NaN or infinite: {DAMAGED}"
+                f"--lora_init fisher: {name} has inputs or gradients that are NaN or infinite: {CORRUPT_WEIGHTS}"
             )
         weight = base.tensor(f"{name}.weight").to(layer.weight.device).float()
         assert isinstance(layer.weight, NF4Weight)

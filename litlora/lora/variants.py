@@ -169,7 +169,7 @@ class DoRA(LoRA):
 
 @torch.no_grad()
 def _row_norms(layer: AdapterLayer) -> Tensor:
-    """Return the norms (out,) of the rows of W + scaling · B A, of which a few rows exist at one time."""
+    """Return the norms (out,) of the rows of W + scaling · B A, a few rows of which exist at one time."""
     a, b = layer.lora_A.weight, layer.lora_B.weight
     with without_autocast(a):
         directions = (

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (Zhang and Sennrich 2019) with a frozen weight, which is faster on CPU and equals torch's bit for bit.
 
-    A single row takes the time of its calls, of which torch's own norm needs fewer.
+    A single row takes the time of its calls, and torch's own norm needs fewer.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -142,6 +142,6 @@ def test_nan_weights_are_reported_in_a_sentence(tiny, tmp_path, capfd, temperatu
     assert main(command) == 1
     assert capfd.readouterr() == (
         "",
-        "litlora: the model's scores for the next token are NaN or infinite: its weights are damaged, "
+        "litlora: the model's scores for the next token are NaN or infinite: its weights are corrupt, "
         "or too large for this --precision (try 32-true)\n",
     )
