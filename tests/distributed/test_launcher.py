@@ -195,6 +195,7 @@ def test_suspending_the_launcher_suspends_what_it_launched():
             while not all(state(process) in states for process in (parent.pid, child)):
                 time.sleep(0.01)
         parent.kill()
+        os.kill(int(child), signal.SIGKILL)  # it is no litlora process, which would end with its launcher
 
 
 def state(process: int | str) -> str:
