@@ -20,9 +20,6 @@ class SecretStr:
     """A token, which shows itself in no message, log or file."""
 
     def __init__(self, value: str) -> None:
-        if value == MASK:
-            fault = "is printed in place of a token: give the token itself, or leave the setting out"
-            raise LitLoraError(f"--access_token ({MASK}) {fault}", exit_code=2)
         self._value = value
 
     def get_secret_value(self) -> str:
@@ -42,6 +39,13 @@ def require(condition: bool, flag: str, value: object, need: str) -> None:
 def require_seed(seed: int) -> None:
     """Refuse a seed that torch's generators do not accept."""
     require(0 <= seed < 2**63, "--seed", seed, "0 or more, and below 2^63")
+
+
+def require_token(token: SecretStr | None) -> None:
+    """Refuse what --print_config prints in place of a token."""
+    if token is not None and token.get_secret_value() == MASK:
+        fault = "is printed in place of a token: give the token itself, or leave the setting out"
+        raise LitLoraError(f"--access_token ({MASK}) {fault}", exit_code=2)
 
 
 def plain(value: Any) -> Any:
@@ -178,6 +182,9 @@ class DownloadArgs(CommandArgs):
     tokenizer_only: bool = False
     """Download the tokenizer and configuration without the weights."""
 
+    def __post_init__(self) -> None:
+        require_token(self.access_token)
+
 
 @dataclass(frozen=True)
 class PrepareArgs(CommandArgs):
@@ -229,6 +236,10 @@ class PrepareLimaArgs(PrepareArgs):
     """Include all turns of a conversation instead of the first turn."""
     access_token: SecretStr | None = None
     """Hub token, since LIMA is gated; by default the environment's HF_TOKEN."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_token(self.access_token)
 
 
 @dataclass(frozen=True)

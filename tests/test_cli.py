@@ -129,6 +129,25 @@ def test_optimizer_flags_apply_to_the_default():
     assert optimizer == {"class_path": "AdamW", "init_args": {"weight_decay": 0.1}}
 
 
+def test_texts_of_an_optimizer_are_not_converted():
+    text = "optimizer: {class_path: '1', init_args: {a: 'null', b: '1e-3', c: 1e-3, d: null}}"
+    init_args = {"a": "null", "b": "1e-3", "c": 1e-3, "d": None}
+    assert settings("--config", write(text)).optimizer == {"class_path": "1", "init_args": init_args}
+
+
+@pytest.mark.parametrize("text", ["# x", "1e3", "no", "Null", "012", "", "'q'", "[1]", "{a: 1}", "2020-01-01"])
+def test_text_stays_as_it_was_typed(text):
+    args = args_of("generate", "base", f"--prompt_style={text}", f"--base_dir={text}")
+    assert (args.prompt_style, args.base_dir) == (text, Path(text))
+    assert settings(f"--prompt_style={text}").prompt_style == text
+
+
+def test_null_in_quotes_is_a_text():
+    assert settings("--prompt_style", "null").prompt_style == "null"
+    assert args_of("generate", "base", "--config", write("prompt: 'null'")).prompt == "null"
+    assert args_of("generate", "base", "--prompt", "null").prompt is None
+
+
 def test_prompt_with_syntax_of_flags_or_yaml():
     for prompt in ("a=b", "--config is a flag", "optimizer=1", "{instruction}", "123", "yes", " a\nb: c"):
         assert args_of("generate", "--checkpoint_dir", "base", f"--prompt={prompt}").prompt == prompt

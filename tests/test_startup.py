@@ -31,6 +31,7 @@ HEAVY = {
     "tokenizers",
     "safetensors",
     "numpy",
+    "jsonargparse",
 }
 
 

@@ -13,6 +13,7 @@ from litlora.cli.suggestions import near_key
 from litlora.errors import LitLoraError, UsageError
 from litlora.utils.files import YAML_ERRORS
 
+NULL = "tag:yaml.org,2002:null"
 MOST_VALUES = 10_000  # of a YAML file; aliases can make a few lines stand for any number of them
 FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")  # YAML 1.1 reads 1e-3 as a text
 
@@ -99,7 +100,7 @@ class _Reader:
 
     def read(self, node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, Given]]:
         """Yield the settings of a mapping, those of its sections by dotted names."""
-        if node is None or node.tag == "tag:yaml.org,2002:null":  # an empty file or section
+        if node is None or node.tag == NULL:  # an empty file or section
             return
         if not isinstance(node, yaml.MappingNode):
             if prefix:
@@ -117,9 +118,9 @@ class _Reader:
                 raise UsageError(f"{self._at(key)}: unrecognized {key.value}{near and f': {near}'}")
 
     def _given(self, key: yaml.Node, node: yaml.Node) -> Given:
-        is_text = isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null"
-        value = self.loader.construct_object(node, deep=True)
-        return Given(f"{self._at(key)}: {key.value}", node.value if is_text else None, value)
+        is_text = isinstance(node, yaml.ScalarNode) and node.tag != NULL
+        value = node.value if is_text else self.loader.construct_object(node, deep=True)
+        return Given(f"{self._at(key)}: {key.value}", value)
 
     def _at(self, node: yaml.Node) -> str:
         return f"{self.source} line {node.start_mark.line + 1}"

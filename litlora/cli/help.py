@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from litlora.args import COMMANDS, SecretStr
-from litlora.cli.settings import Setting, choices, members, sections_of, settings_of
+from litlora.cli.settings import Setting, sections_of, settings_of
 
 METAVARS = {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT", SecretStr: "TOKEN"}
 POSITIONALS = {"checkpoint_dir": "CHECKPOINT", "repo_id": "ORG/NAME"}
@@ -114,8 +114,8 @@ def _shown(value: Any) -> str:
 
 def metavar_of(setting: Setting) -> str:
     """Return the form of a setting's value as a person writes it."""
-    words = choices(setting.type)
-    others = [METAVARS[kind] for kind in members(setting.type) if kind in METAVARS]
+    words = setting.choices
+    others = [METAVARS[kind] for kind in setting.types if kind in METAVARS]
     if setting.name == "optimizer":
         return "NAME"
     if others:

@@ -1,25 +1,23 @@
 """The parser: words of a command line to the arguments of one command, or to the text that they ask for."""
 
-import json
+import importlib
 import re
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from litlora import __version__
-from litlora.args import COMMANDS, SecretStr
+from litlora.args import COMMANDS, require
 from litlora.cli.config_files import Schema, parse_value, read_config, read_text
 from litlora.cli.help import command_help, overview, positional_of
-from litlora.cli.settings import Given, Setting, build, convert, join, members, sections_of, settings_of
+from litlora.cli.settings import Given, Setting, join, missing_from, refusal, sections_of, settings_of
 from litlora.cli.suggestions import near_flag, nearest
 from litlora.errors import LitLoraError, UsageError
 
 FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 CONFIG, OPTIMIZER = "--config", "--optimizer"
+NULLS = ("null", "~")
 HELP, PRINT_CONFIG, VERSION = ("-h", "--help"), "--print_config", "--version"
 
 
@@ -45,18 +43,25 @@ def parse(arguments: Sequence[str]) -> Call | str:
     command, rest = _find_command(arguments)
     if command is None:
         return f"litlora {__version__}" if VERSION in arguments else overview()
-    words, kind = _sort(rest), COMMANDS[command]
+    words = _sort(rest)
     if words.switches & set(HELP):
         return command_help(command)
     try:
-        settings = settings_of(kind)
-        values = _values(command, words, settings)
-        if PRINT_CONFIG in words.switches:
-            return _as_yaml(settings, values)
-        _require(settings, values)
+        return _call(command, words)
     except UsageError as error:
         raise error if str(error).endswith("?") else UsageError(f"{error}; see litlora {command} --help") from error
-    return Call(command, build(kind, values))
+
+
+def _call(command: str, words: Words) -> Call | str:
+    kind = COMMANDS[command]
+    given = _given(command, words, settings_of(kind))
+    missing = [f"--{name}" for name in missing_from(kind, given)]
+    if missing and PRINT_CONFIG not in words.switches:
+        raise UsageError(f"missing {join(missing, 'and')}")
+    typed_arguments = importlib.import_module("litlora.cli.typed_arguments")  # which imports jsonargparse
+    if PRINT_CONFIG in words.switches:
+        return str(typed_arguments.as_yaml(kind, given))
+    return Call(command, typed_arguments.build(kind, given))
 
 
 def _find_command(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -97,8 +102,8 @@ def _sort(words: Sequence[str]) -> Words:
     return found
 
 
-def _values(command: str, words: Words, settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Return the values of all settings that are given: files first, so that a flag beats them wherever it stands."""
+def _given(command: str, words: Words, settings: Mapping[str, Setting]) -> dict[str, Given]:
+    """Return all settings that are given: files first, so that a flag beats them wherever it stands."""
     sections = sections_of(COMMANDS[command])
     _refuse_unknown(words, [*settings, *sections])
     flags = _with_positional(command, words)
@@ -110,8 +115,7 @@ def _values(command: str, words: Words, settings: Mapping[str, Setting]) -> dict
         read = read_text if text.lstrip().startswith("{") else read_config
         given |= read(f"{flag} {text}", text, schema, flag.removeprefix("--"))
     given |= _given_by_flags(flags, settings)
-    values = {name: convert(settings[name], value) for name, value in given.items()}
-    return _with_optimizer(values, settings, [pair for pair in flags if pair[0].split(".")[0] == OPTIMIZER])
+    return _with_optimizer(given, settings, [pair for pair in flags if pair[0].split(".")[0] == OPTIMIZER])
 
 
 def _refuse_unknown(words: Words, known: Collection[str]) -> None:
@@ -157,29 +161,29 @@ def _given_by_flags(flags: Sequence[tuple[str, str | None]], settings: Mapping[s
         name = flag.removeprefix("--")
         if name not in settings or flag == OPTIMIZER:
             continue
-        if text is None and bool not in members(settings[name].type):
+        if text is None and bool not in settings[name].types:
             raise UsageError(f"{flag} needs a value")
-        text = "true" if text is None else text
-        given[name] = Given(flag, text, parse_value(text))
+        is_null = text in NULLS and settings[name].is_nullable
+        given[name] = Given(flag, None if is_null else "true" if text is None else text)
     return given
 
 
 def _with_optimizer(
-    values: dict[str, Any], settings: Mapping[str, Setting], flags: Sequence[tuple[str, str | None]]
-) -> dict[str, Any]:
-    """Return the values with the --optimizer flags applied on top of what the files say."""
-    if not flags:
-        return values
-    optimizer: Any = values.get("optimizer", settings["optimizer"].default)
+    given: dict[str, Given], settings: Mapping[str, Setting], flags: Sequence[tuple[str, str | None]]
+) -> dict[str, Given]:
+    """Return what is given with the --optimizer flags applied on top of what the files say."""
     for flag, text in flags:
         if text is None:
             raise UsageError(f"{flag} needs a value")
-        optimizer = _changed_optimizer(optimizer, flag, text)
-    return values | {"optimizer": optimizer}
+        before = given.get("optimizer", Given(OPTIMIZER, settings["optimizer"].default))
+        if flag != OPTIMIZER and not isinstance(before.value, str | dict):
+            raise refusal(settings["optimizer"], before)
+        given = given | {"optimizer": Given(before.source, _changed_optimizer(before.value, flag, text))}
+    return given
 
 
 def _changed_optimizer(optimizer: Any, flag: str, text: str) -> Any:
-    parts: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else dict(optimizer)
+    parts = optimizer if isinstance(optimizer, dict) else {"class_path": optimizer}
     match flag.removeprefix(OPTIMIZER).split(".", 2)[1:]:
         case []:
             return value if isinstance(value := parse_value(text), dict) else text
@@ -187,23 +191,7 @@ def _changed_optimizer(optimizer: Any, flag: str, text: str) -> Any:
             return parts | {"class_path": text}
         case ["init_args", name]:
             init_args: dict[str, Any] = parts.get("init_args") or {}
+            require(isinstance(init_args, dict), "--optimizer.init_args", init_args, "a mapping")
             return parts | {"init_args": init_args | {name: parse_value(text)}}
         case _:
             raise LitLoraError(f"{flag} is not a setting: there are class_path and init_args.NAME")
-
-
-def _require(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:
-    missing = [f"--{name}" for name, setting in settings.items() if setting.is_required and name not in values]
-    if missing:
-        raise UsageError(f"missing {join(missing, 'and')}")
-
-
-def _as_yaml(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> str:
-    """Return all settings as a YAML file, what is required but missing as null."""
-    tree: dict[str, Any] = {}
-    for name, setting in settings.items():
-        section, _, key = name.rpartition(".")
-        value = values.get(name, None if setting.is_required else setting.default)
-        branch = tree.setdefault(section, {}) if section else tree
-        branch[key] = str(value) if isinstance(value, Path | SecretStr) else value
-    return yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False, allow_unicode=True).rstrip("\n")

@@ -1,7 +1,6 @@
-"""A command's settings: its dataclass as dotted names, and values converted to their types."""
+"""A command's settings: its dataclass as dotted names, and what is wrong with a value in one sentence."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,6 +29,27 @@ class Setting:
     def is_required(self) -> bool:
         return self.default is MISSING
 
+    @property
+    def types(self) -> tuple[Any, ...]:
+        """The types that a union allows; any other type alone."""
+        is_union = isinstance(self.type, UnionType) or get_origin(self.type) is Union
+        return get_args(self.type) if is_union else (self.type,)
+
+    @property
+    def is_nullable(self) -> bool:
+        return NoneType in self.types
+
+    @property
+    def choices(self) -> list[str]:
+        """The words that it can be, in the order in which they are declared."""
+        return [word for kind in self.types if get_origin(kind) is Literal for word in get_args(kind)]
+
+    @property
+    def need(self) -> str:
+        """What a value must be, in words."""
+        others = [NEEDS[get_origin(kind) or kind] for kind in self.types if get_origin(kind) is not Literal]
+        return join([*self.choices, *sorted(others, key=lambda need: need == "null")], "or")
+
 
 @dataclass(frozen=True)
 class Given:
@@ -37,14 +57,8 @@ class Given:
 
     source: str
     """Flag, or file, line and key."""
-    text: str | None
-    """The scalar as it was written; None for null in YAML, a list or a mapping."""
     value: Any
-    """What YAML reads in it."""
-
-    @property
-    def is_null(self) -> bool:
-        return self.value is None and self.text in (None, "null", "~")
+    """A text, not converted yet; in a YAML file also null, a list or a mapping."""
 
 
 def settings_of(kind: Any) -> dict[str, Setting]:
@@ -65,80 +79,21 @@ def sections_of(kind: Any) -> list[str]:
     return [field.name for field in fields(kind) if is_dataclass(field.type)]
 
 
-def build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Build a command's dataclass from values by dotted names."""
-    sections = sections_of(kind)
-    own = {field.name: values[prefix + field.name] for field in fields(kind) if prefix + field.name in values}
-    nested = {f.name: build(f.type, values, f"{prefix}{f.name}.") for f in fields(kind) if f.name in sections}
-    return kind(**own, **nested)
+def missing_from(kind: Any, names: Collection[str]) -> list[str]:
+    """Return the names of the required settings that are not among these."""
+    return [name for name, setting in settings_of(kind).items() if setting.is_required and name not in names]
 
 
-def members(kind: Any) -> tuple[Any, ...]:
-    """Return the types that a union allows, null first since its text is also a string; any other type alone."""
-    if not isinstance(kind, UnionType) and get_origin(kind) is not Union:
-        return (kind,)
-    return tuple(sorted(get_args(kind), key=lambda member: member is not NoneType))
-
-
-def choices(kind: Any) -> list[str]:
-    """Return the words that a setting can be, in the order in which they are declared."""
-    return [word for member in members(kind) if get_origin(member) is Literal for word in get_args(member)]
-
-
-def convert(setting: Setting, given: Given) -> Any:
-    """Return the value as the setting's type, or refuse it."""
-    for member in members(setting.type):
-        if _fits(member, given):
-            return _cast(member, given)
-    raise UsageError(_misfit(setting, given))
-
-
-def _fits(kind: Any, given: Given) -> bool:
-    value, is_bool = given.value, isinstance(given.value, bool)
-    if get_origin(kind) is Literal:
-        return given.text in get_args(kind)
-    if kind is NoneType:
-        return given.is_null
-    if kind in (str, Path, SecretStr):
-        return given.text is not None
-    if kind is int:
-        return isinstance(value, int) and not is_bool
-    if kind is float:
-        return isinstance(value, int | float) and not is_bool and math.isfinite(value)
-    return isinstance(value, get_origin(kind) or kind)
-
-
-def _cast(kind: Any, given: Given) -> Any:
-    if get_origin(kind) is Literal:
-        return given.text
-    if kind in (str, Path, SecretStr):
-        return kind(given.text)
-    return float(given.value) if kind is float else given.value
-
-
-def _misfit(setting: Setting, given: Given) -> str:
-    if SecretStr in members(setting.type):  # its value is never quoted
-        return f"{given.source} must be a text"
-    shown = str(given.value) if given.text is None else given.text
+def refusal(setting: Setting, given: Given) -> UsageError:
+    """Return the error that states what a value must be, with the choice that was probably meant."""
+    if SecretStr in setting.types:  # its value is never quoted
+        return UsageError(f"{given.source} must be a text")
+    shown = "null" if given.value is None else str(given.value)
     shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
-    fault = f"{given.source} ({'null' if given.is_null else shown}) must be {need(setting.type)}"
-    near = near_value(setting.name, given.text or "", [*choices(setting.type), *_null(setting.type)])
-    return f"{fault}: did you mean {near}?" if near else fault
-
-
-def _null(kind: Any) -> list[str]:
-    return ["null"] if NoneType in members(kind) else []
-
-
-def need(kind: Any) -> str:
-    """Say in words what a value of this type must be."""
-    others = [member for member in members(kind) if get_origin(member) is not Literal]
-    words = [*choices(kind), *(NEEDS[get_origin(member) or member] for member in sorted(others, key=_null_last))]
-    return join(words, "or")
-
-
-def _null_last(kind: Any) -> bool:
-    return kind is NoneType
+    null = ["null"] if setting.is_nullable else []
+    fault = f"{given.source} ({shown}) must be {setting.need}"
+    near = near_value(setting.name, shown, [*setting.choices, *null]) if isinstance(given.value, str) else None
+    return UsageError(f"{fault}: did you mean {near}?" if near else fault)
 
 
 def join(words: list[str], conjunction: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from litlora.__main__ import main
 from litlora.args import COMMANDS
-from litlora.cli.settings import choices, settings_of
+from litlora.cli.settings import settings_of
 from litlora.cli.suggestions import ALIASES, VALUES
 
 FINETUNE = ["finetune_lora", "checkpoints/pico", "--data_dir", "data"]
@@ -145,7 +145,7 @@ def test_aliases_are_not_flags_already_and_lead_to_flags():
 def test_near_values_are_values():
     settings = settings_of(COMMANDS["finetune_lora"])
     for name, values in VALUES.items():
-        assert set(values.values()) <= {*choices(settings[name].type), "null"}, name
+        assert set(values.values()) <= {*settings[name].choices, "null"}, name
 
 
 @pytest.mark.parametrize(

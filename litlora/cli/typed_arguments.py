@@ -1,0 +1,80 @@
+"""From given values to a command's arguments: jsonargparse checks and converts them, and adds the defaults.
+
+It is imported only when a command runs, since it takes 0.1 s that --help and a misspelt flag need not wait for.
+"""
+
+import math
+import re
+from argparse import ArgumentError
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+
+from litlora.args import SecretStr
+from litlora.cli.settings import Given, Setting, missing_from, refusal, settings_of
+from litlora.errors import UsageError
+
+KEY = re.compile(r'key "([^"]+)"')  # in a message of jsonargparse
+
+
+def build(kind: Any, given: Mapping[str, Given]) -> Any:
+    """Build a command's dataclass from values by dotted names."""
+    parser = _parser(kind)
+    values = parser.instantiate(_parse(parser, kind, given)).as_dict()
+    return kind(**values | {name: value.value for name, value in given.items() if isinstance(value.value, dict)})
+
+
+def as_yaml(kind: Any, given: Mapping[str, Given]) -> str:
+    """Return all settings as a YAML file, what is required but missing as null."""
+    parser, missing = _parser(kind), missing_from(kind, given)
+    values = _parse(parser, kind, {**given, **{name: Given(name, "missing") for name in missing}})
+    for name in missing:
+        values[name] = None
+    text: str = parser.dump(values, skip_unset=False, skip_validation=True)
+    return text.rstrip("\n")
+
+
+def _parser(kind: Any) -> ArgumentParser:
+    register_type(SecretStr, serializer=repr, deserializer=_secret)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
+
+
+def _secret(value: Any) -> SecretStr:
+    if not isinstance(value, str):
+        raise TypeError("a token is a text")
+    return SecretStr(value)
+
+
+def _parse(parser: ArgumentParser, kind: Any, given: Mapping[str, Given]) -> Namespace:
+    settings = settings_of(kind)
+    try:
+        values: Namespace = parser.parse_object({name: deepcopy(value.value) for name, value in given.items()})
+    except ArgumentError as error:
+        raise _as_sentence(error, settings, given) from None  # the message quotes the value, perhaps a token
+    for name, value in given.items():
+        values[name] = _settled(settings[name], value, values[name])
+    return values
+
+
+def _as_sentence(error: ArgumentError, settings: Mapping[str, Setting], given: Mapping[str, Given]) -> UsageError:
+    name = "".join(KEY.findall(str(error))[:1])
+    return refusal(settings[name], given[name]) if name in given else UsageError(" ".join(str(error).split()))
+
+
+def _settled(setting: Setting, given: Given, value: Any) -> Any:
+    """Return a value as its type has it: jsonargparse also accepts null for any type, and infinity."""
+    if isinstance(given.value, dict):
+        return deepcopy(given.value)  # YAML has read it; jsonargparse reads the texts in it again, in place
+    is_misread = value is None and given.value is not None  # "# x" is a comment to YAML, and "Null" is null
+    if is_misread and (kinds := [kind for kind in setting.types if kind in (str, Path, SecretStr)]):
+        return kinds[0](given.value)
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    if is_misread or is_infinite or (value is None and not setting.is_nullable):
+        raise refusal(setting, given)
+    return value
