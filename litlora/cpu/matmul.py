@@ -9,14 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from litlora.cpu.onednn import has_slow_products, matmul_dtype
-from litlora.cpu.tuning import (
-    COMPILED_SUMS,
-    LONG_OUTPUTS,
-    LONG_SLICE,
-    SLICE_ROWS,
-    STORED_SLICE_ROWS,
-    STORED_SLICE_VALUES,
-)
+from litlora.cpu.tuning import COMPILED_SUMS, SLICE_ROWS, STORED_SLICE_ROWS, STORED_SLICE_VALUES
 
 
 class StoredWeight(Protocol):
@@ -29,13 +22,10 @@ class StoredWeight(Protocol):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + b (T, out) for x (T, in), and a frozen weight (out, in) and bias (out,)."""
-    if len(x) == 1 and (torch.compiler.is_compiling() or weight.itemsize >= x.itemsize):
-        return _linear_of_one_row(x, weight, bias)
-    if has_slow_products(x.dtype) or weight.itemsize < x.itemsize:
+    if len(x) == 1 and torch.compiler.is_compiling():
+        return _compiled_linear(x, weight, bias)
+    if weight.itemsize < x.itemsize or (len(x) > 1 and has_slow_products(x.dtype)):
         return sliced_linear(x, weight, bias)
-    if _is_long(weight, x):
-        out: Tensor = _LongLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return out
     return F.linear(x, weight, bias)
 
 
@@ -50,26 +40,12 @@ def add_bias(product: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product.add_(bias)
 
 
-def _linear_of_one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x W^T + b (1, out) for one row x (1, in), in the time that it takes to read the weight."""
-    if torch.compiler.is_compiling():
-        row = x.float()
-        # One loop that stores no product, and that does not wait for one sum while it adds to another.
-        parts = [(part.float() * row).sum(-1) for part in weight.chunk(COMPILED_SUMS)]
-        return add_bias(torch.cat(parts), bias).to(x.dtype)[None]
-    size, threads = weight.shape, torch.get_num_threads()
-    if x.dtype is torch.bfloat16 or size[0] % threads:
-        return F.linear(x, weight, bias)
-    # F.linear leaves one row to one thread.
-    product = torch.bmm(x.expand(threads, 1, -1), weight.view(threads, -1, size[1]).mT).view(1, -1)
-    return add_bias(product, bias)
-
-
-def _is_long(weight: Tensor, x: Tensor) -> bool:
-    """Tell whether a product's rows are so long that writing to all of them at once leaves the cache."""
-    if torch.is_autocast_enabled("cpu"):  # in which torch's own products are in bfloat16
-        return False
-    return len(weight) >= LONG_OUTPUTS and weight.dtype is x.dtype is torch.float32
+def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b (1, out) for one row x (1, in), by loops that a compiler can fuse."""
+    row = x.float()
+    # One loop that stores no product, and that does not wait for one sum while it adds to another.
+    parts = [(part.float() * row).sum(-1) for part in weight.chunk(COMPILED_SUMS)]
+    return add_bias(torch.cat(parts), bias).to(x.dtype)[None]
 
 
 class _SlicedLinear(torch.autograd.Function):
@@ -100,16 +76,6 @@ class _SlicedLinear(torch.autograd.Function):
         return total.to(gradient.dtype), None, None
 
 
-class _LongLinear(_SlicedLinear):
-    """A product with long rows, which is computed in slices; its gradient has short ones, and is one product."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
-        return gradient @ ctx.weight, None, None
-
-
 def _write_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write x W^T + b to `out`: rounded if that has another dtype, else without a copy."""
     if out.dtype is not x.dtype:
@@ -127,7 +93,7 @@ def _rows(weight: Tensor | StoredWeight, rows: slice) -> Tensor:
 def _slices(weight: Tensor | StoredWeight, x: Tensor) -> Iterator[slice]:
     rows, width = weight.shape
     if isinstance(weight, Tensor):
-        size = LONG_SLICE if _is_long(weight, x) else SLICE_ROWS
+        size = SLICE_ROWS
     elif has_slow_products(x.dtype):
         size = STORED_SLICE_ROWS
     else:  # a multiple, so that a slice ends with a block of the quantization

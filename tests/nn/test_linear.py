@@ -59,20 +59,8 @@ def test_all_products_agree():
             torch.testing.assert_close(a, b, atol=1e-2, rtol=2**-7)
 
 
-@pytest.mark.parametrize("part", [48, 20])
-def test_long_product_in_slices(part, monkeypatch):
-    monkeypatch.setattr(matmul, "LONG_OUTPUTS", 48)
-    monkeypatch.setattr(matmul, "LONG_SLICE", part)
-    bias = torch.randn(48)
-    for ours, exact in zip(
-        outcome(frozen_linear, torch.float32, bias), outcome(F.linear, torch.float64, bias), strict=True
-    ):
-        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
-
-
 @torch.autocast("cpu", torch.bfloat16)
-def test_long_product_in_mixed_precision_is_torch_s(monkeypatch):
-    monkeypatch.setattr(matmul, "LONG_OUTPUTS", 48)
+def test_product_in_mixed_precision_is_torch_s():
     x, weight, _ = problem(torch.float32)
     y, reference = frozen_linear(x, weight), F.linear(x, weight)
     assert y.dtype is torch.bfloat16
@@ -148,10 +136,9 @@ def test_weight_that_trains_gets_its_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("out_features", [1024, 333], ids=["shared by threads", "not to be shared"])
-def test_one_row_is_as_exact_as_many(dtype, out_features):
+def test_one_row_is_as_exact_as_many(dtype):
     torch.manual_seed(0)
-    weight, x = torch.randn(out_features, 600).to(dtype), torch.randn(1, 600).to(dtype)
+    weight, x = torch.randn(333, 600).to(dtype), torch.randn(1, 600).to(dtype)
     exact = F.linear(x.double(), weight.double())
     torch.testing.assert_close(
         frozen_linear(x, weight).double(), exact, atol=1e-4, rtol=1e-5 if dtype is torch.float32 else 2**-8
