@@ -337,6 +337,7 @@ class FinetuneLoraArgs(CommandArgs):
     """Print steps, tokens and estimated peak memory of the run, and exit without loading weights."""
 
     def __post_init__(self) -> None:
+        self._take_texts_as_paths()
         if self.quantize and self.precision == "bf16-mixed":
             hint = "choose bf16-true or 32-true, in which the adapter is float32 as well"
             raise LitLoraError(f"--quantize {self.quantize} does not go with --precision bf16-mixed: {hint}")
@@ -357,6 +358,13 @@ class FinetuneLoraArgs(CommandArgs):
                 "--lora_value, --lora_projection, --lora_mlp and --lora_head to true"
             )
         self._adopt_rate_of_optimizer()
+
+    def _take_texts_as_paths(self) -> None:
+        """Accept from Python what the command line accepts: a folder as a text."""
+        for name in ("checkpoint_dir", "data_dir", "out_dir", "resume"):
+            value = getattr(self, name)
+            if isinstance(value, str) and (name, value) != ("resume", "auto"):
+                object.__setattr__(self, name, Path(value))
 
     def _adopt_rate_of_optimizer(self) -> None:
         """Take the optimizer's init_args.lr, where Lit-GPT has the rate, as train.learning_rate."""

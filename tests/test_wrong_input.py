@@ -280,6 +280,8 @@ def test_invalid_data_is_refused(spoil, sentence, capsys):
          "--optimizer AdamW refuses its init_args: AdamW.__init__() got an unexpected keyword argument 'foo'"),
         ("--optimizer.init_args.betas [2,3]",
          "--optimizer AdamW refuses its init_args: Invalid beta parameter at index 0: 2"),
+        ('--optimizer {"init_args":{"eps":1}}',
+         "--optimizer has init_args only: give its class_path as well, such as torch.optim.AdamW"),
         ("--optimizer.foo 1", "--optimizer.foo is not a setting: there are class_path and init_args.NAME"),
         ("--optimizer.init_args.lr 1 --train.learning_rate 2",
          "--train.learning_rate (2.0) and --optimizer.init_args.lr (1) are the same setting: give one of them"),

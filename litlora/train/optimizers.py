@@ -19,6 +19,8 @@ PAGED = {"AdamW8bit": False, "PagedAdamW": True, "PagedAdamW8bit": True}
 def build_optimizer(optimizer: str | dict[str, Any], parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
     """Build an optimizer from its name in torch or bitsandbytes, or from its class_path and init_args."""
     given: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
+    if given.keys() == {"init_args"}:
+        raise LitLoraError("--optimizer has init_args only: give its class_path as well, such as torch.optim.AdamW")
     if not isinstance(given.get("class_path"), str) or given.keys() - {"class_path", "init_args"}:
         raise LitLoraError(f"--optimizer ({optimizer}) must be a name, or class_path and init_args")
     kind = _find(given["class_path"])

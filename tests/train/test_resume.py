@@ -290,6 +290,13 @@ def test_finetune_returns_its_report(world):
         litlora.finetune(replace(args, dry_run=True))
 
 
+def test_folders_may_be_texts():
+    assert FinetuneLoraArgs("base", "data", "out", resume="auto") == FinetuneLoraArgs(
+        Path("base"), Path("data"), Path("out"), resume="auto"
+    )
+    assert FinetuneLoraArgs("base", "data", resume="out/step-000001").resume == Path("out/step-000001")
+
+
 def test_run_out_of_time_saves_and_resumes(world, capsys):
     assert run("--train.save_interval", 9) == 0
     assert run("--train.save_interval", 9, "--train.max_time", 0.001, out="parts") == 124
