@@ -338,6 +338,7 @@ class FinetuneLoraArgs(CommandArgs):
 
     def __post_init__(self) -> None:
         self._take_texts_as_paths()
+        self._keep_inputs_apart_from_outputs()
         if self.quantize and self.precision == "bf16-mixed":
             hint = "choose bf16-true or 32-true, in which the adapter is float32 as well"
             raise LitLoraError(f"--quantize {self.quantize} does not go with --precision bf16-mixed: {hint}")
@@ -365,6 +366,11 @@ class FinetuneLoraArgs(CommandArgs):
             value = getattr(self, name)
             if isinstance(value, str) and (name, value) != ("resume", "auto"):
                 object.__setattr__(self, name, Path(value))
+
+    def _keep_inputs_apart_from_outputs(self) -> None:
+        for name in ("checkpoint_dir", "data_dir"):
+            if self.out_dir.absolute() == getattr(self, name).absolute():
+                raise LitLoraError(f"--out_dir ({self.out_dir}) is --{name} as well: choose another")
 
     def _adopt_rate_of_optimizer(self) -> None:
         """Take the optimizer's init_args.lr, where Lit-GPT has the rate, as train.learning_rate."""
