@@ -65,16 +65,23 @@ def plain_attention(_: object, q: Tensor, k: Tensor, v: Tensor, spans: list[tupl
     return sdpa_per_sequence(q, k, v, [own for _, own in spans], window)
 
 
+def plain_rotation(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return (x * rope[0] + torch.cat((b, a), dim=-1) * rope[1]).to(x.dtype)
+
+
 ATTENTION: dict[str, Ablation] = {
     "blocked attention": lambda: patch.object(CPUBackend, "varlen_attention", plain_attention),
     "saved probabilities": lambda: patch.object(attention, "RETAINED_KEYS", 0),
 }
 BLOCKS: dict[str, Ablation] = ATTENTION | {
     "padded attention": lambda: patch.multiple(attention, PAD_QUERIES=1, PAD_KEYS=1),
+    "rotation": lambda: patch.object(transformer, "rotate", plain_rotation),
     "RMSNorm": lambda: patch.object(RMSNorm, "forward", nn.RMSNorm.forward),
     "SwiGLU": lambda: patch.object(transformer, "swiglu", lambda gate, up: F.silu(gate) * up),
 }
 HEAD: dict[str, Ablation] = {
+    "many outputs in slices": lambda: patch.object(matmul, "LONG_OUTPUTS", 2**60),
     "logits scored in the cache": lambda: patch.object(tuning, "CACHED_LOGITS", 2**60),
 }
 

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from litlora.cpu.onednn import has_slow_products, matmul_dtype
-from litlora.cpu.tuning import COMPILED_SUMS, SLICE_ROWS, STORED_SLICE_ROWS, STORED_SLICE_VALUES
+from litlora.cpu.tuning import (
+    COMPILED_SUMS,
+    LONG_OUTPUTS,
+    LONG_SLICE,
+    SLICE_ROWS,
+    STORED_SLICE_ROWS,
+    STORED_SLICE_VALUES,
+)
 
 
 class StoredWeight(Protocol):
@@ -26,6 +33,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _compiled_linear(x, weight, bias)
     if weight.itemsize < x.itemsize or (len(x) > 1 and has_slow_products(x.dtype)):
         return sliced_linear(x, weight, bias)
+    if len(x) > 1 and _is_long(weight, x):
+        out: Tensor = _LongLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return out
     return F.linear(x, weight, bias)
 
 
@@ -46,6 +56,13 @@ def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # One loop that stores no product, and that does not wait for one sum while it adds to another.
     parts = [(part.float() * row).sum(-1) for part in weight.chunk(COMPILED_SUMS)]
     return add_bias(torch.cat(parts), bias).to(x.dtype)[None]
+
+
+def _is_long(weight: Tensor, x: Tensor) -> bool:
+    """Tell whether a product is so large that oneDNN's copy of the whole weight matters."""
+    if torch.is_autocast_enabled("cpu"):  # in which torch's own products are in bfloat16
+        return False
+    return len(weight) >= LONG_OUTPUTS and weight.dtype is x.dtype is torch.float32
 
 
 class _SlicedLinear(torch.autograd.Function):
@@ -76,6 +93,16 @@ class _SlicedLinear(torch.autograd.Function):
         return total.to(gradient.dtype), None, None
 
 
+class _LongLinear(_SlicedLinear):
+    """A product with many outputs, in slices: oneDNN copies no whole weight. Its gradient is one product."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        assert not any(ctx.needs_input_grad[1:]), "the weight and the bias get no gradient here"
+        return gradient @ ctx.weight, None, None
+
+
 def _write_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write x W^T + b to `out`: rounded if that has another dtype, else without a copy."""
     if out.dtype is not x.dtype:
@@ -93,7 +120,7 @@ def _rows(weight: Tensor | StoredWeight, rows: slice) -> Tensor:
 def _slices(weight: Tensor | StoredWeight, x: Tensor) -> Iterator[slice]:
     rows, width = weight.shape
     if isinstance(weight, Tensor):
-        size = SLICE_ROWS
+        size = LONG_SLICE if _is_long(weight, x) else SLICE_ROWS
     elif has_slow_products(x.dtype):
         size = STORED_SLICE_ROWS
     else:  # a multiple, so that a slice ends with a block of the quantization

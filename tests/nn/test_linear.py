@@ -59,8 +59,20 @@ def test_all_products_agree():
             torch.testing.assert_close(a, b, atol=1e-2, rtol=2**-7)
 
 
+@pytest.mark.parametrize("part", [48, 20])
+def test_long_product_in_slices(part, monkeypatch):
+    monkeypatch.setattr(matmul, "LONG_OUTPUTS", 48)
+    monkeypatch.setattr(matmul, "LONG_SLICE", part)
+    bias = torch.randn(48)
+    for ours, exact in zip(
+        outcome(frozen_linear, torch.float32, bias), outcome(F.linear, torch.float64, bias), strict=True
+    ):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
+
+
 @torch.autocast("cpu", torch.bfloat16)
-def test_product_in_mixed_precision_is_torch_s():
+def test_long_product_in_mixed_precision_is_torch_s(monkeypatch):
+    monkeypatch.setattr(matmul, "LONG_OUTPUTS", 48)
     x, weight, _ = problem(torch.float32)
     y, reference = frozen_linear(x, weight), F.linear(x, weight)
     assert y.dtype is torch.bfloat16
