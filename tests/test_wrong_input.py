@@ -591,9 +591,13 @@ def test_folder_of_a_run_is_no_adapter(capsys):
     ("spoil", "flags", "sentence"),
     [
         case("no adapter", nothing, "--checkpoint_dir base",
-             "no adapter in base (expected adapter_config.json); train one with: litlora finetune_lora --out_dir ."),
+             "no adapter in base (expected adapter_config.json); "
+             "it is a checkpoint: name the folder of an adapter on it"),
         case("missing", nothing, "--checkpoint_dir runs/nowhere",
              "no adapter in runs/nowhere (expected adapter_config.json); "
+             "train one with: litlora finetune_lora --out_dir runs/nowhere"),
+        case("missing final", nothing, "--checkpoint_dir runs/final",
+             "no adapter in runs/final (expected adapter_config.json); "
              "train one with: litlora finetune_lora --out_dir runs"),
         case("not quantized", nothing, "--dequantized_base true",
              "--dequantized_base: adapter was not trained on a quantized base; leave the flag out"),

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import yaml
 
+from litlora.hub.origin import Origin
+
 FIGURES = {
     "val_loss": "validation loss",
     "val_perplexity": "validation perplexity",
@@ -15,21 +17,19 @@ FIGURES = {
 """Figures of report.json that the card shows, by what it calls them."""
 
 
-def model_card(base_model: str, license_id: str | None, figures: Mapping[str, object]) -> str:
-    """Return the card of an adapter on a base: a Hub repository, or the path of a folder."""
-    front: dict[str, object] = {
-        "base_model": base_model,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": [f"base_model:adapter:{base_model}", "lora", "litlora", "transformers"],
-    }
-    if license_id:
-        front["license"] = license_id
+def model_card(base: str, source: Origin | None, figures: Mapping[str, object]) -> str:
+    """Return the card of an adapter on the base of this name; only one from the Hub is named in the front matter."""
+    front: dict[str, object] = {"base_model": source.repo_id} if source else {}
+    tags = [f"base_model:adapter:{source.repo_id}"] if source else []
+    front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
+    front["tags"] = [*tags, "lora", "litlora", "transformers"]
+    if source and source.license:
+        front["license"] = source.license
     rows = "".join(f"| {title} | {_text(figures[name])} |\n" for name, title in FIGURES.items() if name in figures)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
-# LoRA adapter for {base_model}
+# LoRA adapter for {source.repo_id if source else base}
 
 Trained with litlora. Losses are means over the supervised tokens, in nats.
 

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from litlora.errors import LitLoraError
+from litlora.hub.filenames import CONFIG as BASE_CONFIG
 from litlora.utils.files import YAML_ERRORS, read_json
 
 CONFIG = "adapter_config.json"
@@ -25,8 +26,15 @@ def is_adapter(directory: Path) -> bool:
 def require_adapter(directory: Path) -> None:
     """Refuse a folder that holds no adapter."""
     if not is_adapter(directory):
-        hint = run_folder_hint(directory) or f"train one with: litlora finetune_lora --out_dir {directory.parent}"
-        raise LitLoraError(f"no adapter in {directory} (expected {CONFIG}); {hint}")
+        raise LitLoraError(f"no adapter in {directory} (expected {CONFIG}); {_hint(directory)}")
+
+
+def _hint(directory: Path) -> str:
+    """Suggest which folder to name, or how to make an adapter."""
+    if (directory / BASE_CONFIG).is_file():
+        return "it is a checkpoint: name the folder of an adapter on it"
+    out_dir = directory.parent if directory.name == FINAL else directory
+    return run_folder_hint(directory) or f"train one with: litlora finetune_lora --out_dir {out_dir}"
 
 
 def run_folder_hint(out_dir: Path) -> str | None:

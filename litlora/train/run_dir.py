@@ -156,10 +156,9 @@ class RunFolder:
         return self.final
 
     def _write_model_card(self, folder: Path, report: Report) -> None:
-        base_dir = self.args.checkpoint_dir
-        source = origin(base_dir)
-        name, license_id = (source.repo_id, source.license) if source else (str(base_dir.resolve()), None)
-        (folder / "README.md").write_text(model_card(name, license_id, vars(report)), encoding="utf-8")
+        base_dir = self.args.checkpoint_dir.resolve()
+        card = model_card(base_dir.name, origin(base_dir), vars(report))
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _write_adapter(self, folder: Path, model: nn.Module) -> None:
         base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]

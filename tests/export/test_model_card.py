@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from helpers.reference import with_peft
 from huggingface_hub import ModelCard
 
@@ -57,7 +56,10 @@ def test_model_card_front_matter(downloaded):
     assert f"| validation loss | {report['val_loss']:.4f} |" in card.text
 
 
-def test_model_card_of_a_local_base_has_no_license():
-    front = yaml.safe_load(model_card("/a/b: c", None, {"val_loss": None}).split("---\n")[1])
-    assert front["base_model"] == "/a/b: c"
-    assert "license" not in front
+def test_model_card_of_a_local_base_names_no_repository():
+    """The Hub refuses a card whose base_model is a path."""
+    card = ModelCard(model_card("b: c", None, {"val_loss": None}))
+    assert card.data.base_model is None
+    assert card.data.license is None
+    assert card.data.tags == ["lora", "litlora", "transformers"]
+    assert "# LoRA adapter for b: c" in card.text
