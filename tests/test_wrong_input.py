@@ -568,7 +568,7 @@ def test_generate_refuses_invalid_arguments(flags, sentence, capsys):
         case("scale that is no number", lambda: change("adapter/adapter_config.json", lora_alpha=float("nan")),
              'adapter/adapter_config.json has "lora_alpha": nan, but it must be a number above 0'),
         case("pattern that takes years", lambda: change("adapter/adapter_config.json", target_modules="(.|.)*!"),
-             "target_modules ((.|.)*!) cannot be looked for: it takes more than 0.3 seconds"),
+             "the layers that match (.|.)*! cannot be looked for: it takes more than 0.3 seconds"),
         case("another kind of adapter", lambda: change("adapter/adapter_config.json", use_qalora=True),
              'adapter/adapter_config.json has "use_qalora": True, which litlora does not implement'),
     ],

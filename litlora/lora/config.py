@@ -2,7 +2,14 @@
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from litlora.errors import LitLoraError
+from litlora.utils.resource_limits import limited_resources
+
+Number = TypeVar("Number", int, float)
 
 # Which layers each --lora_* switch adapts, by the last part of their names.
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
@@ -16,8 +23,20 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class LayerSettings:
+    """What an adapter's configuration says of one layer."""
+
+    rank: int
+    scaling: float
+    """Factor of the low-rank branch."""
+
+
+@dataclass(frozen=True)
 class LoRAConfig:
-    """The settings of an adapter; those that PEFT has as well are named as in adapter_config.json."""
+    """The settings of an adapter, named as in adapter_config.json, and what they say of a layer by its name.
+
+    Names are those of the base's checkpoint, without `.weight`.
+    """
 
     r: int
     lora_alpha: float
@@ -28,19 +47,66 @@ class LoRAConfig:
     use_dora: bool = False
     init: str = "zero"
     """How the adapter was initialized, as --lora_init names it."""
-
-    @property
-    def scaling(self) -> float:
-        """Factor of the low-rank branch: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks other than r, by regular expressions for the last parts of layer names, of which the first match counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Values other than lora_alpha, in the same way."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Numbers of the blocks in which layers are targeted by the last parts of their names; None for all."""
+    layers_pattern: tuple[str, ...] = ()
+    """Names of the lists of blocks that the numbers are of; empty for any."""
+    exclude_modules: tuple[str, ...] | str = ()
+    """Layers that are not adapted although they are targeted, in the way of target_modules."""
 
     @property
     def requires_quantized_base(self) -> bool:
         """Tell whether the adapter compensates for a quantization error, which no other base has."""
         return self.init == "fisher"
 
+    def adapted(self, names: Iterable[str]) -> dict[str, LayerSettings]:
+        """Return the settings of each of these layers that is adapted."""
+        try:
+            with limited_resources():  # a pattern of a few characters can take years
+                return {
+                    name: LayerSettings(self.rank(name), self.scaling(name)) for name in names if self.targets(name)
+                }
+        except (MemoryError, TimeoutError) as error:
+            expressions = [self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern]
+            shown = ", ".join(filter(None, (text for text in expressions if isinstance(text, str))))
+            raise LitLoraError(f"the layers that match {shown} cannot be looked for: {error}") from error
+
     def targets(self, name: str) -> bool:
         """Tell whether the layer of this name is adapted."""
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in self.target_modules)
+        if _matches(self.exclude_modules, name) or not _matches(self.target_modules, name):
+            return False
+        # As in PEFT, a whole name or a regular expression chooses its blocks itself.
+        if self.layers_to_transform is None or isinstance(self.target_modules, str) or name in self.target_modules:
+            return True
+        return self._block(name) in self.layers_to_transform
+
+    def _block(self, name: str) -> int | None:
+        """Return the number of the block that a layer is part of, or None for a layer outside of the blocks."""
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            if match := re.match(rf"(?:.*?\.)??{pattern}\.(\d+)\.", name):
+                return int(match[1])
+        return None
+
+    def rank(self, name: str) -> int:
+        """Return the rank of a layer's matrices."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def scaling(self, name: str) -> float:
+        """Return a layer's alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
+        alpha, rank = _first_match(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _matches(modules: tuple[str, ...] | str, name: str) -> bool:
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def _first_match(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
+    """Return the value under the first key that matches the last parts of a layer's name, as PEFT does."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litlora.errors import LitLoraError
 from litlora.lora.config import LoRAConfig
 from litlora.lora.variants import AdapterLayer, LoRA, Variant, variant_of
 from litlora.nn.linear import frozen_linear
 from litlora.nn.nf4 import NF4Linear, NF4Weight
-from litlora.utils.resource_limits import limited_resources
 
 
 class LoRALinear(AdapterLayer):
@@ -61,23 +59,18 @@ def add_lora(model: nn.Module, config: LoRAConfig, device: torch.device | None =
     """
     model.requires_grad_(False)
     variant = variant_of(config)
-    for name in adapted_names(model, config):
+    for name, settings in config.adapted(linear_layers(model)).items():
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear | NF4Linear)
-        settings: dict[str, Any] = {"rank": config.r, "scaling": config.scaling, "dropout": config.lora_dropout}
-        layer = LoRALinear(linear, **settings, variant=variant, device=device)
+        shape: dict[str, Any] = {"rank": settings.rank, "scaling": settings.scaling, "dropout": config.lora_dropout}
+        layer = LoRALinear(linear, **shape, variant=variant, device=device)
         setattr(model.get_submodule(parent), child, layer)
 
 
-def adapted_names(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Return the names of the linear layers that the config targets, in the model's order."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)]
-    try:
-        with limited_resources():  # a pattern of a few characters can take years
-            return [name for name in linears if config.targets(name)]
-    except (MemoryError, TimeoutError) as error:
-        raise LitLoraError(f"target_modules ({config.target_modules}) cannot be looked for: {error}") from error
+def linear_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that can be adapted, in the model's order."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
