@@ -112,6 +112,8 @@ REFUSED = {
     "run folder": ["generate", "finished"],
     "base of adapter": ["generate", "adapter", "--base_dir", "nowhere"],
     "base_dir": ["generate", "base", "--base_dir", "base"],
+    "adapter key": ["generate", "strange"],
+    "merged adapter key": ["merge_lora", "strange", "--out_dir", "merged"],
     "style": ["generate", "adapter", "--prompt_style", "nonsense"],
     "merge": ["merge_lora", "base", "--out_dir", "merged"],
     "out_dir": ["merge_lora", "adapter", "--out_dir", "data"],
@@ -143,6 +145,9 @@ def refused(tiny, data_dir, adapter, tmp_path_factory) -> dict[str, tuple[object
     write_manifest(step)
     shutil.copytree(adapter.parent, folder / "finished")
     shutil.copytree(adapter, folder / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (folder / "strange").mkdir()
+    (folder / "strange/adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [1]}))
     command = [sys.executable, "-m", "tests.helpers.without_torch"]
     root = Path(__file__).parent.parent
     env = os.environ | {"PYTHONPATH": str(root)}

@@ -6,7 +6,7 @@ from litlora.args import CommandArgs, FinetuneLoraArgs, GenerateArgs, MergeLoraA
 from litlora.data.examples import read_example, read_examples
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
-from litlora.lora.adapter_folder import find_base, read_prompt_style, require_adapter
+from litlora.lora.adapter_folder import find_base, read_prompt_style, read_settings
 from litlora.models.checkpoint_files import read_config, weight_files
 from litlora.models.config import GPTConfig
 from litlora.train.resume import AUTO, Identity, starting_point
@@ -21,10 +21,12 @@ def check_early(args: CommandArgs) -> None:
         case FinetuneLoraArgs():
             _check_training(args)
         case GenerateArgs():
-            base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
+            base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
+            if adapter_dir is not None:
+                read_settings(adapter_dir)
             _check_base(base_dir, args.prompt_style or read_prompt_style(args.checkpoint_dir) or "none")
         case MergeLoraArgs():
-            require_adapter(args.checkpoint_dir)
+            read_settings(args.checkpoint_dir)
             base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
             check_absent(args.out_dir, "--out_dir")
             _check_base(base_dir, "none")

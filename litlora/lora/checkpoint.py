@@ -1,11 +1,7 @@
 """Adapter folders in PEFT's format: writing, reading, and matching an adapter with its base."""
 
 import json
-import re
-import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -14,7 +10,7 @@ from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.hub.origin import origin
-from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, PROMPT_STYLE, require_adapter
+from litlora.lora.adapter_folder import BASE, CONFIG, INIT, LOCAL_PATH, PROMPT_STYLE, of_base, read_settings
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, freeze_adapter, lora_parameters
 from litlora.models.checkpoint import Checkpoint
@@ -28,15 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
-QUANTIZATION, INIT = "quantization_config", "lora_init"
-# Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
-IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora"}
-WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
-NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
-HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA …) change the base itself
+QUANTIZATION = "quantization_config"
 
 
 def write_adapter(
@@ -84,21 +72,9 @@ def _in_order(content: bytes) -> bytes:
 
 
 def read_lora_config(adapter_dir: Path) -> LoRAConfig:
-    """Read the shape and reach of an adapter; LitLoraError names a key that is not implemented."""
-    require_adapter(adapter_dir)
-    path = adapter_dir / CONFIG
-    config = read_json(path)
-    _refuse_what_is_not_implemented(path, config)
-    lora = LoRAConfig(
-        r=_number(path, config, "r", int),
-        lora_alpha=_number(path, config, "lora_alpha", int | float),
-        lora_dropout=0.0,  # acts in training only
-        target_modules=_target_modules(path, config.get("target_modules")),
-        use_rslora=config.get("use_rslora") is True,
-        use_dora=config.get("use_dora") is True,
-        init=str(_of_base(config, INIT) or LoRAConfig.init),
-    )
-    _check_rank(path, lora.r)
+    """Read the shape and reach of an adapter; LitLoraError names a key that is not implemented, or an absurd rank."""
+    lora = read_settings(adapter_dir)
+    _check_rank(adapter_dir / CONFIG, lora.r)
     return lora
 
 
@@ -112,48 +88,13 @@ def _check_rank(path: Path, rank: int) -> None:
 
 def read_quantization(adapter_dir: Path) -> Quantization | None:
     """Return how the base was quantized when the adapter was trained, or None where it was not, or is not said."""
-    hub = _of_base(read_json(adapter_dir / CONFIG), QUANTIZATION)
+    hub = of_base(read_json(adapter_dir / CONFIG), QUANTIZATION)
     if hub is None:
         return None
     try:
         return Quantization.from_hub(hub)
     except LitLoraError as error:
         raise LitLoraError(f"{adapter_dir} was trained on {error}") from error
-
-
-def _of_base(config: dict[str, Any], key: str) -> Any:
-    """Return what an adapter says of its base under a key, or None where it says nothing."""
-    base = config.get(BASE)
-    return base.get(key) if isinstance(base, dict) else None
-
-
-def _refuse_what_is_not_implemented(path: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise LitLoraError(f'{path} has "peft_type": {config.get("peft_type")!r}, but only LORA is implemented')
-    for key, value in config.items():
-        harmless = key in IMPLEMENTED | WITHOUT_EFFECT or value in NEUTRAL
-        if not harmless and not (key == "init_lora_weights" and value in HARMLESS_STARTS):
-            raise LitLoraError(f'{path} has "{key}": {value!r}, which litlora does not implement')
-
-
-def _number(path: Path, config: dict[str, Any], key: str, kind: Any) -> Any:
-    value = config.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise LitLoraError(f'{path} has "{key}": {value!r}, but it must be a number above 0')
-    return value
-
-
-def _target_modules(path: Path, value: object) -> tuple[str, ...] | str:
-    if value == "all-linear":
-        return r"model\.layers\..*"  # PEFT leaves the head out
-    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    if isinstance(value, str):
-        with suppress(re.error, OverflowError, RecursionError):
-            return re.compile(value).pattern
-    raise LitLoraError(
-        f'{path} has "target_modules": {value!r}, but it must be a list of layer names or a regular expression'
-    )
 
 
 def load_with_adapter(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import LitLoraError
-from litlora.models.checkpoint_files import first_three, read_config
+from litlora.models.checkpoint_files import CheckpointFiles, first_three
 from litlora.models.config import GPTConfig
 from litlora.models.families import family_of
 from litlora.models.transformer import GPT
@@ -35,10 +35,10 @@ class Checkpoint:
         self._fingerprint: str | None = None
 
     @classmethod
-    def open(cls, checkpoint_dir: Path) -> Self:
+    def open(cls, folder: Path | CheckpointFiles) -> Self:
         """Open a checkpoint; LitLoraError unless its weights are exactly those of its config, in name and shape."""
-        hub_config, config = read_config(checkpoint_dir)
-        checkpoint = cls(checkpoint_dir, hub_config, config, Weights(checkpoint_dir))
+        files = folder if isinstance(folder, CheckpointFiles) else CheckpointFiles.find(folder)
+        checkpoint = cls(files.dir, files.hub_config, files.config, Weights(files.dir, files.weights))
         checkpoint._check_weights()
         return checkpoint
 

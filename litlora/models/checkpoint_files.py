@@ -1,13 +1,31 @@
 """The files of a checkpoint folder, as far as they can be read and validated without torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, INDEX, PICKLES, WEIGHTS
 from litlora.models.config import GPTConfig
 from litlora.utils.files import read_json
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """A checkpoint folder as far as it is read without torch."""
+
+    dir: Path
+    hub_config: dict[str, Any]
+    """The content of config.json."""
+    config: GPTConfig
+    weights: list[Path]
+    """The safetensors files."""
+
+    @classmethod
+    def find(cls, checkpoint_dir: Path) -> Self:
+        """Read config.json and find the weights; LitLoraError if either is missing or not supported."""
+        return cls(checkpoint_dir, *read_config(checkpoint_dir), weight_files(checkpoint_dir))
 
 
 def read_config(checkpoint_dir: Path) -> tuple[dict[str, Any], GPTConfig]:

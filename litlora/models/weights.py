@@ -43,8 +43,9 @@ class Weights(Mapping[str, Tensor]):
     Each tensor is a memory map of its own: what was read of the file leaves memory with the tensor.
     """
 
-    def __init__(self, checkpoint_dir: Path) -> None:
-        self.files = weight_files(checkpoint_dir)
+    def __init__(self, checkpoint_dir: Path, files: Sequence[Path] | None = None) -> None:
+        """Read the headers of a checkpoint's files, which are looked for unless they are passed."""
+        self.files = weight_files(checkpoint_dir) if files is None else files
         self.stored: dict[str, StoredTensor] = {}
         for path in self.files:
             header = read_header(path)
