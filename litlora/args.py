@@ -256,11 +256,6 @@ class PrepareJsonArgs(PrepareArgs):
     val_split_fraction: float = 0.1
 
 
-def dora_is_not_sharded() -> LitLoraError:
-    hint = "pass ddp, or leave --lora_use_dora out"
-    return LitLoraError(f"--lora_use_dora needs whole weights on each device, which --strategy fsdp shards: {hint}")
-
-
 @dataclass(frozen=True)
 class FinetuneLoraArgs(CommandArgs):
     """Fine-tune a checkpoint with LoRA."""
@@ -299,12 +294,16 @@ class FinetuneLoraArgs(CommandArgs):
     """Rank of the adapter's matrices."""
     lora_alpha: int = 16
     """Scaling: the adapter's output is multiplied by lora_alpha / lora_r."""
+    lora_use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_r) instead, so that high ranks learn as fast as low ones (rsLoRA)."""
     lora_dropout: float = 0.05
     """Dropout probability of the adapter's inputs."""
     lora_init: Start = "zero"
     """Initialization of the adapter: zero leaves the base unchanged, fisher compensates for the error of --quantize."""
     lora_use_dora: bool = False
     """Train the magnitudes of the adapted weights apart from their directions (DoRA): slower, better at low rank."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B as a multiple of that of A, such as 16 (LoRA+); A has --train.learning_rate."""
     lora_query: bool = True
     """Adapt the attention's query projection."""
     lora_key: bool = False
@@ -345,14 +344,13 @@ class FinetuneLoraArgs(CommandArgs):
         if self.lora_init == "fisher" and not self.quantize:
             hint = "give --quantize as well, or leave it out"
             raise LitLoraError(f"--lora_init fisher compensates for the error of --quantize, which is not set: {hint}")
-        if self.lora_use_dora and self.strategy == "fsdp":
-            raise dora_is_not_sharded()
         for name in ("devices", "num_nodes"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
         require_seed(self.seed)
         require(self.lora_r >= 1, "--lora_r", self.lora_r, "at least 1")
         require(self.lora_alpha >= 1, "--lora_alpha", self.lora_alpha, "at least 1")
         require(0 <= self.lora_dropout < 1, "--lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        require(1 <= self.lora_plus_ratio, "--lora_plus_ratio", self.lora_plus_ratio, "at least 1")
         if not self.lora_switches:
             raise LitLoraError(
                 "nothing would be trained: set at least one of --lora_query, --lora_key, "

@@ -156,6 +156,8 @@ ALIASES: dict[str, Sequence[str]] = {
     "lora_v": ("--lora_value",),
     "lora_o": ("--lora_projection",),
     "use_dora": ("--lora_use_dora true",),
+    "use_rslora": ("--lora_use_rslora true",),
+    "loraplus_lr_ratio": ("--lora_plus_ratio",),
     # generation, merging
     "n": ("--num_samples", "--num_nodes"),
     "num_return_sequences": ("--num_samples",),

@@ -1,17 +1,18 @@
 """Sharded base weights (FSDP2): every device holds a shard and gathers one block at a time."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from litlora.lora.config import LoRAConfig
-from litlora.lora.layer import add_lora, lora_parameters
+from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
 from litlora.models.checkpoint import Checkpoint, assign
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization
@@ -32,7 +33,19 @@ def load_sharded(
         fully_shard(module, mesh=mesh, ignored_params=adapter)
     parameters = gpt.state_dict()
     assign(gpt, {name: _distributed(shard, parameters[name]) for name, shard in shards.items()})
+    for block in gpt.model.layers:
+        _initialize(block, lora_layers(block).values())
+    _initialize(gpt, [layer for name, layer in lora_layers(gpt).items() if not name.startswith("model.layers.")])
     return gpt
+
+
+def _initialize(module: nn.Module, layers: Iterable[LoRALinear]) -> None:
+    """Let adapter layers start from their weights, which are gathered with this module and were not there before."""
+    assert isinstance(module, FSDPModule)
+    module.unshard()
+    for layer in layers:
+        layer.variant.init(layer)
+    module.reshard()
 
 
 def _mesh(fabric: Fabric) -> DeviceMesh:

@@ -28,6 +28,7 @@ from litlora.errors import LitLoraError
 from litlora.evaluation.engine import Engine
 from litlora.lora.layer import lora_parameters
 from litlora.train.metrics import row
+from litlora.train.optimizers import set_learning_rate
 from litlora.train.run_dir import RunFolder
 from litlora.train.schedule import learning_rate, steps, total_steps
 from litlora.train.train_state import Best, Progress, StepResult
@@ -103,8 +104,7 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
     mean, grad_norm = loss.item(), float(norm)  # type: ignore[arg-type]
     if not math.isfinite(mean) or not math.isfinite(grad_norm):
         raise not_finite(f"step {step} has the loss {mean} and a gradient norm of {grad_norm}", batch)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad()
     tokens = sum(len(sample.tokens) for sample in batch)

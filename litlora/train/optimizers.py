@@ -10,13 +10,39 @@ from torch import nn
 from torch.optim import Optimizer
 
 from litlora.errors import LitLoraError
+from litlora.lora.layer import LoRALinear
+from litlora.lora.variants import A
 from litlora.nn.nf4 import import_bitsandbytes
+
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+"""Parameters, or groups of them with settings of their own."""
+RATIO = "lr_ratio"
+"""Setting of a group: its learning rate as a multiple of the schedule's."""
 
 # Those of bitsandbytes that go by their name alone, and whether their state moves to main memory when a GPU is full.
 PAGED = {"AdamW8bit": False, "PagedAdamW": True, "PagedAdamW8bit": True}
 
 
-def build_optimizer(optimizer: str | dict[str, Any], parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+def adapter_groups(layers: Iterable[LoRALinear], ratio: float) -> Parameters:
+    """Return what adapter layers train, in groups if B learns `ratio` times as fast as A (LoRA+).
+
+    As in PEFT, what else a variant trains learns as fast as B (Hayou et al. 2024, arXiv 2402.12354).
+    """
+    named = [pair for layer in layers for pair in layer.adapter_parameters().items()]
+    if ratio == 1:
+        return [parameter for _, parameter in named]
+    slow = [parameter for name, parameter in named if name == A]
+    fast: dict[str, Any] = {"params": [parameter for name, parameter in named if name != A], RATIO: ratio}
+    return [{"params": slow}, fast]
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the rate of each group of parameters for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATIO, 1)
+
+
+def build_optimizer(optimizer: str | dict[str, Any], parameters: Parameters, lr: float) -> Optimizer:
     """Build an optimizer from its name in torch or bitsandbytes, or from its class_path and init_args."""
     given: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
     if given.keys() == {"init_args"}:
@@ -30,12 +56,14 @@ def build_optimizer(optimizer: str | dict[str, Any], parameters: Iterable[nn.Par
         raise LitLoraError(f"--optimizer {given['class_path']} refuses its init_args: {error}") from error
 
 
-def check_optimizer(optimizer: str | dict[str, Any], lr: float, device: torch.device) -> None:
-    """Refuse an optimizer that cannot be built or cannot take a step, by one step of a throw-away parameter."""
-    parameter = nn.Parameter(torch.zeros(2, 2, device=device))
-    built = build_optimizer(optimizer, [parameter], lr)
-    parameter.grad = torch.ones_like(parameter)
+def check_optimizer(optimizer: str | dict[str, Any], lr: float, device: torch.device, ratio: float = 1) -> None:
+    """Refuse an optimizer that cannot be built or cannot take a step, by one step of a throw-away layer."""
+    layer = LoRALinear(nn.Linear(2, 2, device=device), rank=2, scaling=1.0, dropout=0.0)
+    built = build_optimizer(optimizer, adapter_groups([layer], ratio), lr)
+    for parameter in layer.adapter_parameters().values():
+        parameter.grad = torch.ones_like(parameter)
     try:
+        set_learning_rate(built, lr)
         built.step()
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise LitLoraError(f"--optimizer {type(built).__name__} cannot take a step: {error}") from error

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from litlora.args import FinetuneLoraArgs, dora_is_not_sharded
+from litlora.args import FinetuneLoraArgs
 from litlora.data.batching import Batching, Samples, epoch_order
 from litlora.data.encoding import Tokens
 from litlora.data.examples import Example, read_example
@@ -49,7 +49,7 @@ from litlora.train.memory_check import (
 )
 from litlora.train.memory_estimate import Network, breakdown, table
 from litlora.train.metrics import peak_memory_gb
-from litlora.train.optimizers import build_optimizer, check_optimizer
+from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
 from litlora.train.report import Report
 from litlora.train.resume import BASE, Identity, no_checkpoint
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
@@ -146,7 +146,7 @@ def find_inputs(args: FinetuneLoraArgs, device: torch.device) -> Inputs:
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     style = tokenizer.prompt_style(args.prompt_style)
     limit = args.train.sequence_limit(checkpoint.config.max_position_embeddings)
-    check_optimizer(args.optimizer, args.train.learning_rate, device)
+    check_optimizer(args.optimizer, args.train.learning_rate, device, args.lora_plus_ratio)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, args.prompt_style, args.mask_prompt)
@@ -197,7 +197,8 @@ def build_run(
     """Load model, adapter and optimizer, and the state of the checkpoint that the run starts from, if any."""
     torch.manual_seed(args.seed)
     gpt = build_model(args, inputs.checkpoint, folder.lora, fabric, sharded=is_sharded(args, network, data, ranks))
-    optimizer = build_optimizer(args.optimizer, lora_parameters(gpt).values(), args.train.learning_rate)
+    groups = adapter_groups(lora_layers(gpt).values(), args.lora_plus_ratio)
+    optimizer = build_optimizer(args.optimizer, groups, args.train.learning_rate)
     _, wrapped = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
     progress = restore(inputs.checkpoint, start, gpt, cast(Optimizer, wrapped))
     workers = 1 if isinstance(gpt, FSDPModule) else network.backend.workers(args.train.parallel_micro_batches)
@@ -273,8 +274,6 @@ def build_model(
     """Load the base, or this device's shard of it, with a new adapter."""
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
-    if sharded and lora.use_dora:
-        raise dora_is_not_sharded()
     if sharded:
         gpt = load_sharded(checkpoint, dtype, quantization, lora, fabric)
     else:
@@ -288,7 +287,13 @@ def build_model(
 def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
     targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
     return LoRAConfig(
-        args.lora_r, args.lora_alpha, args.lora_dropout, targets, use_dora=args.lora_use_dora, init=args.lora_init
+        args.lora_r,
+        args.lora_alpha,
+        args.lora_dropout,
+        targets,
+        use_rslora=args.lora_use_rslora,
+        use_dora=args.lora_use_dora,
+        init=args.lora_init,
     )
 
 

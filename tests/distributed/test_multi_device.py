@@ -96,6 +96,22 @@ def test_four_ranks_train_the_adapter_of_one_device(runs, alone, few, tmp_path, 
     assert_reported_once(runs.stderr.read_text())
 
 
+VARIANTS = {
+    "nf4": "--lora_use_dora true --lora_plus_ratio 4 --lora_mlp true --quantize bnb.nf4",
+    "dense": "--lora_use_dora true --lora_use_rslora true --lora_head true",
+}
+
+
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_variants_train_over_two_ranks_as_on_one_device(runs, alone, few, tmp_path, strategy, flags):
+    # Adam would divide the rounding of a gradient near zero by its size.
+    short = [*flags.split(), "--train.max_steps", "2", "--optimizer", "SGD", "--train.learning_rate", "0.2"]
+    runs.start_all(arguments(few, tmp_path / "out", *short, "--devices", 2, "--strategy", strategy), srun(2))
+    assert runs.wait_all() == [0, 0], runs.stderr.read_text()
+    assert_same(alone(*short), tmp_path / "out")
+
+
 def assert_reported_once(stderr: str) -> None:
     assert stderr.count("trainable parameters over") == stderr.count("adapter in") == 1
     assert "Warning" not in stderr

@@ -242,10 +242,3 @@ def test_fisher_start_of_dora_has_the_magnitudes_of_its_start(make_checkpoint, d
     merged = layer.weight.to_dense() + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
     torch.testing.assert_close(layer.get_parameter(MAGNITUDE), merged.norm(dim=1), atol=1e-5, rtol=1e-5)
     assert layer.lora_B.weight.any()
-
-
-def test_dora_over_sharded_weights_is_refused(tiny, data_dir, tmp_path, capsys):
-    assert finetune(tiny, data_dir, tmp_path / "out", "--devices", 2, "--strategy", "fsdp") == 1
-    assert "--lora_use_dora needs whole weights on each device, which --strategy fsdp shards: pass ddp" in (
-        capsys.readouterr().err
-    )
