@@ -48,7 +48,7 @@ class LoRAConfig:
     init: str = "zero"
     """How the adapter was initialized, as --lora_init names it."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Ranks other than r, by regular expressions for the last parts of layer names, of which the first match counts."""
+    """Ranks other than r, by regular expressions for the last parts of layer names; the first match counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Values other than lora_alpha, in the same way."""
     layers_to_transform: tuple[int, ...] | None = None
