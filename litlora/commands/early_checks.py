@@ -6,7 +6,8 @@ from litlora.args import CommandArgs, FinetuneLoraArgs, GenerateArgs, MergeLoraA
 from litlora.data.examples import read_example, read_examples
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
-from litlora.lora.adapter_folder import find_base, read_prompt_style, read_settings
+from litlora.lora.adapter_config import read_settings
+from litlora.lora.adapter_folder import find_base, read_prompt_style
 from litlora.models.checkpoint_files import read_config, weight_files
 from litlora.models.config import GPTConfig
 from litlora.train.resume import AUTO, Identity, starting_point

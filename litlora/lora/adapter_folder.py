@@ -1,8 +1,5 @@
-"""What an adapter folder tells without its tensors: base, settings, prompt style. Imports no torch."""
+"""What an adapter folder tells without its tensors: base and prompt style. Imports no torch."""
 
-import re
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +7,17 @@ import yaml
 
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG as BASE_CONFIG
-from litlora.lora.config import LoRAConfig
 from litlora.utils.files import YAML_ERRORS, read_json
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 PROMPT_STYLE = "prompt_style.yaml"
 FINAL = "final"  # in the folder of a run
 # PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
 BASE = "auto_mapping"
-LOCAL_PATH, INIT = "local_path", "lora_init"
+LOCAL_PATH = "local_path"
 CHECKPOINTS = Path("checkpoints")  # download's --checkpoint_root
-# Keys of adapter_config.json that are implemented, and those that do not change what a trained adapter computes.
-IMPLEMENTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora"}
-WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
-NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
-HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA …) change the base itself
 
 
 def is_adapter(directory: Path) -> bool:
@@ -39,6 +29,9 @@ def require_adapter(directory: Path) -> None:
     """Refuse a folder that holds no adapter."""
     if not is_adapter(directory):
         raise LitLoraError(f"no adapter in {directory} (expected {CONFIG}); {_hint(directory)}")
+    if (directory / PICKLE).is_file() and not (directory / WEIGHTS).is_file():
+        hint = "load it in PEFT and save it again"
+        raise LitLoraError(f"{directory} has its weights in {PICKLE}, a pickle, and not in {WEIGHTS}: {hint}")
 
 
 def _hint(directory: Path) -> str:
@@ -93,55 +86,3 @@ def _base_candidates(config: dict[str, Any]) -> list[Path]:
     named = config.get("base_model_name_or_path")
     paths = [Path(name) for name in (local, named) if isinstance(name, str)]
     return [*paths, CHECKPOINTS / named] if isinstance(named, str) else paths
-
-
-def read_settings(adapter_dir: Path) -> LoRAConfig:
-    """Read the shape and reach of an adapter; LitLoraError names a key that is not implemented."""
-    require_adapter(adapter_dir)
-    path = adapter_dir / CONFIG
-    config = read_json(path)
-    _refuse_what_is_not_implemented(path, config)
-    return LoRAConfig(
-        r=_number(path, config, "r", int),
-        lora_alpha=_number(path, config, "lora_alpha", int | float),
-        lora_dropout=0.0,  # acts in training only
-        target_modules=_target_modules(path, config.get("target_modules")),
-        use_rslora=config.get("use_rslora") is True,
-        use_dora=config.get("use_dora") is True,
-        init=str(of_base(config, INIT) or LoRAConfig.init),
-    )
-
-
-def of_base(config: dict[str, Any], key: str) -> Any:
-    """Return what an adapter says of its base under a key, or None where it says nothing."""
-    base = config.get(BASE)
-    return base.get(key) if isinstance(base, dict) else None
-
-
-def _refuse_what_is_not_implemented(path: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise LitLoraError(f'{path} has "peft_type": {config.get("peft_type")!r}, but only LORA is implemented')
-    for key, value in config.items():
-        harmless = key in IMPLEMENTED | WITHOUT_EFFECT or value in NEUTRAL
-        if not harmless and not (key == "init_lora_weights" and value in HARMLESS_STARTS):
-            raise LitLoraError(f'{path} has "{key}": {value!r}, which litlora does not implement')
-
-
-def _number(path: Path, config: dict[str, Any], key: str, kind: Any) -> Any:
-    value = config.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise LitLoraError(f'{path} has "{key}": {value!r}, but it must be a number above 0')
-    return value
-
-
-def _target_modules(path: Path, value: object) -> tuple[str, ...] | str:
-    if value == "all-linear":
-        return r"model\.layers\..*"  # PEFT leaves the head out
-    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    if isinstance(value, str):
-        with suppress(re.error, OverflowError, RecursionError):
-            return re.compile(value).pattern
-    raise LitLoraError(
-        f'{path} has "target_modules": {value!r}, but it must be a list of layer names or a regular expression'
-    )

@@ -1,6 +1,7 @@
 """Adapter folders in PEFT's format: writing, reading, and matching an adapter with its base."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.hub.origin import origin
-from litlora.lora.adapter_folder import BASE, CONFIG, INIT, LOCAL_PATH, PROMPT_STYLE, of_base, read_settings
+from litlora.lora.adapter_config import INIT, of_base, read_settings, settings_as_keys
+from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, PROMPT_STYLE, WEIGHTS
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, freeze_adapter, lora_parameters
 from litlora.models.checkpoint import Checkpoint
@@ -20,7 +22,6 @@ from litlora.models.weights import DTYPES, open_safetensors
 from litlora.nn.nf4 import Quantization, quantization_of
 from litlora.utils.files import read_json
 
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
 FINGERPRINT = "base_sha256"
@@ -41,21 +42,11 @@ def write_adapter(
     config = {
         BASE: {**quantized, **downloaded} or None,
         "base_model_name_or_path": source.repo_id if source else str(base_dir.resolve()),
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": lora.r,
         "revision": source.revision if source else None,
-        "target_modules": lora.target_modules,
-        "task_type": "CAUSAL_LM",
-        "use_dora": lora.use_dora,
-        "use_rslora": lora.use_rslora,
+        **settings_as_keys(lora),
     }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
     content = save(tensors, metadata={"format": "pt", FINGERPRINT: base_sha256})
     (directory / WEIGHTS).write_bytes(_in_order(content))
@@ -74,16 +65,17 @@ def _in_order(content: bytes) -> bytes:
 def read_lora_config(adapter_dir: Path) -> LoRAConfig:
     """Read the shape and reach of an adapter; LitLoraError names a key that is not implemented, or an absurd rank."""
     lora = read_settings(adapter_dir)
-    _check_rank(adapter_dir / CONFIG, lora.r)
+    _check_ranks(adapter_dir / CONFIG, {"r": lora.r, **lora.rank_pattern})
     return lora
 
 
-def _check_rank(path: Path, rank: int) -> None:
+def _check_ranks(path: Path, ranks: Mapping[str, int]) -> None:
     """Refuse a rank that no matrix of the adapter has, before layers of it take memory."""
     handle = open_safetensors(path.with_name(WEIGHTS))
     longest = max((max(handle.get_slice(name).get_shape(), default=0) for name in handle.keys()), default=0)  # noqa: SIM118
-    if rank > longest:
-        raise LitLoraError(f'{path} has "r": {rank}, but no matrix in {WEIGHTS} has that many rows or columns')
+    for key, rank in ranks.items():
+        if rank > longest:
+            raise LitLoraError(f'{path} has "{key}": {rank}, but no matrix in {WEIGHTS} has that many rows or columns')
 
 
 def read_quantization(adapter_dir: Path) -> Quantization | None:

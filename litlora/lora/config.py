@@ -20,6 +20,10 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "head": ("lm_head",),
 }
+LAST_PARTS = r"(.*\.)?({})$"
+"""Matches the names whose last parts match an expression."""
+NUMBER_IN = r"(?:.*?\.)??{}\.(\d+)\."
+"""Matches the number of a block in the list of blocks of this name."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class LoRAConfig:
     def _block(self, name: str) -> int | None:
         """Return the number of the block that a layer is part of, or None for a layer outside of the blocks."""
         for pattern in self.layers_pattern or (r"[^.]*",):
-            if match := re.match(rf"(?:.*?\.)??{pattern}\.(\d+)\.", name):
+            if match := re.match(NUMBER_IN.format(pattern), name):
                 return int(match[1])
         return None
 
@@ -109,4 +113,4 @@ def _matches(modules: tuple[str, ...] | str, name: str) -> bool:
 
 def _first_match(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
     """Return the value under the first key that matches the last parts of a layer's name, as PEFT does."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in pattern.items() if re.match(LAST_PARTS.format(key), name)), default)
