@@ -2,7 +2,8 @@
 
 They may change without notice in any torch release. Before raising the limit, check each of them:
 
-- `softmax_backward` and `silu_backward`: torch's own backward functions, which write no intermediate values.
+- `softmax_backward`, `silu_backward` and `gelu_backward`: torch's own backward functions, which write no intermediate
+  values.
 - `has_bfloat16_matmul`: whether oneDNN multiplies bfloat16 on this CPU.
 - `flash_attention`: FlashAttention of packed sequences, where torch has no public `varlen_attn` yet.
 - `prepack_half`, `multiply_half` and `unpack_half`: FBGEMM's products with weights that are packed in float16.
@@ -26,6 +27,12 @@ def softmax_backward(gradient: Tensor, probabilities: Tensor, dtype: torch.dtype
 def silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of x, given that of silu(x)."""
     out: Tensor = torch.ops.aten.silu_backward(gradient, x)
+    return out
+
+
+def gelu_backward(gradient: Tensor, x: Tensor, *, approximate: str) -> Tensor:
+    """Return the gradient of x, given that of gelu(x)."""
+    out: Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate=approximate)
     return out
 
 

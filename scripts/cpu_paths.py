@@ -78,7 +78,7 @@ BLOCKS: dict[str, Ablation] = ATTENTION | {
     "padded attention": lambda: patch.multiple(attention, PAD_QUERIES=1, PAD_KEYS=1),
     "rotation": lambda: patch.object(transformer, "rotate", plain_rotation),
     "RMSNorm": lambda: patch.object(RMSNorm, "forward", nn.RMSNorm.forward),
-    "SwiGLU": lambda: patch.object(transformer, "swiglu", lambda gate, up: F.silu(gate) * up),
+    "SwiGLU": lambda: patch.object(transformer, "gated", lambda gate, up, _: F.silu(gate) * up),
 }
 HEAD: dict[str, Ablation] = {
     "many outputs in slices": lambda: patch.object(matmul, "LONG_OUTPUTS", 2**60),

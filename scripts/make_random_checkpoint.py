@@ -39,7 +39,8 @@ def make(folder: Path, shape: GPTConfig, tokenizer: Path) -> None:
 def hub_config(shape: GPTConfig, other: dict[str, Any]) -> dict[str, Any]:
     """Return the config.json of a shape, with the special token ids of the tokenizer's checkpoint."""
     special = {key: other[key] for key in SPECIAL if key in other}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(shape), **special}
+    keys = asdict(shape) | {"rms_norm_eps": shape.norm_eps}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **keys, **special}
 
 
 def write_weights(folder: Path, shape: GPTConfig, tokenizer: Tokenizer) -> None:

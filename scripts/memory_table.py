@@ -8,7 +8,7 @@ from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.models.config import GPTConfig
 from litlora.train.memory_estimate import Load, Network, breakdown
 
-COMMON = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_scaling": None, "sliding_window": None}
+COMMON = {"max_position_embeddings": 4096, "norm_eps": 1e-5, "rope_scaling": None, "sliding_window": None}
 # vocab_size, hidden_size, intermediate_size, layers, query heads, key-value heads, head_dim
 SHAPES = {
     "135M (SmolLM2)": (49152, 576, 1536, 30, 9, 3, 64),

@@ -30,4 +30,5 @@ class Engine:
         micro = optimize_layout(micro, backend(self.fabric.device), compute_dtype(self.precision))
         tokens, labels = self.fabric.to_device((micro.tokens, micro.labels))
         with self.fabric.autocast(), drawing_from(torch.Generator().manual_seed(micro.seed)):
-            return supervised_loss(self.gpt(tokens, micro.lengths, shared=micro.shared), self.gpt.lm_head, labels)
+            hidden = self.gpt(tokens, micro.lengths, shared=micro.shared)
+            return supervised_loss(hidden, self.gpt.lm_head, labels, self.gpt.config.logit_softcap)

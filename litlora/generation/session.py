@@ -25,7 +25,7 @@ class Session:
         eager = self.model.is_compiled and len(tokens) > 1
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             hidden = self.model(tokens, [len(tokens)], self.cache)
-            logits: Tensor = self.model.lm_head(hidden[-1:])
+            logits: Tensor = self.model.logits(hidden[-1:])
         return logits[0]
 
 

@@ -29,7 +29,7 @@ QUANTIZATION = "quantization_config"
 
 
 def write_adapter(
-    directory: Path, model: torch.nn.Module, lora: LoRAConfig, base_dir: Path, base_sha256: str, prompt_style: str
+    directory: Path, model: GPT, lora: LoRAConfig, base_dir: Path, base_sha256: str, prompt_style: str
 ) -> None:
     """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on.
 

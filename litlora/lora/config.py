@@ -11,6 +11,7 @@ from litlora.utils.resource_limits import limited_resources
 
 Number = TypeVar("Number", int, float)
 
+
 # Which layers each --lora_* switch adapts, by the last part of their names.
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
     "query": ("q_proj",),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from litlora.lora.config import LoRAConfig
 from litlora.lora.variants import AdapterLayer, LoRA, Variant, variant_of
+from litlora.models.transformer import GPT
 from litlora.nn.linear import frozen_linear
 from litlora.nn.nf4 import NF4Linear, NF4Weight
 
@@ -52,14 +53,16 @@ class LoRALinear(AdapterLayer):
         return self.variant.parameters(self)
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, device: torch.device | None = None) -> None:
+def add_lora(model: GPT, config: LoRAConfig, device: torch.device | None = None) -> None:
     """Freeze the model and replace each layer that the config targets by a LoRALinear.
 
     The adapter is on its base's device unless another is given, as for a base whose weights are loaded later.
     """
     model.requires_grad_(False)
     variant = variant_of(config)
-    for name, settings in config.adapted(linear_layers(model)).items():
+    linears = linear_layers(model)
+    for hub_name, settings in config.adapted(linears).items():
+        name = linears[hub_name]
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear | NF4Linear)
@@ -68,9 +71,10 @@ def add_lora(model: nn.Module, config: LoRAConfig, device: torch.device | None =
         setattr(model.get_submodule(parent), child, layer)
 
 
-def linear_layers(model: nn.Module) -> list[str]:
-    """Return the names of the linear layers that can be adapted, in the model's order."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)]
+def linear_layers(model: GPT) -> dict[str, str]:
+    """Return the names of the linear layers by PEFT's names of them, in the model's order."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)]
+    return {model.config.hub_name(name): name for name in names}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -78,10 +82,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what the adapter layers train, by the layer's name and PEFT's: `<layer>.lora_A.weight` and so on."""
+def lora_parameters(model: GPT) -> dict[str, nn.Parameter]:
+    """Return what the adapter layers train, by PEFT's names: `<layer>.lora_A.weight` and so on."""
     layers = lora_layers(model).items()
-    return {f"{name}.{key}": p for name, layer in layers for key, p in layer.adapter_parameters().items()}
+    name_of = model.config.hub_name
+    return {f"{name_of(name)}.{key}": p for name, layer in layers for key, p in layer.adapter_parameters().items()}
 
 
 def freeze_adapter(model: nn.Module) -> None:
@@ -90,7 +95,7 @@ def freeze_adapter(model: nn.Module) -> None:
         layer.variant.freeze(layer)
 
 
-def count(model: nn.Module, *, trainable: bool) -> int:
+def count(model: GPT, *, trainable: bool) -> int:
     """Count the trainable, or the frozen, weights of a model; a byte of an NF4 weight holds two."""
     adapter = {id(p) for p in lora_parameters(model).values()}
     if trainable:

@@ -28,7 +28,7 @@ def merge_adapter(adapter_dir: Path, base: Checkpoint, out_dir: Path, *, dequant
     if lora.requires_quantized_base and not dequantized:
         raise LitLoraError(f"{requires_nf4(adapter_dir)}: pass --dequantized_base true")
     add_lora(model, lora)
-    adapter = Adapter(lora_layers(model), read_matrices(model, adapter_dir, base), quantized)
+    adapter = Adapter(model, lora_layers(model), read_matrices(model, adapter_dir, base), quantized)
     untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
     with atomic_directory(out_dir) as folder:
         write_weights(folder, base, adapter, untie)
@@ -55,8 +55,9 @@ def quantized_weights(model: GPT, adapter_dir: Path) -> dict[str, Quantization]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The layers of an adapter and its tensors, by name, and which weights of its base are to be dequantized."""
+    """The layers of an adapter, which weights of its base are to be dequantized, and its tensors by PEFT's names."""
 
+    model: GPT
     layers: dict[str, LoRALinear]
     tensors: dict[str, Tensor]
     quantized: dict[str, Quantization]
@@ -72,7 +73,8 @@ class Adapter:
             return base
         name = weight.removesuffix(".weight")
         layer = self.layers[name]
-        own = {key: self.tensors[f"{name}.{key}"] for key in layer.adapter_parameters()}
+        hub_name = self.model.config.hub_name(name)
+        own = {key: self.tensors[f"{hub_name}.{key}"] for key in layer.adapter_parameters()}
         return layer.variant.merge(base, own, layer.scaling)
 
 
@@ -83,10 +85,10 @@ def write_weights(folder: Path, base: Checkpoint, adapter: Adapter, untie: bool)
     for path in base.weights.files:
         tensors = {}
         for hub_name, content in base.weights.in_file(path).items():
-            parts = base.from_hub(hub_name, content).items()
-            tensors[hub_name] = base.to_hub({name: adapter.merged(name, tensor) for name, tensor in parts})
-        if untie and EMBEDDING in tensors and HEAD not in base.weights:
-            tensors[HEAD] = adapter.merged(HEAD, tensors[EMBEDDING])
+            name = base.model_name(hub_name)
+            tensors[hub_name] = content if name is None else adapter.merged(name, content)
+            if untie and name == EMBEDDING and base.hub_name(HEAD) not in base.weights:
+                tensors[base.hub_name(HEAD)] = adapter.merged(HEAD, content)
         save_tensors(tensors, folder / path.name)
         weight_map |= dict.fromkeys(tensors, path.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())

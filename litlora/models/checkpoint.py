@@ -1,6 +1,8 @@
 """A checkpoint folder of the Hub: its config.json, its weights, and the model that they make."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Set
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -16,7 +18,7 @@ from litlora.models.weights import Weights, fingerprint
 from litlora.nn.nf4 import NF4Linear, Quantization
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DERIVED = ".rotary_emb.inv_freq"  # old Llama checkpoints store it, but it follows from the config
+DERIVED = r"\.rotary_emb\.inv_freq$"  # old Llama checkpoints store it, but it follows from the config
 
 
 class Checkpoint:
@@ -29,9 +31,9 @@ class Checkpoint:
         self.config = config
         self.weights = weights
         """The tensors under the Hub's names."""
-        self.family = family_of(hub_config)
-        self._rows: dict[str, dict[str, int]] = {}
-        """By the checkpoint's name of a tensor, the model's tensors that it holds, each with its number of rows."""
+        self.unused = re.compile(family_of(hub_config).unused or DERIVED)
+        self._model_names: dict[str, str] = {}
+        """The model's names of tensors by the checkpoint's."""
         self._fingerprint: str | None = None
 
     @classmethod
@@ -79,11 +81,10 @@ class Checkpoint:
         needed = model.state_dict().keys() - shards.keys()
         for path in self.weights.files:
             for hub_name, content in self.weights.in_file(path).items():
-                for name, tensor in self.from_hub(hub_name, content).items():
-                    if name in needed:
-                        # A tensor to be cast is read by a map of its own, so that its pages leave memory with it.
-                        source = tensor if tensor.dtype is dtype else self.tensor(name)
-                        shards[name] = shard(source).to(device, dtype)
+                if (name := self.model_name(hub_name)) in needed:
+                    # A tensor to be cast is read by a map of its own, so that its pages leave memory with it.
+                    source = content if content.dtype is dtype else self.weights[hub_name]
+                    shards[name] = shard(source).to(device, dtype)
         return model, shards
 
     def _quantize_blocks(
@@ -102,18 +103,19 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor by the model's name, as a memory map of its own."""
-        hub_name = self.family.hub_name(name)
-        return self.from_hub(hub_name, self.weights[hub_name])[name]
+        return self.weights[self.hub_name(name)]
 
-    def from_hub(self, hub_name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the model's tensors that a tensor of the checkpoint holds, by their names."""
-        if (rows := self._rows.get(hub_name)) is None:
-            return {hub_name: tensor}
-        return dict(zip(rows, torch.split(tensor, list(rows.values())), strict=True))
+    def hub_name(self, name: str) -> str:
+        """Return the checkpoint's name of a tensor of the model."""
+        return self._hub_names[name]
 
-    def to_hub(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the tensor of the checkpoint that holds these of the model, which `from_hub` returned."""
-        return torch.cat(list(tensors.values())) if len(tensors) > 1 else next(iter(tensors.values()))
+    @cached_property
+    def _hub_names(self) -> dict[str, str]:
+        return {name: hub_name for hub_name, name in self._model_names.items()}
+
+    def model_name(self, hub_name: str) -> str | None:
+        """Return the model's name of a tensor of the checkpoint, or None where the model does without it."""
+        return self._model_names.get(hub_name)
 
     def _check_weights(self) -> None:
         """Refuse weights whose names or shapes are not exactly the model's."""
@@ -122,25 +124,27 @@ class Checkpoint:
             self._refuse(
                 f'config.json has "num_hidden_layers": {layers}, but the weights have only {len(stored)} tensors'
             )
-        shapes = {name: tensor.shape for name, tensor in self.outline().state_dict().items()}
-        layout = self.family.layout(shapes)
-        self._rows = {hub_name: {name: shapes[name][0] for name in names} for hub_name, names in layout.items()}
-        self._check_names(self._rows)
-        for hub_name, rows in self._rows.items():
-            expected = (sum(rows.values()), *shapes[next(iter(rows))][1:])
-            if hub_name in stored and stored[hub_name].shape != expected:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.outline().state_dict().items()}
+        self._model_names = {self.config.hub_name(name): name for name in shapes}
+        self._check_names(self._model_names.keys())
+        for hub_name, name in self._model_names.items():
+            if hub_name in stored and stored[hub_name].shape != shapes[name]:
                 actual = tuple(stored[hub_name].shape)
-                self._refuse(f"{hub_name} has the shape {actual}, but config.json implies {expected}")
-        tied = self.config.tie_word_embeddings and HEAD in stored
-        if tied and not torch.equal(self.weights[HEAD], self.weights[EMBEDDING]):
-            self._refuse(f'config.json has "tie_word_embeddings": true, but {HEAD} differs from {EMBEDDING}')
+                self._refuse(f"{hub_name} has the shape {actual}, but config.json implies {shapes[name]}")
+        self._check_tied_head()
 
-    def _check_names(self, expected: Mapping[str, object]) -> None:
-        optional = {HEAD} if self.config.tie_word_embeddings else set()
-        actual = {name for name in self.weights if not name.endswith(DERIVED)}
-        if missing := sorted(expected.keys() - optional - actual):
+    def _check_tied_head(self) -> None:
+        head, embedding = self.hub_name(HEAD), self.hub_name(EMBEDDING)
+        tied = self.config.tie_word_embeddings and head in self.weights
+        if tied and not torch.equal(self.weights[head], self.weights[embedding]):
+            self._refuse(f'config.json has "tie_word_embeddings": true, but {head} differs from {embedding}')
+
+    def _check_names(self, expected: Set[str]) -> None:
+        optional = {self.config.hub_name(HEAD)} if self.config.tie_word_embeddings else set()
+        actual = {name for name in self.weights if not self.unused.search(name)}
+        if missing := sorted(expected - optional - actual):
             self._refuse(f"the weights lack {first_three(missing)}")
-        if surplus := sorted(actual - expected.keys()):
+        if surplus := sorted(actual - expected):
             self._refuse(f"the weights have {first_three(surplus)}, which the model of config.json does not have")
 
     def _refuse(self, fault: str) -> NoReturn:

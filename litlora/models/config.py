@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from litlora.errors import LitLoraError
-from litlora.models.families import Windows, family_of
+from litlora.models.families import Windows, family_of, renamed
 from litlora.models.hub_config import boolean, number, refusal, size
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
@@ -24,7 +24,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a Llama-style decoder and the flags of its family; sizes have the names of config.json."""
+    """The shape of a decoder and the flags of its family, which are Llama's by default; sizes have the Hub's names."""
 
     vocab_size: int
     hidden_size: int
@@ -34,7 +34,7 @@ class GPTConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
+    norm_eps: float
     rope_theta: float
     rope_scaling: Llama3Scaling | None
     sliding_window: int | None
@@ -44,6 +44,38 @@ class GPTConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
+    fused_qkv: Literal["rows", "heads"] | None = None
+    """Whether queries, keys and values come from one layer: all queries first, or the three of each head together."""
+    clip_qkv: float | None = None
+    """The largest magnitude of queries, keys and values."""
+    qk_norm: Literal["head", "each_head", "full"] | None = None
+    """A norm of queries and keys: of each head with one weight, or a weight for each, or of all heads together."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None is 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    gated_mlp: bool = True
+    fused_gate_up: bool = False
+    activation: str = "silu"
+    norm: Literal["rms", "rms_plus_one", "layer_norm"] = "rms"
+    """The kind of all norms; rms_plus_one multiplies by 1 + weight."""
+    norm_weight: bool = True
+    norm_bias: bool = False
+    pre_norms: bool = True
+    """Whether attention and MLP have a norm before them."""
+    post_norms: bool = False
+    """Whether they have one after them, before the sum with the residual stream."""
+    parallel_residual: bool = False
+    """Whether the MLP reads what attention reads, and not its result."""
+    shared_pre_norm: bool = False
+    """Whether parallel attention and MLP share one norm."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What the outputs of attention and MLP are multiplied by."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    module_names: tuple[tuple[str, str], ...] = ()
+    """Parts of module names that differ from Llama's, which are used here, each with that of the Hub's model."""
 
     @classmethod
     def from_hub(cls, hub: dict[str, Any]) -> "GPTConfig":
@@ -58,17 +90,21 @@ class GPTConfig:
         rope = _rope_parameters(values)
         return cls(
             **shape,
-            rms_norm_eps=number(values, "rms_norm_eps", 1e-6),
             rope_theta=number(rope, "rope_theta", 10000.0),
             rope_scaling=_rope_scaling(rope),
             tie_word_embeddings=boolean(values, "tie_word_embeddings"),
             **_window(family.windows(values, shape["num_hidden_layers"])),
-            **family.biases(values),
+            **family.read_flags(values),
+            module_names=tuple(family.module_names.items()),
         )
 
     def window(self, layer: int) -> int | None:
         """Return the sliding window of a layer."""
         return None if layer in self.full_attention_layers else self.sliding_window
+
+    def hub_name(self, name: str) -> str:
+        """Return the name that a module or parameter has in transformers, and for PEFT."""
+        return renamed(name, dict(self.module_names))
 
     def check_ids(self, source: str, highest: int) -> None:
         """Refuse ids beyond the embedding, as of a tokenizer to which tokens were added but the weights were not."""

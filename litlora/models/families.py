@@ -5,11 +5,12 @@ transformers reads and that litlora implements for one value only, and the check
 transformers does not read for a family has no effect there, and is ignored here. Nothing here needs torch.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from litlora.models.hub_config import boolean, refusal, shown, size
+from litlora.models.hub_config import boolean, number, refusal, shown, size
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}
@@ -17,7 +18,6 @@ LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}
 SINGLE_VALUES: dict[str, Any] = {
     "attention_chunk_size": None,
     "attention_dropout": 0,
-    "hidden_act": "silu",
     "is_causal": True,
     "kv_sharing_modes": None,
     "partial_rotary_factor": 1,
@@ -25,18 +25,51 @@ SINGLE_VALUES: dict[str, Any] = {
     "quantization_config": None,
     "transformers_weights": None,
 }
+# Names of activations in config.json, with those of nn/activation.py.
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
 REASONS = {"quantization_config": "use the checkpoint that it was made from, which --quantize can quantize"}
 
 Windows = tuple[int | None, ...]
 """The sliding window of each layer, or None for a layer without one."""
 
 
-@dataclass(frozen=True)
-class Fused:
-    """A layer of the checkpoint with the rows of several layers of the model, such as qkv_proj; or one renamed."""
+Flags = Mapping[str, Any]
+"""Fields of GPTConfig: the value of each, or a function that reads it from the keys of config.json."""
 
-    name: str
-    layers: tuple[str, ...]
+
+def flag(key: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a function that reads true or false."""
+    return lambda values: boolean(values, key)
+
+
+def positive(key: str) -> Callable[[Mapping[str, Any]], float]:
+    """Return a function that reads a number above 0."""
+    return lambda values: number(values, key)
+
+
+def optional(key: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """Return a function that reads a number above 0, or null."""
+    return lambda values: None if values.get(key) is None else number(values, key)
+
+
+def activation(key: str) -> Callable[[Mapping[str, Any]], str]:
+    """Return a function that reads the name of an activation."""
+
+    def read(values: Mapping[str, Any]) -> str:
+        name = values.get(key)
+        if not isinstance(name, str) or name not in ACTIVATIONS:
+            raise refusal(key, name, f"implemented are {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[name]
+
+    return read
+
+
+LLAMA: Flags = {"norm_eps": positive("rms_norm_eps"), "activation": activation("hidden_act")}
+"""Flags of a family that does not set them."""
+DEFAULTS: Mapping[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
 
 
 @dataclass(frozen=True)
@@ -47,16 +80,14 @@ class Family:
     """Values of keys that a config.json may leave out."""
     windows: Callable[[Mapping[str, Any], int], Windows]
     """Reads the sliding window of each of n layers."""
-    qkv_bias: bool | str = False
-    """Whether the query, key and value projections have a bias, or the key of config.json that decides it."""
-    o_bias: bool | str = False
-    """The same of the attention's output projection."""
-    mlp_bias: bool | str = False
-    """The same of the three MLP projections."""
+    flags: Flags = field(default_factory=dict)
+    """The flags of the transformer that differ from Llama's."""
     single_values: Mapping[str, Any] = field(default_factory=dict)
     """Keys that only this family's implementation reads, with the one value that litlora implements."""
-    fused: tuple[Fused, ...] = ()
-    """Layers that the checkpoint stores under another name or in one tensor."""
+    module_names: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the names of modules that differ from Llama's, with what transformers calls them."""
+    unused: str = ""
+    """A pattern of names of tensors that a checkpoint may have and the model does without."""
 
     def check_keys(self, hub: Mapping[str, Any]) -> None:
         """Refuse a key that has an effect in transformers and is not implemented for its value."""
@@ -65,28 +96,20 @@ class Family:
                 reason = f"only {shown(only)} is implemented"
                 raise refusal(key, hub[key], REASONS.get(key, reason))
 
-    def biases(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the flags of the biases for a config."""
-        flags = {"qkv_bias": self.qkv_bias, "o_bias": self.o_bias, "mlp_bias": self.mlp_bias}
-        return {name: boolean(values, flag) if isinstance(flag, str) else flag for name, flag in flags.items()}
+    def read_flags(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the flags for a config."""
+        known = dict(DEFAULTS) | dict(values)
+        return {
+            name: value(known) if callable(value) else value for name, value in (dict(LLAMA) | dict(self.flags)).items()
+        }
 
-    def hub_name(self, name: str) -> str:
-        """Return the checkpoint's name of the tensor that holds a tensor of the model."""
-        dotted = f".{name}."
-        for fused in self.fused:
-            for layer in fused.layers:
-                dotted = dotted.replace(f".{layer}.", f".{fused.name}.")
-        return dotted[1:-1]
 
-    def layout(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Return the checkpoint's tensors by name, each with those of the model whose rows it holds, in order."""
-        order = {layer: number for fused in self.fused for number, layer in enumerate(fused.layers)}
-        layout: dict[str, list[str]] = {}
-        for name in names:
-            layout.setdefault(self.hub_name(name), []).append(name)
-        for held in layout.values():
-            held.sort(key=lambda name: max((n for layer, n in order.items() if f".{layer}." in name), default=0))
-        return layout
+def renamed(name: str, parts: Mapping[str, str]) -> str:
+    """Replace parts of a dotted name, all at once."""
+    if not parts:
+        return name
+    pattern = "|".join(re.escape(part) for part in sorted(parts, key=len, reverse=True))
+    return re.sub(rf"(?<![^.])(?:{pattern})(?![^.])", lambda match: parts[match[0]], name)
 
 
 def no_window(values: Mapping[str, Any], layers: int) -> Windows:
@@ -139,9 +162,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         defaults={"max_position_embeddings": 2048},
         windows=no_window,
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        mlp_bias="mlp_bias",
+        flags={"qkv_bias": flag("attention_bias"), "o_bias": flag("attention_bias"), "mlp_bias": flag("mlp_bias")},
     ),
     "mistral": Family(
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
@@ -155,7 +176,7 @@ FAMILIES: dict[str, Family] = {
             "max_window_layers": 28,
         },
         windows=window_by_layer,
-        qkv_bias=True,
+        flags={"qkv_bias": True},
     ),
 }
 

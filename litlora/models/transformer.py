@@ -1,7 +1,7 @@
-"""GPT: embedding, rotary positions, attention with a KV cache, gated MLP, RMSNorm.
+"""GPT: embedding, attention with a KV cache, MLP and norms, as the flags of a GPTConfig say.
 
-Module names are those of a Llama checkpoint of the Hub; families.py maps others to them. Tokens come as one packed
-sequence: there is no batch dimension.
+Module names are those of a Llama checkpoint of the Hub; families.py has the others. Tokens come as one packed sequence:
+there is no batch dimension.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,36 +15,59 @@ from torch.utils.checkpoint import checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.kv_cache import KVCache
 from litlora.models.rope_scaling import inverse_frequencies
+from litlora.nn.activation import ACTIVATIONS, gated, softcap
 from litlora.nn.attention import attend
 from litlora.nn.backend import Span, backend
 from litlora.nn.dropout import drawn_again
 from litlora.nn.linear import Joint, Linear
-from litlora.nn.norm import RMSNorm
+from litlora.nn.norm import NormOfEachHead, RMSNorm
 from litlora.nn.rope import Rope, rotate, turns
-from litlora.nn.swiglu import swiglu
+
+
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
+    """Build a norm of the kind that the config names."""
+    if config.norm == "layer_norm":
+        return nn.LayerNorm(width, config.norm_eps, config.norm_weight, config.norm_bias)
+    return RMSNorm(width, config.norm_eps, offset=float(config.norm == "rms_plus_one"))
+
+
+def make_norm_if(present: bool, config: GPTConfig) -> nn.Module:
+    """Build a norm of the residual stream's width, or the identity."""
+    return make_norm(config, config.hidden_size) if present else nn.Identity()
+
+
+def make_head_norm(config: GPTConfig, heads: int) -> nn.Module:
+    """Build the norm of queries or keys, if the model has one."""
+    if config.qk_norm == "each_head":
+        return NormOfEachHead(heads, config.head_dim, config.norm_eps)
+    widths = {"head": config.head_dim, "full": heads * config.head_dim}
+    return make_norm(config, widths[config.qk_norm]) if config.qk_norm else nn.Identity()
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.clip = config.head_dim, config.clip_qkv
+        self.fused, self.norms_all_heads = config.fused_qkv, config.qk_norm == "full"
         self.window = config.window(layer)
-        bias = config.qkv_bias
-        width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = Linear(config.hidden_size, width, bias=bias)
-        self.k_proj = Linear(config.hidden_size, kv_width, bias=bias)
-        self.v_proj = Linear(config.hidden_size, kv_width, bias=bias)
-        self.o_proj = Linear(width, config.hidden_size, bias=config.o_bias)
+        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.qkv_bias
+        self.sizes = [n * config.head_dim for n in (heads, kv_heads, kv_heads)]
+        if self.fused:
+            self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=bias)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (Linear(config.hidden_size, n, bias=bias) for n in self.sizes)
+        self.q_norm, self.k_norm = make_head_norm(config, heads), make_head_norm(config, kv_heads)
+        self.o_proj = Linear(self.sizes[0], config.hidden_size, bias=config.o_bias)
         self.joint: Joint | None = None
 
     def join(self) -> None:
-        """Join the three projections of one input in one product."""
-        self.joint = Joint(self.q_proj, self.k_proj, self.v_proj)
+        """Join the projections of one input in one product."""
+        if not self.fused:
+            self.joint = Joint(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope, past: Tensor | None) -> Tensor:
-        projected = self.joint(x) if self.joint else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (t.view(len(t), -1, self.head_dim) for t in projected)
-        q, k = rotate(q, rope), rotate(k, rope)  # (T, heads, head_dim)
+        q, k, v = self.heads(x)
+        q, k = rotate(q, rope), rotate(k, rope)
         if past is None:
             y = backend(q.device).varlen_attention(q, k, v, spans, self.window)
         else:
@@ -53,37 +76,83 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(y.flatten(1))  # (T, hidden)
         return out
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values (T, heads, head_dim), normed but not rotated."""
+        q, k, v = self.project(x)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        if self.norms_all_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.reshape(len(t), -1, self.head_dim) for t in (q, k, v))
+        return (q, k, v) if self.norms_all_heads else (self.q_norm(q), self.k_norm(k), v)
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Return what the projections give for x, by one, two or three dimensions."""
+        if self.joint:
+            return self.joint(x)  # type: ignore[no-any-return]
+        if not self.fused:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        qkv = self.qkv_proj(x)
+        if self.fused == "rows":
+            return torch.split(qkv, self.sizes, dim=1)
+        return qkv.view(len(x), -1, 3, self.head_dim).unbind(2)  # type: ignore[no-any-return]
+
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation, self.is_gated = ACTIVATIONS[config.activation], config.gated_mlp
+        self.fused = config.fused_gate_up
+        if self.fused:
+            self.gate_up_proj = Linear(hidden, 2 * inner, bias=bias)
+        elif self.is_gated:
+            self.gate_proj, self.up_proj = (Linear(hidden, inner, bias=bias) for _ in range(2))
+        else:
+            self.up_proj = Linear(hidden, inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
         self.joint: Joint | None = None
 
     def join(self) -> None:
         """Join the two projections of one input in one product."""
-        self.joint = Joint(self.gate_proj, self.up_proj)
+        if self.is_gated and not self.fused:
+            self.joint = Joint(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.joint(x) if self.joint else (self.gate_proj(x), self.up_proj(x))
-        out: Tensor = self.down_proj(swiglu(gate, up))
+        out: Tensor = self.down_proj(self.inner(x))
         return out
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Return what the activation gives (T, intermediate)."""
+        if not self.is_gated:
+            return self.activation.forward(self.up_proj(x))
+        if self.fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=1)
+        else:
+            gate, up = self.joint(x) if self.joint else (self.gate_proj(x), self.up_proj(x))
+        return gated(gate, up, self.activation)
 
 
 class Block(nn.Module):
+    """Attention and MLP, the second of which reads the sum with the first unless they are parallel."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.parallel, self.shared_norm = config.parallel_residual, config.shared_pre_norm
+        self.scale = config.residual_scale
+        self.input_layernorm = make_norm_if(config.pre_norms, config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_self_attn_layernorm = make_norm_if(config.post_norms, config)
+        self.post_attention_layernorm = make_norm_if(config.pre_norms and not self.shared_norm, config)
         self.mlp = MLP(config)
+        self.post_mlp_layernorm = make_norm_if(config.post_norms, config)
 
     def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope, past: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), spans, rope, past)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        normed = self.input_layernorm(x)
+        attended = self.post_self_attn_layernorm(self.self_attn(normed, spans, rope, past))
+        after = torch.add(x, attended, alpha=self.scale)
+        inputs = normed if self.shared_norm else self.post_attention_layernorm(x if self.parallel else after)
+        return torch.add(after, self.post_mlp_layernorm(self.mlp(inputs)), alpha=self.scale)
 
 
 class Embedding(nn.Embedding):
@@ -96,16 +165,17 @@ class Embedding(nn.Embedding):
 class Decoder(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.embedding_scale, self.logit_scale = config.embedding_scale, config.logit_scale
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config, config.hidden_size)
         self.activation_checkpointing = False  # whether backward recomputes the activations inside of blocks
         # Not part of the checkpoint, hence computed even where the model is built on the meta device.
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
         self.inv_freq: Tensor
 
     def forward(self, tokens: Tensor, spans: Sequence[Span], cache: KVCache | None) -> Tensor:
-        x = self.embed_tokens(tokens)  # (T, hidden)
+        x = scaled(self.embed_tokens(tokens), self.embedding_scale)  # (T, hidden)
         start = cache.length if cache else 0
         positions = torch.cat(
             [torch.arange(start + shared, start + shared + own, device=tokens.device) for shared, own in spans]
@@ -119,18 +189,23 @@ class Decoder(nn.Module):
                 )  # fmt: skip
             else:
                 x = layer(x, spans, rope, past)
-        out: Tensor = self.norm(x)
-        return out
+        # Logits are linear in the states: scaling these gives them their scale whatever layer the head has become.
+        return scaled(self.norm(x), self.logit_scale)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """Return x times a scale that is rounded to the dtype of x, as Gemma was trained with."""
+    return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)
 
 
 class GPT(nn.Module):
-    """A Llama-style decoder (Touvron et al. 2023) and its output head."""
+    """A decoder and its output head."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.is_compiled = False  # whether the blocks and the head are compiled, for decoding
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -138,7 +213,7 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, lengths: Sequence[int], cache: KVCache | None = None, shared: Sequence[int] = ()
     ) -> Tensor:
-        """Return the hidden states (T, hidden) that `lm_head` turns into logits.
+        """Return the hidden states (T, hidden) that `logits` takes.
 
         tokens (T,) holds packed sequences of the given lengths. Each attends to itself alone, from position 0, or
         also to the first `shared` tokens that the sequence before it attends to, from the position after them. With a
@@ -147,6 +222,10 @@ class GPT(nn.Module):
         spans = tuple(zip_longest(shared, lengths, fillvalue=0))
         out: Tensor = self.model(tokens, spans, cache)
         return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (T, vocab) of hidden states."""
+        return softcap(self.lm_head(hidden), self.config.logit_softcap)
 
 
 @contextmanager

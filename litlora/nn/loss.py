@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from litlora.nn.activation import softcap
 from litlora.nn.backend import backend
 
 IGNORE_INDEX = -100
@@ -15,31 +16,32 @@ CHUNK = 256
 """Rows of logits that exist at one time: enough for an efficient product."""
 
 
-def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor, cap: float | None = None) -> Tensor:
     """Return the sum of the cross-entropies at the supervised positions, a float32 scalar.
 
-    hidden is (T, hidden), labels (T,) holds the id of the next token, or IGNORE_INDEX where none is supervised.
+    hidden is (T, hidden), labels (T,) holds the id of the next token, or IGNORE_INDEX where none is supervised; with a
+    cap, logits are soft-capped.
     The gradients are computed along the way, chunk by chunk, so memory does not grow with T x vocabulary.
     """
     supervised = labels != IGNORE_INDEX
     hidden, labels = hidden[supervised], labels[supervised]
     if not torch.is_grad_enabled():
-        return _summed(hidden, labels, head)
+        return _summed(hidden, labels, head, cap)
     trainable = [p for p in head.parameters() if p.requires_grad]
-    loss: Tensor = _ChunkedLoss.apply(hidden, labels, head, *trainable)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedLoss.apply(hidden, labels, head, cap, *trainable)  # type: ignore[no-untyped-call]
     return loss
 
 
-def _summed(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+def _summed(hidden: Tensor, labels: Tensor, head: nn.Module, cap: float | None) -> Tensor:
     chunks = zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
-    return torch.stack([_loss_and_gradient(_logits(rows, head), those)[0] for rows, those in chunks]).sum()
+    return torch.stack([_loss_and_gradient(_logits(rows, head, cap), those)[0] for rows, those in chunks]).sum()
 
 
-def _logits(hidden: Tensor, head: nn.Module) -> Tensor:
+def _logits(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
     """Return the head's outputs for a chunk, which is padded where each number of rows would cost memory."""
     more = -len(hidden) % backend(hidden.device).pad_multiple(len(hidden), hidden.dtype)
     logits: Tensor = head(F.pad(hidden, (0, 0, 0, more)))[: len(hidden)] if more else head(hidden)
-    return logits
+    return softcap(logits, cap)
 
 
 @torch.no_grad()
@@ -63,18 +65,20 @@ def _loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _chunk_gradients(
-    hidden: Tensor, labels: Tensor, head: nn.Module, sources: Sequence[Tensor]
+    hidden: Tensor, labels: Tensor, head: nn.Module, cap: float | None, sources: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss of a chunk, and the gradients of its sources; its logits are gone before the next has any."""
     with torch.enable_grad():
-        logits = _logits(hidden, head)
+        logits = _logits(hidden, head, cap)
     loss, logits_gradient = _loss_and_gradient(logits, labels)
     return loss, list(torch.autograd.grad(logits, sources, logits_gradient))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trainable: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, cap: float | None, *trainable: nn.Parameter
+    ) -> Tensor:
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         gradients = [torch.zeros_like(p) for p in trainable]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -82,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             chunk = hidden[rows].detach().requires_grad_(hidden_gradient is not None)
             sources = [chunk, *trainable] if hidden_gradient is not None else list(trainable)
-            loss, chunk_gradients = _chunk_gradients(chunk, labels[rows], head, sources)
+            loss, chunk_gradients = _chunk_gradients(chunk, labels[rows], head, cap, sources)
             total += loss
             if hidden_gradient is not None:
                 hidden_gradient[rows] = chunk_gradients.pop(0)
@@ -96,4 +100,4 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, *gradients = ctx.saved_tensors
         scaled = None if hidden_gradient is None else hidden_gradient * scale.to(hidden_gradient.dtype)
-        return (scaled, None, None, *(g * scale for g in gradients))
+        return (scaled, None, None, None, *(g * scale for g in gradients))

@@ -134,7 +134,7 @@ def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
     head = 0 if gpt.config.tie_word_embeddings else gpt.lm_head.weight.nbytes
     modules = gpt.model.modules()
     sizes = [module.weight.shape.numel() for module in modules if isinstance(module, Linear | LoRALinear)]
-    norms = [module.weight for module in gpt.modules() if isinstance(module, nn.RMSNorm)]
+    norms = [module.weight for module in gpt.modules() if isinstance(module, nn.RMSNorm | nn.LayerNorm)]
     biases = sum(p.nbytes for name, p in gpt.model.named_parameters() if name.endswith(".bias"))
     dtype = str(gpt.lm_head.weight.dtype).removeprefix("torch.")
     stored = dtype if quantize is None else quantize.removeprefix("bnb.").upper()

@@ -12,7 +12,6 @@ from secrets import token_hex
 from typing import Any
 
 import yaml
-from torch import nn
 from torch.optim import Optimizer
 
 from litlora.args import FinetuneLoraArgs, plain
@@ -21,6 +20,7 @@ from litlora.export.model_card import model_card
 from litlora.hub.origin import origin
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
+from litlora.models.transformer import GPT
 from litlora.train.report import Report
 from litlora.train.resume import (
     AUTO,
@@ -119,7 +119,7 @@ class RunFolder:
         ):
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
 
-    def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
+    def save_step(self, model: GPT, optimizer: Optimizer, progress: Progress) -> Path:
         """Save the adapter and all that an exact resume needs, and return its folder."""
         path = self.step(progress)
         with self._naming_checkpoint(), atomic_directory(path) as folder:
@@ -146,7 +146,7 @@ class RunFolder:
             if step_of(path) != best:
                 remove(path)
 
-    def save_final(self, model: nn.Module, report: Report) -> Path:
+    def save_final(self, model: GPT, report: Report) -> Path:
         """Save the adapter with the report of the run, and return its folder."""
         remove(self.final)
         with self._naming_checkpoint(), atomic_directory(self.final) as folder:
@@ -160,7 +160,7 @@ class RunFolder:
         card = model_card(base_dir.name, origin(base_dir), vars(report))
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def _write_adapter(self, folder: Path, model: nn.Module) -> None:
+    def _write_adapter(self, folder: Path, model: GPT) -> None:
         base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]
         write_adapter(folder, model, self.lora, base_dir, base_sha256, self.args.prompt_style)
         for path in self.tokenizer_files:
@@ -176,11 +176,11 @@ class ReadOnlyRunFolder(RunFolder):
     def log(self, **values: float | None) -> None:
         """Do nothing."""
 
-    def save_step(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> Path:
+    def save_step(self, model: GPT, optimizer: Optimizer, progress: Progress) -> Path:
         """Return the folder that rank 0 writes."""
         return self.step(progress)
 
-    def save_final(self, model: nn.Module, report: Report) -> Path:
+    def save_final(self, model: GPT, report: Report) -> Path:
         """Return the folder that rank 0 writes."""
         return self.final
 

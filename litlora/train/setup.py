@@ -30,9 +30,10 @@ from litlora.evaluation.engine import Engine
 from litlora.evaluation.samples import sample_completion
 from litlora.evaluation.validation import validate
 from litlora.lora.checkpoint import load_matrices
-from litlora.lora.config import TARGET_MODULES, LoRAConfig
+from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
+from litlora.lora.targets import switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT, evaluating
@@ -159,7 +160,7 @@ def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolde
     hashes = inputs.hashes
     ranks.require_identical(hashes)
     kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
-    return kind(args, lora_config(args), inputs.tokenizer.files, Identity.of(args, hashes))
+    return kind(args, lora_config(args, inputs.checkpoint.config), inputs.tokenizer.files, Identity.of(args, hashes))
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,8 @@ def build_model(
     return gpt
 
 
-def lora_config(args: FinetuneLoraArgs) -> LoRAConfig:
-    targets = tuple(module for switch in args.lora_switches for module in TARGET_MODULES[switch])
+def lora_config(args: FinetuneLoraArgs, config: GPTConfig) -> LoRAConfig:
+    targets = switch_targets(args.lora_switches, config)
     return LoRAConfig(
         args.lora_r,
         args.lora_alpha,

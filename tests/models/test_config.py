@@ -1,4 +1,5 @@
 import json
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from litlora.errors import LitLoraError
 from litlora.models.config import GPTConfig, Llama3Scaling
-from litlora.models.families import FAMILIES
+from litlora.models.families import ACTIVATIONS, FAMILIES
 
 TINY = {
     "vocab_size": 300,
@@ -111,9 +112,9 @@ def theirs(hub: dict[str, Any]) -> GPTConfig:
         "o_bias": attention.o_proj.bias is not None,
         "mlp_bias": mlp.down_proj.bias is not None,
     }
-    names = GPTConfig.__dataclass_fields__.keys() - special.keys()
-    head_dim = {"head_dim": attention.head_dim}  # not every config has it
-    return GPTConfig(**({name: getattr(config, name) for name in names - head_dim.keys()} | head_dim), **special)
+    special |= {"head_dim": attention.head_dim, "norm_eps": config.rms_norm_eps}  # not every config has a head_dim
+    names = {field.name for field in fields(GPTConfig) if field.default is MISSING} - special.keys()
+    return GPTConfig(**{name: getattr(config, name) for name in names}, **special)
 
 
 def layer_window(config: PretrainedConfig, attention: nn.Module) -> int | None:
@@ -209,7 +210,7 @@ NUMBER = "it must be a number above 0"
         ("model_type", "gemma", f"supported are {', '.join(FAMILIES)}"),
         ("model_type", None, f"supported are {', '.join(FAMILIES)}"),
         ("model_type", ["llama"], f"supported are {', '.join(FAMILIES)}"),
-        ("hidden_act", "gelu", 'only "silu" is implemented'),
+        ("hidden_act", "relu", f"implemented are {', '.join(ACTIVATIONS)}"),
         ("attention_bias", "yes", "it must be true or false"),
         ("mlp_bias", 1, "it must be true or false"),
         ("is_causal", False, "only true is implemented"),

@@ -11,9 +11,9 @@ from litlora.lora.layer import add_lora
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT
+from litlora.nn.activation import ACTIVATIONS, _Gated
 from litlora.nn.nf4 import Quantization
 from litlora.nn.norm import RMSNorm
-from litlora.nn.swiglu import _SwiGLU
 
 LENGTHS = [11, 1, 40, 6]
 
@@ -84,9 +84,10 @@ def test_nf4_logits_with_biases_equal_transformers(family, make_checkpoint):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_swiglu_gradient_is_exact():
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_gated_activation_gradient_is_exact(activation):
     gate, up = (torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))
+    assert torch.autograd.gradcheck(_Gated.apply, (gate, up, activation))
 
 
 def test_activation_checkpointing_saves_block_inputs(tiny):

@@ -32,7 +32,7 @@ from litlora.train.optimizers import build_optimizer
 
 SHAPE = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "head_dim": 8}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
-CONFIG = GPTConfig(**SHAPE, **HEADS, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4,
+CONFIG = GPTConfig(**SHAPE, **HEADS, max_position_embeddings=512, norm_eps=1e-5, rope_theta=1e4,
                    rope_scaling=None, sliding_window=None, tie_word_embeddings=False)  # fmt: skip
 LENGTHS = (130, 70, 1)
 SUPERVISED = 151

@@ -1,0 +1,21 @@
+"""Which layers of a model the --lora_* switches adapt."""
+
+from collections.abc import Iterable
+
+from litlora.lora.config import TARGET_MODULES
+from litlora.models.config import GPTConfig
+
+QKV, GATE_UP = "qkv_proj", "gate_up_proj"
+FUSED_QKV = {"q_proj": QKV, "k_proj": QKV, "v_proj": QKV}
+FUSED_GATE_UP = {"gate_proj": GATE_UP, "up_proj": GATE_UP}
+
+
+def switch_targets(switches: Iterable[str], config: GPTConfig) -> tuple[str, ...]:
+    """Return the last parts of the names of the layers that some --lora_* switches adapt, as PEFT has them.
+
+    A switch for a part of a fused layer adapts the whole of it.
+    """
+    fused = (FUSED_QKV if config.fused_qkv else {}) | (FUSED_GATE_UP if config.fused_gate_up else {})
+    names = [fused.get(name, name) for switch in switches for name in TARGET_MODULES[switch]]
+    own = dict.fromkeys(name for name in names if config.gated_mlp or name != "gate_proj")
+    return tuple(config.hub_name(name).rpartition(".")[2] for name in own)
