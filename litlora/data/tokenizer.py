@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken
 
 from litlora.data.prompt_styles import PromptStyle, build_prompt_style
+from litlora.data.sentencepiece_model import SPACE, SentencePieceEncoding
 from litlora.data.tokenizer_files import (
-    SPACE,
     no_tokenizer,
     probe_decoder,
     read_backend,
@@ -59,14 +59,14 @@ def check_prompt_style(checkpoint_dir: Path, name: str) -> None:
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer; its ids are those of transformers for the same folder."""
+    """A checkpoint's tokenizer; its ids are those of tokenizer.json as it stands, or of the sentencepiece model."""
 
     def __init__(self, checkpoint_dir: Path, hub_config: dict[str, Any] | None = None) -> None:
         """Read the tokenizer's files, and config.json unless its content is passed."""
         with _reporting_inconsistency(checkpoint_dir):
             settings = read_settings(checkpoint_dir)
             config = read_optional_json(checkpoint_dir / "config.json") if hub_config is None else hub_config
-            self._backend = read_backend(checkpoint_dir, settings, config)
+            self._backend = read_backend(checkpoint_dir, settings)
             self.files = tuple(path for name in TOKENIZER_FILES if (path := checkpoint_dir / name).is_file())
             self.chat_template = read_chat_template(checkpoint_dir, settings)
             self.vocab_size = self._backend.get_vocab_size()
@@ -169,7 +169,9 @@ def _byte_level_alphabet() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
-def _spans(encodings: Sequence[tokenizers.Encoding], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+def _spans(
+    encodings: Sequence[tokenizers.Encoding | SentencePieceEncoding], lengths: NDArray[np.int32]
+) -> NDArray[np.int32]:
     """Return the span of each token, empty for an added BOS or EOS."""
     ends = chain.from_iterable(chain.from_iterable(encoding.offsets) for encoding in encodings)
     spans = np.fromiter(ends, np.int32, 2 * lengths.sum()).reshape(-1, 2)

@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken
 
+from litlora.data.sentencepiece_model import SPACE, SentencePieceModel
 from litlora.errors import LitLoraError
 
-SPACE = "▁"  # sentencepiece's character for a space
+Backend = tokenizers.Tokenizer | SentencePieceModel
 
 
 def _read_text(path: Path) -> str:
@@ -70,10 +70,10 @@ def special_token_texts(settings: dict[str, Any]) -> list[str]:
     return [text for token in [*named, *others] if (text := token_text(token))]
 
 
-def read_backend(checkpoint_dir: Path, settings: dict[str, Any], config: dict[str, Any]) -> tokenizers.Tokenizer:
+def read_backend(checkpoint_dir: Path, settings: dict[str, Any]) -> Backend:
     """Build the tokenizer from tokenizer.json, or else from the sentencepiece model; may complete the settings."""
     if (checkpoint_dir / "tokenizer.json").is_file():
-        return _read_tokenizer_json(checkpoint_dir, settings, config)
+        return _read_tokenizer_json(checkpoint_dir / "tokenizer.json")
     if (checkpoint_dir / "tokenizer.model").is_file():
         return _read_sentencepiece(checkpoint_dir, settings)
     raise no_tokenizer(checkpoint_dir)
@@ -85,10 +85,8 @@ def no_tokenizer(checkpoint_dir: Path) -> LitLoraError:
     return LitLoraError(f"no tokenizer in {checkpoint_dir} (expected tokenizer.json or tokenizer.model); {hint}")
 
 
-def _read_tokenizer_json(
-    checkpoint_dir: Path, settings: dict[str, Any], config: dict[str, Any]
-) -> tokenizers.Tokenizer:
-    path = checkpoint_dir / "tokenizer.json"
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """Read the file as it stands, whatever class the settings name: it is what the model was pre-trained with."""
     text = _read_text(path)
     try:
         # Offsets without the spaces around a word would miss characters of a response
@@ -97,116 +95,48 @@ def _read_tokenizer_json(
         raise LitLoraError(f"{path} is not a valid tokenizer ({error}); download the checkpoint again") from error
     backend.no_truncation()
     backend.no_padding()
-    if config.get("model_type") != "mistral":  # whose file transformers reads unchanged
-        _follow_class(backend, settings, is_byte_level='"ByteLevel"' in text)
     return backend
 
 
-def _follow_class(backend: tokenizers.Tokenizer, settings: dict[str, Any], is_byte_level: bool) -> None:
-    """Rebuild normalizer, pre-tokenizer and decoder, for the classes for which transformers ignores the file's."""
-    name = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    if name == "LlamaTokenizer" and not is_byte_level:
-        _use_llama_steps(backend, settings)
-    if name == "GPT2Tokenizer":
-        add_prefix_space = bool(settings.get("add_prefix_space"))
-        backend.normalizer = None
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-        backend.decoder = decoders.ByteLevel()
-
-
-def _use_llama_steps(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
-    """Write spaces as sentencepiece does, with a prefix space before the text (legacy: before each segment)."""
-    has_prefix = settings.get("add_prefix_space", True)
-    scheme = ("always" if settings.get("legacy") else "first") if has_prefix else "never"
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if has_prefix else steps)
-
-
-def _read_sentencepiece(checkpoint_dir: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """Read a sentencepiece model as transformers does: its pieces as BPE, its control pieces as special tokens."""
+def _read_sentencepiece(checkpoint_dir: Path, settings: dict[str, Any]) -> SentencePieceModel:
+    """Read a sentencepiece model, whose bos, eos and prefix space the settings may change."""
     path = checkpoint_dir / "tokenizer.model"
+    prefix, prefix_each = settings.get("add_prefix_space") is not False, bool(settings.get("legacy"))
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = SentencePieceModel(path.read_bytes(), prefix=prefix, prefix_each=prefix_each)
     except (OSError, RuntimeError) as error:
         raise LitLoraError(f"{path} is not a sentencepiece model; download the checkpoint again") from error
-    for key, token_id in {"bos_token": model.bos_id(), "eos_token": model.eos_id()}.items():
-        if token_id >= 0:
-            settings.setdefault(key, model.id_to_piece(token_id))
-    vocabulary = {model.id_to_piece(token_id): token_id for token_id in range(len(model))}
-    merges = _merges(vocabulary)
-    bpe = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True)
-    backend = tokenizers.Tokenizer(bpe)
-    _use_llama_steps(backend, settings)
-    _check_same_pieces(path, backend, model)
-    backend.add_tokens(_symbols(model, vocabulary, merges))
-    _add_declared_tokens(checkpoint_dir, backend, settings)
-    _add_bos_and_eos(backend, settings)
-    return backend
-
-
-def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the pairs of pieces that merge into a piece, in the order of the merged pieces' ids."""
-    splits = [
-        (piece[:at], piece[at:])
-        for piece in vocabulary
-        for at in range(1, len(piece))
-        if piece[:at] in vocabulary and piece[at:] in vocabulary
-    ]
-    return sorted(splits, key=lambda pair: (vocabulary["".join(pair)], len(pair[0])))
-
-
-def _symbols(
-    model: sentencepiece.SentencePieceProcessor, vocabulary: dict[str, int], merges: list[tuple[str, str]]
-) -> list[AddedToken]:
-    """Return the pieces that are never split: control pieces, and user-defined ones, which no merge produces."""
-    merged = set(map("".join, merges))
-    symbols = []
-    for piece, token_id in vocabulary.items():
-        is_special = model.is_control(token_id) or model.is_unknown(token_id)
-        if is_special or (len(piece) > 1 and piece not in merged and not model.is_byte(token_id)):
-            symbols.append(AddedToken(piece, special=is_special, normalized=False))
-    return symbols
-
-
-def _check_same_pieces(path: Path, backend: tokenizers.Tokenizer, model: sentencepiece.SentencePieceProcessor) -> None:
-    """Refuse a model that is not BPE, normalizes the text or lacks byte pieces: its ids would be wrong."""
-    probe = "\nOnce upon a time,\n\tein Fluß; 東京 ﬁ 🦙 and 12.5 %"
-    ours, theirs = backend.encode(probe).ids, model.encode(probe)
-    length = min(len(ours), len(theirs))  # either may begin with a prefix space
-    if ours[-length:] != theirs[-length:]:
+    if not model.is_lossless():
         raise LitLoraError(
-            f"{path} is an unsupported sentencepiece model (only BPE with byte pieces and without "
-            "normalization is supported); save the tokenizer as tokenizer.json beside it"
+            f"{path} is an unsupported sentencepiece model (only models with byte pieces and without "
+            "normalization are supported); save the tokenizer as tokenizer.json beside it"
         )
+    for key, token in {"bos_token": model.bos_token, "eos_token": model.eos_token}.items():
+        if token is not None:
+            settings.setdefault(key, token)
+    _add_declared_tokens(checkpoint_dir, model, settings)
+    bos = token_text(settings.get("bos_token")) if settings.get("add_bos_token") else None
+    eos = token_text(settings.get("eos_token")) if settings.get("add_eos_token") else None
+    model.surround([bos] if bos else [], [eos] if eos else [])
+    return model
 
 
-def _add_declared_tokens(checkpoint_dir: Path, backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+def _add_declared_tokens(checkpoint_dir: Path, model: SentencePieceModel, settings: dict[str, Any]) -> None:
     """Add the tokens that the files beside a sentencepiece model declare, with the declared ids."""
     special = set(special_token_texts(settings))
     older = read_optional_json(checkpoint_dir / "added_tokens.json")
     declared = {i: {"content": text, "special": text in special} for text, i in older.items()}
     declared = settings.get("added_tokens_decoder") or declared
     for token_id, properties in sorted(declared.items(), key=lambda item: int(item[0])):
-        backend.add_tokens([AddedToken(**properties)])
-        if backend.token_to_id(properties["content"]) != int(token_id):
+        model.add_tokens([AddedToken(**properties)])
+        if model.token_to_id(properties["content"]) != int(token_id):
             raise LitLoraError(
                 f"the tokenizer files in {checkpoint_dir} disagree: {properties['content']} cannot have id {token_id}; "
                 "download the checkpoint again"
             )
 
 
-def _add_bos_and_eos(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
-    """Add BOS before and EOS after every text if the settings say so."""
-    bos = token_text(settings.get("bos_token")) if settings.get("add_bos_token") else None
-    eos = token_text(settings.get("eos_token")) if settings.get("add_eos_token") else None
-    single = [*filter(None, [bos]), "$A", *filter(None, [eos])]
-    special_tokens = [(text, backend.token_to_id(text)) for text in (bos, eos) if text]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special_tokens)
-
-
-def probe_decoder(checkpoint_dir: Path, backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
+def probe_decoder(checkpoint_dir: Path, backend: Backend) -> tuple[bool, bool]:
     """Return whether tokens are byte-level and not sentencepiece-like, and whether decoding drops a prefix space."""
     decode = backend.decoder.decode if backend.decoder else "".join
     if decode(["Ġx"]) == " x":

@@ -19,6 +19,8 @@ AUTO = "auto"  # of --resume
 COUNTERS = "training_state.json"
 """A file that a folder has from which a run can resume."""
 BASE = "the base's weights"
+TOKENIZATION = {"ids": "of the tokenizer's file"}
+"""How this version tokenizes: an earlier one followed tokenizer_class where transformers does, and recorded nothing."""
 # Settings that say where, how fast or how often, but not what comes out of a step; folders count by their content.
 WITHOUT_EFFECT = {
     "checkpoint_dir", "data_dir", "out_dir", "devices", "num_nodes", "strategy", "logger_name", "resume", "overwrite",
@@ -89,7 +91,10 @@ def _text(value: Any) -> str:
 
 
 def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    return [f"{name} have changed" for name in now if was.get(name) != now[name]]
+    names = [name for name in now if name not in TOKENIZATION and was.get(name) != now[name]]
+    is_older = bool(now.keys() & TOKENIZATION.keys() - was.keys())
+    cause = " (an earlier version of litlora tokenized them by tokenizer_class, this one follows the tokenizer's file)"
+    return [f"{name} have changed{cause if is_older and name != BASE else ''}" for name in names]
 
 
 def starting_point(args: FinetuneLoraArgs, report: Callable[[str], None] = log) -> Path | None:

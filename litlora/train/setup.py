@@ -52,7 +52,7 @@ from litlora.train.memory_estimate import Network, breakdown, table
 from litlora.train.metrics import peak_memory_gb
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
 from litlora.train.report import Report
-from litlora.train.resume import BASE, Identity, no_checkpoint
+from litlora.train.resume import BASE, TOKENIZATION, Identity, no_checkpoint
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.schedule import orders, total_steps
 from litlora.train.train_state import Progress, restore_state
@@ -136,9 +136,9 @@ class Inputs:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Hashes of the base's weights, and of the tokens of each split."""
+        """Hashes of the base's weights and of the tokens of each split, and how this version tokenizes."""
         tokens = {f"the rows or the tokenizer of {split.path.name}": split.name for split in self.splits}
-        return {BASE: self.checkpoint.fingerprint()} | tokens
+        return {BASE: self.checkpoint.fingerprint()} | tokens | TOKENIZATION
 
 
 def find_inputs(args: FinetuneLoraArgs, device: torch.device) -> Inputs:

@@ -17,7 +17,7 @@ import litlora
 from litlora.__main__ import main
 from litlora.args import FinetuneLoraArgs, TrainArgs
 from litlora.errors import RESUME, LitLoraError
-from litlora.train.resume import Identity
+from litlora.train.resume import TOKENIZATION, Identity
 from litlora.utils.locks import locked
 
 
@@ -93,6 +93,25 @@ def test_other_rows_are_refused(stopped, capsys):
     Path("data/train.jsonl").write_text(rows.replace("green", "blue"), encoding="utf-8")
     was = "the rows or the tokenizer of train.jsonl have changed"
     assert refusal(capsys, "--resume", "true") == other_run(was)
+
+
+def test_tokens_of_an_earlier_version_are_named(stopped, capsys):
+    """Such a run resumes where its tokens are the same, and is told why where they are not."""
+    path = Path("out/step-000002/run.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["contents"]["ids"]
+    name = "the rows or the tokenizer of train.jsonl"
+    identity = Identity(content["settings"], content["contents"] | TOKENIZATION)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    identity.check(path.parent)
+    content["contents"][name] = "train-of-other-ids"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(LitLoraError) as error:
+        identity.check(path.parent)
+    was = f"{name} have changed (an earlier version of litlora tokenized them by tokenizer_class, "
+    assert (
+        str(error.value) == other_run(f"{was}this one follows the tokenizer's file)").removeprefix("litlora: ").strip()
+    )
 
 
 def test_another_base_is_refused(stopped, capsys):
