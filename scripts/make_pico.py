@@ -22,7 +22,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from torch.nn import functional as F
 
-from litlora.data.examples import Example, Turn, write_dataset
+from litlora.data.dataset import write_dataset
+from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT, TemplateStyle
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
@@ -254,7 +255,7 @@ def questions(subjects: Subjects, rng: random.Random) -> list[Example]:
     """Return one example for every skill and subject, in one of the skill's wordings."""
     asked = [(skill, subject) for skill, group in subjects.by_skill() for subject in group]
     rng.shuffle(asked)
-    return [Example((question(skill, subject, rng.choice(skill.instructions)),)) for skill, subject in asked]
+    return [Example.of(question(skill, subject, rng.choice(skill.instructions))) for skill, subject in asked]
 
 
 def question(skill: Skill, subject: str, instruction: str) -> Turn:

@@ -64,7 +64,7 @@ def test_only_split_imports_late():
     """A bad row is named before torch is imported, which takes seconds."""
     late = {(str(path), function.name, name) for path, tree in TREES.items() for function in ast.walk(tree)
             if isinstance(function, ast.FunctionDef) for name in imports(function)}  # fmt: skip
-    assert late == {("data/examples.py", "split", "torch"), ("data/examples.py", "split", "torch.utils.data")}
+    assert late == {("data/dataset.py", "split", "torch"), ("data/dataset.py", "split", "torch.utils.data")}
 
 
 def test_only_the_backend_knows_the_device():

@@ -21,9 +21,11 @@ from litlora.__main__ import main
 from litlora.data import token_cache
 from litlora.data.batching import Samples
 from litlora.data.chat_template import ChatTemplate
-from litlora.data.examples import ALPACA, ANY, Example, Turn, read_file
+from litlora.data.dataset import read_file
+from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import ChatStyle
 from litlora.data.readers import RawFile
+from litlora.data.row_formats import ALPACA, ANY
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
@@ -41,7 +43,7 @@ from litlora.utils.manifest import MANIFEST, find_corruption, write_manifest
 
 SPARE = 64_000_000  # bytes that reading may take: what is spoiled are files of less than two million
 CPU = torch.device("cpu")
-CONVERSATION = Example((Turn("a", "b"), Turn("c", "d")), system="e")
+CONVERSATION = Example.of(Turn("a", "b"), Turn("c", "d"), system="e")
 NUMBERS = [0, -1, 1, 2, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 1e308, 5e-324, float("nan"), float("inf")]
 PATTERNS = ["(", "(.*.*)*x", "[[:x:]]", "a{99999999999}", "(?i:.*)", "((((.*)*)*)*)*y"]
 TEXTS = ["", "\ud800", "\0", "../../x", "/etc/passwd", "x" * 5000, "</s>", "*" * 10, *PATTERNS]

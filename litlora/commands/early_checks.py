@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from litlora.args import CommandArgs, FinetuneLoraArgs, GenerateArgs, MergeLoraArgs, PrepareArgs
-from litlora.data.examples import read_example, read_examples
+from litlora.data.dataset import read_example, read_examples
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
 from litlora.lora.adapter_config import read_settings

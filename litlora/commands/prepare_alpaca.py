@@ -1,8 +1,8 @@
 """Prepare the cleaned Alpaca archive for fine-tuning."""
 
 from litlora.args import PrepareAlpacaArgs
-from litlora.data.examples import ALPACA
 from litlora.data.prepare import fetch, prepare
+from litlora.data.row_formats import ALPACA
 
 
 def prepare_alpaca(args: PrepareAlpacaArgs) -> None:

@@ -1,8 +1,8 @@
 """Prepare a .json, .jsonl or .csv file for fine-tuning."""
 
 from litlora.args import PrepareJsonArgs
-from litlora.data.examples import ANY
 from litlora.data.prepare import fetch, prepare
+from litlora.data.row_formats import ANY
 
 
 def prepare_json(args: PrepareJsonArgs) -> None:

@@ -1,13 +1,12 @@
 """Prepare LIMA for fine-tuning."""
 
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 from litlora.args import PrepareLimaArgs
-from litlora.data.examples import Fields, ParsedRow, RowFormat, parse_messages
 from litlora.data.prepare import fetch, prepare
 from litlora.data.readers import PARSERS, RawFile, RowError
+from litlora.data.row_formats import Fields, ParsedRow, RowFormat, parse_conversation
 from litlora.hub.download import REPO_ID, fetch_dataset_file
 
 SHAPE = '{"conversations": ["question", "answer", ...]}'
@@ -34,11 +33,10 @@ def _names_dataset(source: str) -> bool:
     return not is_file and REPO_ID.fullmatch(source) is not None
 
 
-def _parse_row(fields: Fields, multiturn: bool) -> ParsedRow:
-    texts = fields.get("conversations")
+def _parse_row(row: object, multiturn: bool) -> ParsedRow:
+    values = Fields.of(row).values
+    texts = values.get("conversations")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RowError('there is no list of strings under "conversations"')
     selected = texts if multiturn else texts[:2]
-    return parse_messages(
-        [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), selected, strict=False)]
-    )
+    return parse_conversation(Fields({**values, "conversations": selected}), "conversations")

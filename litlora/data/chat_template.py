@@ -29,7 +29,7 @@ class ChatTemplate:
             refuse_template(f"has an error: {_shortened(error)}", error)
         self._tokens = {"eos_token": eos_token} | ({"bos_token": bos_token} if bos_token else {})
 
-    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: list[dict[str, object]], *, add_generation_prompt: bool) -> str:
         """Return the text of a conversation."""
         text = ""
         values = {

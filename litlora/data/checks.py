@@ -3,10 +3,12 @@
 A check is a function of all rows that returns a finding or None; a new check is a new entry of CHECKS.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from litlora.data.examples import ParsedRow
+from litlora.data.examples import Example
+from litlora.data.row_formats import ParsedRow
 
 LocatedRow = tuple[str, ParsedRow]
 """A row with its location: file and line."""
@@ -26,13 +28,18 @@ class Finding(NamedTuple):
 
 def find_empty_responses(rows: Sequence[LocatedRow]) -> Finding | None:
     """Find rows with an empty response, whose only supervised token is the end token."""
-    locations = [location for location, row in rows if any(not turn.output for turn in row.example.turns)]
+    locations = [location for location, row in rows if _has_empty_response(row.example)]
     return _finding(locations, "with an empty output", "it teaches the model to stop at once")
+
+
+def _has_empty_response(example: Example) -> bool:
+    supervised = (message for message in example.messages if message.is_supervised)
+    return any(not message.text and not message.tool_calls for message in supervised)
 
 
 def find_unanswered_messages(rows: Sequence[LocatedRow]) -> Finding | None:
     """Find conversations that end in a user message, which is not part of the example."""
-    locations = [location for location, row in rows if row.left_out]
+    locations = [location for location, row in rows if row.is_unanswered]
     return _finding(locations, "ending in a user message without a response", "that message is left out")
 
 
@@ -40,7 +47,19 @@ def _finding(locations: Sequence[str], description: str, consequence: str) -> Fi
     return Finding(locations, description, consequence) if locations else None
 
 
-CHECKS: tuple[Callable[[Sequence[LocatedRow]], Finding | None], ...] = (find_empty_responses, find_unanswered_messages)
+def find_left_out_keys(rows: Sequence[LocatedRow]) -> Finding | None:
+    """Find rows with keys that no format knows."""
+    counts = Counter(key for _, row in rows for key in row.left_out)
+    locations = [location for location, row in rows if row.left_out]
+    keys = ", ".join(f'"{key}" {count:,}' for key, count in counts.items())
+    return _finding(locations, f"with keys that are not used ({keys})", "these keys are left out")
+
+
+CHECKS: tuple[Callable[[Sequence[LocatedRow]], Finding | None], ...] = (
+    find_empty_responses,
+    find_unanswered_messages,
+    find_left_out_keys,
+)
 
 
 def run_checks(rows: Sequence[LocatedRow]) -> list[Finding]:

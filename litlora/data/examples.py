@@ -1,24 +1,16 @@
-"""Examples: how rows are parsed and validated, split, and written as JSONL."""
+"""Examples: what every row of data becomes, whatever its format, and the JSON in which train.jsonl holds it."""
 
-import json
-import reprlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from io import BufferedReader
-from itertools import islice, pairwise
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
-from litlora.data.readers import RawFile, RowError, json_type, jsonl_lines, jsonl_rows, open_file, parse_rows
-from litlora.errors import LitLoraError
-from litlora.utils.files import complete_transaction, write_transaction
+Role = Literal["system", "user", "assistant", "tool"]
+Json = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One instruction, its optional input, and the supervised response."""
+    """One instruction, its optional input, and the response."""
 
     instruction: str
     output: str
@@ -26,221 +18,148 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call that an assistant's message makes."""
+
+    name: str
+    arguments: Json | str
+    """The arguments by name; a text where the data has no JSON object."""
+    id: str = ""
+
+    def to_json(self) -> Json:
+        """Return the call as OpenAI and chat templates have it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return ({"id": self.id} if self.id else {}) | {"type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Role
+    content: str = ""
+    input: str = ""
+    """Alpaca's input, which prompt styles may place apart from the instruction; only in a user's message."""
+    reasoning: str = ""
+    """What the assistant thinks before its content, without the tags around it."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    """The call that a tool's message answers."""
+    name: str = ""
+    """The tool of a tool's message, or the author of another."""
+    weight: Literal[0, 1] = 1
+    """0 makes an assistant's message context, which is not supervised."""
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the message is learned."""
+        return self.role == "assistant" and self.weight == 1
+
+    @property
+    def text(self) -> str:
+        """The content after the reasoning, if any, for prompt styles that know no reasoning."""
+        return f"<think>\n{self.reasoning}\n</think>\n\n{self.content}" if self.reasoning else self.content
+
+    @property
+    def question(self) -> str:
+        """The content with the input below it."""
+        return f"{self.content}\n\n{self.input}" if self.input else self.content
+
+    def to_chat(self) -> Json:
+        """Return the message as OpenAI and chat templates have it."""
+        calls = [call.to_json() for call in self.tool_calls]
+        extras = {
+            "reasoning_content": self.reasoning,
+            "tool_calls": calls,
+            "tool_call_id": self.tool_call_id,
+            "name": self.name,
+        }
+        return {"role": self.role, "content": self.question} | {key: value for key, value in extras.items() if value}
+
+    def to_json(self) -> Json:
+        """Return the message as train.jsonl holds it."""
+        return self.to_chat() | ({} if self.weight else {"weight": 0})
+
+
+@dataclass(frozen=True)
 class Example:
-    """One row of data: a single turn, or a conversation in which every response is supervised."""
+    """One row of data: a conversation, or a plain text, all of which is supervised."""
 
-    turns: tuple[Turn, ...]
-    system: str = ""
+    messages: tuple[Message, ...] = ()
+    """The last one is the assistant's; roles come in any order. None with a plain text."""
+    tools: tuple[Json, ...] = ()
+    """The functions that the assistant may call, as OpenAI and chat templates have them."""
+    text: str = ""
+    """A plain text, for continued pre-training."""
 
+    @classmethod
+    def of(cls, *turns: Turn, system: str = "") -> Self:
+        """Return the conversation with these turns."""
+        return cls((*_system(system), *(message for turn in turns for message in _messages(turn))))
 
-Fields = Mapping[str, object]
+    @property
+    def system(self) -> str:
+        """The system messages at the beginning, joined."""
+        return "\n\n".join(message.content for message in self.messages[: self._opening])
 
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation as turns: each response with all that was said since the one before it."""
+        return tuple(self._turns()) if self.messages else (Turn("", self.text),)
 
-class ParsedRow(NamedTuple):
-    """The example in a row."""
+    @property
+    def _opening(self) -> int:
+        return next((n for n, message in enumerate(self.messages) if message.role != "system"), len(self.messages))
 
-    example: Example
-    left_out: bool = False
-    """Whether the row ends in a user message without a response, which is not part of the example."""
+    def _turns(self) -> Iterator[Turn]:
+        said: list[Message] = []
+        for message in self.messages[self._opening :]:
+            if message.role != "assistant":
+                said.append(message)
+                continue
+            instruction = "\n\n".join(earlier.content for earlier in said)
+            yield Turn(instruction, message.text, "\n\n".join(earlier.input for earlier in said if earlier.input))
+            said = []
 
+    def to_json(self) -> Json:
+        """Return the row that parses to this example; a single turn without a system prompt has Alpaca's keys."""
+        if not self.messages:
+            return {"text": self.text}
+        is_single = [message.role for message in self.messages] == ["user", "assistant"]
+        if is_single and self == Example.of(*self.turns):
+            return _alpaca(self.turns[0])
+        if any(message.input for message in self.messages):
+            return self._with_history()
+        row: Json = {"messages": [message.to_json() for message in self.messages]}
+        return row | ({"tools": list(self.tools)} if self.tools else {})
 
-class RowFormat(NamedTuple):
-    """How rows are parsed, and what they look like, for error messages."""
-
-    shape: str
-    parse: Callable[[Fields], ParsedRow]
-
-
-Location = TypeVar("Location")
-
-
-def read_examples(path: Path) -> list[Example]:
-    """Read the examples of a prepared split."""
-    with open_split(path) as file:
-        raw = RawFile(str(path), path.suffix, file.read())
-    return [row.example for _, row in read_file(raw, ANY)]
-
-
-def open_split(path: Path) -> BufferedReader:
-    """Open a prepared split; LitLoraError with the command to prepare it if it is missing."""
-    complete_transaction(path.parent)
-    command = f"litlora prepare_json --source FILE --destination_path {path.parent}"
-    return open_file(path, if_missing=f"no {path.name} in {path.parent}; prepare one with: {command}")
-
-
-def read_example(path: Path, index: int, flag: str) -> Example:
-    """Read one row of a prepared split, counted from 0, without reading the others unless it is invalid."""
-    with open_split(path) as file:
-        rows = jsonl_rows(jsonl_lines(file))
-        _, row = next(islice(rows, index, None), (0, RowError()))
-    with suppress(RowError):
-        return ANY.parse(_fields(row)).example
-    count = len(read_examples(path))  # raises if a row is invalid
-    raise LitLoraError(f"{flag} ({index}) must be below the number of rows in {path.name} ({count})")
-
-
-def read_file(file: RawFile, row_format: RowFormat) -> list[tuple[str, ParsedRow]]:
-    """Return every row with its location; LitLoraError if any is invalid."""
-    rows, invalid = read_rows(parse_rows(file), row_format)
-    require_rows(file.name, len(rows), [f"{location}: {error}" for location, error in invalid], row_format)
-    return rows
-
-
-def read_rows(
-    rows: Iterable[tuple[Location, object]], row_format: RowFormat
-) -> tuple[list[tuple[Location, ParsedRow]], list[tuple[Location, RowError]]]:
-    """Parse rows; return the valid ones and the errors of the invalid ones, with their locations."""
-    parsed, invalid = [], []
-    for location, row in rows:
-        try:
-            parsed.append((location, row_format.parse(_fields(row))))
-        except RowError as error:
-            invalid.append((location, error))
-    return parsed, invalid
+    def _with_history(self) -> Json:
+        """Return the row with Alpaca's keys, the only ones that hold an input."""
+        *history, last = self.turns
+        plain = Example.of(*history, last, system=self.system)
+        if self != replace(plain, tools=self.tools) or any(turn.input for turn in history):
+            raise ValueError(f"only the last of alternating messages can hold an input: {self}")
+        pairs = [[turn.instruction, turn.output] for turn in history]
+        extras = {"system": self.system, "history": pairs, "tools": list(self.tools)}
+        return _alpaca(last) | {key: value for key, value in extras.items() if value}
 
 
-def require_rows(name: str, rows: int, invalid: Sequence[str], row_format: RowFormat) -> None:
-    """Refuse a file without rows, or with invalid ones: name the first and count the others."""
-    if invalid:
-        more = f" (invalid rows after it: {len(invalid) - 1:,})" if len(invalid) > 1 else ""
-        raise LitLoraError(f"{invalid[0]}{more}; a row must look like {row_format.shape}")
-    if not rows:
-        raise LitLoraError(f"{name} holds no rows; a row must look like {row_format.shape}")
+def _alpaca(turn: Turn) -> Json:
+    return {"instruction": turn.instruction, "input": turn.input, "output": turn.output}
 
 
-def _fields(row: object) -> Fields:
-    if isinstance(row, RowError):
-        raise row
-    if not isinstance(row, dict):
-        raise RowError(f"this is {json_type(row)}, not an object")
-    return row
+def _messages(turn: Turn) -> tuple[Message, Message]:
+    return Message("user", turn.instruction, turn.input), assistant(turn.output)
 
 
-def _parse_any(fields: Fields) -> ParsedRow:
-    if "messages" in fields:
-        return parse_messages(fields["messages"])
-    for prompt, response in (("instruction", "output"), ("prompt", "completion")):
-        if prompt in fields or response in fields:
-            return _parse_pair(fields, prompt, response)
-    raise RowError(f"the keys {reprlib.repr(list(fields))} match no row format")
+def _system(content: str) -> tuple[Message, ...]:
+    return (Message("system", content),) if content else ()
 
 
-def _parse_alpaca(fields: Fields) -> ParsedRow:
-    return _parse_pair(fields, "instruction", "output")
-
-
-def _parse_pair(fields: Fields, prompt: str, response: str) -> ParsedRow:
-    context = "" if fields.get("input") is None else _text(fields, "input")
-    return ParsedRow(Example((Turn(_text(fields, prompt), _text(fields, response), context),)))
-
-
-def parse_messages(messages: object) -> ParsedRow:
-    """Parse a conversation: an optional system message, then user and assistant messages in turn."""
-    if not isinstance(messages, list):
-        raise RowError(f'"messages" is {json_type(messages)}, not a list')
-    pairs = [_role_and_content(number, message) for number, message in enumerate(messages, start=1)]
-    system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else ""
-    _check_roles([role for role, _ in pairs], first=len(messages) - len(pairs) + 1)
-    texts = [content for _, content in pairs]
-    turns = tuple(Turn(user, assistant) for user, assistant in zip(texts[::2], texts[1::2], strict=False))
-    if not turns:
-        raise RowError("the conversation has no response")
-    return ParsedRow(Example(turns, system), left_out=len(texts) % 2 == 1)
-
-
-def _role_and_content(number: int, message: object) -> tuple[str, str]:
-    try:
-        fields = _fields(message)
-        role, content = _text(fields, "role"), _text(fields, "content")
-    except RowError as error:
-        raise RowError(f"message {number}: {error}") from error
-    if role not in ("system", "user", "assistant"):
-        raise RowError(f"message {number}: the role {reprlib.repr(role)} is not system, user or assistant")
-    return role, content
-
-
-def _check_roles(roles: Sequence[str], first: int) -> None:
-    """Refuse roles, from message `first` on, unless they alternate between user and assistant."""
-    for number, (before, role) in enumerate(pairwise(["assistant", *roles]), start=first):
-        if role == "system":
-            raise RowError(f"message {number}: only the first message may be the system's")
-        if role == before:
-            expected = "user" if role == "assistant" else "assistant"
-            raise RowError(f"message {number}: the role is {role}, but it is the {expected}'s turn")
-
-
-def _text(fields: Fields, key: str) -> str:
-    if key not in fields:
-        raise RowError(f'there is no "{key}"')
-    value = fields[key]
-    if not isinstance(value, str):
-        raise RowError(f'"{key}" is {json_type(value)}, not a string')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise RowError(f'"{key}" holds {half}, an unpaired surrogate, which UTF-8 cannot encode') from error
-    return value
-
-
-_ALPACA_SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'
-_MESSAGES_SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-ALPACA = RowFormat(_ALPACA_SHAPE, _parse_alpaca)
-ANY = RowFormat(f'{_ALPACA_SHAPE}, {{"prompt": "...", "completion": "..."}} or {_MESSAGES_SHAPE}', _parse_any)
-
-
-def split(examples: list[Example], val_split_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split into training and validation examples exactly as Lit-GPT does, so that losses are comparable."""
-    # Imported late: torch takes seconds, and an invalid row is reported before that
-    from torch import Generator
-    from torch.utils.data import random_split
-
-    fractions = [1 - val_split_fraction, val_split_fraction]
-    with warnings.catch_warnings(action="ignore"):  # torch warns of an empty subset; it is refused below
-        # A list has all that random_split needs of a Dataset: a length
-        subsets = random_split(examples, fractions, Generator().manual_seed(seed))  # type: ignore[arg-type, var-annotated]
-    train, val = ([examples[index] for index in subset.indices] for subset in subsets)
-    if not val:  # rounding never leaves the training split empty
-        raise LitLoraError(
-            f"--val_split_fraction ({val_split_fraction}) leaves no row for validation ({len(examples)} in all); "
-            "choose a larger fraction or add rows"
-        )
-    return train, val
-
-
-def write_dataset(
-    destination: Path, train: Sequence[Example], val: Sequence[Example], origin: Mapping[str, object]
-) -> None:
-    """Write train.jsonl, val.jsonl, and dataset.json with their origin."""
-    facts = {**origin, "rows": len(train) + len(val), "train": len(train), "val": len(val)}
-    about = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
-    write_transaction(
-        destination,
-        {
-            "train.jsonl": _to_jsonl(train),
-            "val.jsonl": _to_jsonl(val),
-            "dataset.json": about.encode(errors="backslashreplace"),  # a file name need not be UTF-8
-        },
-    )
-
-
-def _to_jsonl(examples: Sequence[Example]) -> bytes:
-    return "".join(json.dumps(_to_row(example), ensure_ascii=False) + "\n" for example in examples).encode()
-
-
-def _to_row(example: Example) -> dict[str, object]:
-    """Return the row that parses to `example`; a single turn without a system prompt has Alpaca's keys."""
-    if len(example.turns) == 1 and not example.system:
-        turn = example.turns[0]
-        return {"instruction": turn.instruction, "input": turn.input, "output": turn.output}
-    if any(turn.input for turn in example.turns):
-        raise ValueError(f"a conversation cannot hold an input: {example}")
-    return {"messages": [{"role": role, "content": content} for role, content in _messages(example)]}
-
-
-def _messages(example: Example) -> Iterator[tuple[str, str]]:
-    if example.system:
-        yield "system", example.system
-    for turn in example.turns:
-        yield "user", turn.instruction
-        yield "assistant", turn.output
+def assistant(text: str) -> Message:
+    """Return the assistant's message with this text; a <think> block at its beginning is the reasoning."""
+    opening, closed, content = text.partition("</think>")
+    reasoning = opening.lstrip().removeprefix("<think>")
+    if not closed or reasoning == opening.lstrip() or not reasoning.strip():
+        return Message("assistant", text)
+    return Message("assistant", content.lstrip("\n"), reasoning=reasoning.strip("\n"))

@@ -11,8 +11,9 @@ from urllib.request import Request, urlopen
 from litlora import __version__
 from litlora.args import PrepareArgs
 from litlora.data.checks import run_checks
-from litlora.data.examples import RowFormat, read_file, split, write_dataset
+from litlora.data.dataset import read_file, split, write_dataset
 from litlora.data.readers import RawFile
+from litlora.data.row_formats import RowFormat
 from litlora.errors import LitLoraError
 from litlora.utils.console import log
 

@@ -94,13 +94,18 @@ class TemplateStyle:
         return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], template)
 
     def render(self, example: Example) -> Rendered:
+        if example.text:
+            return Rendered(example.text + self.eos_token, ((0, len(example.text + self.eos_token)),))
+        _refuse_tools(example, self.name)
         text, system = "", example.system
         supervised = []
-        for turn in example.turns:
+        responses = [message for message in example.messages if message.role == "assistant"]
+        for turn, response in zip(example.turns, responses, strict=True):
             text += self.prompt(turn.instruction, turn.input, system)
             start, system = len(text), ""
             text += turn.output + self.eos_token
-            supervised.append((start, len(text)))
+            if response.is_supervised:
+                supervised.append((start, len(text)))
         return Rendered(text, tuple(supervised))
 
 
@@ -120,18 +125,24 @@ class ChatStyle:
     def render(self, example: Example) -> Rendered:
         text, end = "", 0
         supervised = []
-        messages = _system_message(example.system)
-        for turn in example.turns:
-            messages.append(_user_message(turn.instruction, turn.input))
+        if example.text:
+            return Rendered(example.text + self.eos_token, ((0, len(example.text + self.eos_token)),))
+        _refuse_tools(example, self.name)
+        messages: list[dict[str, object]] = []
+        for message in example.messages:
+            if message.role != "assistant":
+                messages.append(message.to_chat())
+                continue
             prompt = self.template.render(messages, add_generation_prompt=True)
             if not prompt.startswith(text[:end]):
                 refuse_template("renders a response differently in a longer conversation, so it cannot train")
-            messages.append({"role": "assistant", "content": turn.output})
+            messages.append({"role": "assistant", "content": message.text})
             text = self.template.render(messages, add_generation_prompt=False)
             if not text.startswith(prompt):
                 refuse_template("renders a prompt differently before its response, so it cannot train")
-            end = self._end_of_response(text, len(prompt), turn.output.strip())
-            supervised.append((len(prompt), end))
+            end = self._end_of_response(text, len(prompt), message.text.strip())
+            if message.is_supervised:
+                supervised.append((len(prompt), end))
         return Rendered(text, tuple(supervised))
 
     def _end_of_response(self, text: str, start: int, response: str) -> int:
@@ -147,9 +158,14 @@ class ChatStyle:
         return end
 
 
-def _system_message(system: str) -> list[dict[str, str]]:
+def _refuse_tools(example: Example, style: str) -> None:
+    if example.tools or any(message.tool_calls for message in example.messages):
+        raise LitLoraError(f"--prompt_style {style} cannot render the tool calls of the data: leave these rows out")
+
+
+def _system_message(system: str) -> list[dict[str, object]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def _user_message(instruction: str, input: str) -> dict[str, str]:
+def _user_message(instruction: str, input: str) -> dict[str, object]:
     return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}

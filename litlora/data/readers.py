@@ -85,13 +85,31 @@ def jsonl_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, object]]:
 
 def _parse_line(line: bytes) -> object:
     try:
-        return json.loads(line.decode())
+        return _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
         return RowError(_not_utf8(error))
+    except RowError as error:
+        return error
     except json.JSONDecodeError as error:
         return RowError(f"this is not valid JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deeply nested lists
         return RowError(f"this JSON cannot be read ({error})")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object; RowError if it gives a key twice, since one value would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        key = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise RowError(f'the key "{key}" is given twice')
+    return values
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)  # pandas writes NaN for a missing value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _json_rows(file: RawFile) -> Rows:

@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from litlora.data.dataset import open_split, read_rows, require_rows
 from litlora.data.encoding import Tokens, encode
-from litlora.data.examples import ANY, Example, Turn, open_split, read_rows, require_rows
+from litlora.data.examples import Example, Turn
 from litlora.data.readers import jsonl_rows, jsonl_start
+from litlora.data.row_formats import ANY
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.utils.files import digest
@@ -64,7 +66,7 @@ class SplitEncoder:
         """Return a hash of the split's content and of these settings."""
         style = self.tokenizer.prompt_style(self.prompt_style)
         turns = Turn("question", "answer"), Turn("question", "answer", "input")
-        samples = [repr(style.render(Example((turn,)))) for turn in turns]  # a template may also write the date
+        samples = [repr(style.render(Example.of(turn))) for turn in turns]  # a template may also write the date
         with open_split(path) as file:
             content = digest(file)
         values = [FORMAT, content, self.tokenizer.fingerprint, self.prompt_style, samples, self.mask_prompt]

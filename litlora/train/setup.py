@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from litlora.args import FinetuneLoraArgs
 from litlora.data.batching import Batching, Samples, epoch_order
+from litlora.data.dataset import read_example
 from litlora.data.encoding import Tokens
-from litlora.data.examples import Example, read_example
+from litlora.data.examples import Example
 from litlora.data.prompt_styles import PromptStyle
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import Split, find_split, open_splits

@@ -4,7 +4,8 @@ import pytest
 
 from litlora.args import PrepareAlpacaArgs
 from litlora.commands.prepare_alpaca import prepare_alpaca
-from litlora.data.examples import Example, Turn, read_examples
+from litlora.data.dataset import read_examples
+from litlora.data.examples import Example, Turn
 from litlora.errors import LitLoraError
 
 
@@ -28,7 +29,7 @@ def test_default_fraction_gives_2000_validation_rows(prepared, capsys):
 
 def test_inputs_are_preserved(prepared):
     out = prepared([{"instruction": "Add.", "input": "1, 2", "output": "3"}] * 26)
-    assert set(read_examples(out / "val.jsonl")) == {Example((Turn("Add.", "3", "1, 2"),))}
+    assert set(read_examples(out / "val.jsonl")) == {Example.of(Turn("Add.", "3", "1, 2"))}
 
 
 def test_other_keys_are_refused(prepared, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 
 from litlora.args import PrepareJsonArgs
 from litlora.commands.prepare_json import prepare_json
-from litlora.data.examples import Example, Turn, read_examples
+from litlora.data.dataset import read_examples
+from litlora.data.examples import Example, Turn
 from litlora.errors import LitLoraError
 
 CSV = 'prompt,completion\n"one, ""two""\nthree",4\nfive,six\n'
@@ -33,7 +34,7 @@ def prepared(tmp_path):
 
 def test_csv_json_and_jsonl_give_the_same_examples(prepared):
     examples = prepared("rows.csv", CSV)
-    assert set(examples) == {Example((Turn('one, "two"\nthree', "4"),)), Example((Turn("five", "six"),))}
+    assert set(examples) == {Example.of(Turn('one, "two"\nthree', "4")), Example.of(Turn("five", "six"))}
     assert prepared("rows.json", json.dumps(PAIRS)) == examples
     assert prepared("rows.jsonl", "\n".join(json.dumps(row) for row in PAIRS)) == examples
 
@@ -41,9 +42,9 @@ def test_csv_json_and_jsonl_give_the_same_examples(prepared):
 def test_row_formats_may_be_mixed(prepared):
     rows = [CONVERSATION, PAIRS[1], {"instruction": "a", "output": "b"}]
     assert set(prepared("rows.json", json.dumps(rows))) == {
-        Example((Turn("a", "b"), Turn("c", "d")), "Be brief."),
-        Example((Turn("five", "six"),)),
-        Example((Turn("a", "b"),)),
+        Example.of(Turn("a", "b"), Turn("c", "d"), system="Be brief."),
+        Example.of(Turn("five", "six")),
+        Example.of(Turn("a", "b")),
     }
 
 

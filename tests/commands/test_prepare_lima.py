@@ -5,7 +5,8 @@ from helpers.hub_server import reachable_hub
 
 from litlora.args import PrepareLimaArgs, SecretStr
 from litlora.commands.prepare_lima import prepare_lima
-from litlora.data.examples import Example, Turn, read_examples
+from litlora.data.dataset import read_examples
+from litlora.data.examples import Example, Turn
 from litlora.errors import LitLoraError
 
 SINGLE = ["Name a prime.", "Seven."]
@@ -37,22 +38,24 @@ def prepared(tmp_path):
 
 def test_lima_uses_the_first_turn_by_default(prepared, capsys):
     assert prepared(SINGLE, SEVERAL, ODD) == {
-        Example((Turn("Name a prime.", "Seven."),)),
-        Example((Turn("Is 91 prime?", "No, 7 x 13."),)),
-        Example((Turn("How far?", "Ten miles."),)),
+        Example.of(Turn("Name a prime.", "Seven.")),
+        Example.of(Turn("Is 91 prime?", "No, 7 x 13.")),
+        Example.of(Turn("How far?", "Ten miles.")),
     }
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    left_out, counts = capsys.readouterr().err.splitlines()
+    assert left_out.startswith('3 rows with keys that are not used ("source" 3), the first at ')
+    assert counts.startswith("2 training and 1 validation examples in ")
 
 
 def test_lima_multiturn_conversation_is_one_example(prepared):
     assert prepared(SINGLE, SEVERAL, multiturn=True) == {
-        Example((Turn("Name a prime.", "Seven."),)),
-        Example((Turn("Is 91 prime?", "No, 7 x 13."), Turn("And 97?", "Yes."))),
+        Example.of(Turn("Name a prime.", "Seven.")),
+        Example.of(Turn("Is 91 prime?", "No, 7 x 13."), Turn("And 97?", "Yes.")),
     }
 
 
 def test_lima_unanswered_message_is_reported(prepared, capsys, tmp_path):
-    assert Example((Turn("How far?", "Ten miles."),)) in prepared(SINGLE, ODD, multiturn=True)
+    assert Example.of(Turn("How far?", "Ten miles.")) in prepared(SINGLE, ODD, multiturn=True)
     assert capsys.readouterr().err.startswith(
         f"1 row ending in a user message without a response, the first at {tmp_path}/lima.jsonl line 2: "
     )

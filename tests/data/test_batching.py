@@ -26,7 +26,7 @@ from litlora.data.examples import Example, Turn
 from litlora.data.tokenizer import Tokenizer
 from litlora.nn.loss import IGNORE_INDEX
 
-CONVERSATION = Example((Turn("Hi", "Hello 🚪"), Turn("And?", "Bye")))
+CONVERSATION = Example.of(Turn("Hi", "Hello 🚪"), Turn("And?", "Bye"))
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +87,13 @@ def test_longer_examples_are_truncated_and_counted(tokenizer):
 
 
 def test_examples_without_labels_are_dropped_and_counted(tokenizer):
-    actual = encoded(tokenizer, CONVERSATION, Example((Turn("a" * 50, "b"),)), style="none", max_seq_length=10)
+    actual = encoded(tokenizer, CONVERSATION, Example.of(Turn("a" * 50, "b")), style="none", max_seq_length=10)
     assert (actual.truncated, actual.dropped, len(actual)) == (2, 1, 1)
 
 
 def test_dropped_examples_leave_the_others_unchanged(tokenizer):
     expected = encoded(tokenizer, CONVERSATION)[0]
-    actual = encoded(tokenizer, Example((Turn("a" * 300, "b"),)), CONVERSATION, style="{instruction}:")
+    actual = encoded(tokenizer, Example.of(Turn("a" * 300, "b")), CONVERSATION, style="{instruction}:")
     assert len(actual) == 1
     assert torch.equal(actual[0].tokens, expected.tokens)
     assert torch.equal(actual[0].labels, expected.labels)

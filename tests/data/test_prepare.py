@@ -9,9 +9,10 @@ import pytest
 from litlora.__main__ import main
 from litlora.args import PrepareArgs
 from litlora.data import prepare as preparing
-from litlora.data.examples import ANY, read_examples
+from litlora.data.dataset import read_examples
 from litlora.data.prepare import fetch, prepare
 from litlora.data.readers import RawFile
+from litlora.data.row_formats import ANY
 from litlora.errors import LitLoraError
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "x"}\n' % number for number in range(10))

@@ -12,7 +12,7 @@ from litlora.utils import resource_limits
 
 EOS = "</s>"
 ADD = Turn("Add them.", "3", input="1 and 2")
-CONVERSATION = Example((ADD, Turn("And once more?", " Still 3. "), Turn("🦙?", "Yes: 🦙.")), system="Be brief.")
+CONVERSATION = Example.of(ADD, Turn("And once more?", " Still 3. "), Turn("🦙?", "Yes: 🦙."), system="Be brief.")
 TEMPLATES = ["alpaca", "none", "Q: {instruction}\nA:", "Q: {instruction} ({input})\nA:"]
 
 CHATML = """\
@@ -152,7 +152,7 @@ def test_template_supervises_responses_and_their_eos(name):
 def test_generation_prompt_is_a_prefix_of_the_training_text(name):
     template, bos_token, eos_token, _ = CHATS.get(name, (None, None, EOS, EOS))
     chosen = style("chat" if template else name, template, bos_token, eos_token)
-    for example in (CONVERSATION, Example((ADD,)), Example((Turn("Say nothing.", ""),))):
+    for example in (CONVERSATION, Example.of(ADD), Example.of(Turn("Say nothing.", ""))):
         first = example.turns[0]
         prompt = chosen.prompt(first.instruction, first.input, example.system)
         rendered = chosen.render(example)
@@ -177,7 +177,7 @@ def test_unknown_style_is_refused_with_the_choices(name):
 
 
 @pytest.mark.parametrize("name", CHATS)
-@pytest.mark.parametrize("example", [CONVERSATION, Example((ADD,)), Example((Turn("<&'\"> é", "\n x"),))])
+@pytest.mark.parametrize("example", [CONVERSATION, Example.of(ADD), Example.of(Turn("<&'\"> é", "\n x"))])
 def test_chat_text_equals_transformers(name, example):
     template, bos_token, eos_token, _ = CHATS[name]
     chat = style("chat", template, bos_token, eos_token)
@@ -200,15 +200,15 @@ def test_chat_supervises_responses_with_their_end_token():
 
 
 def test_end_marker_other_than_eos_excludes_the_newline():
-    assert responses(style("chat", CHATML, eos_token="<|endoftext|>"), Example((ADD,))) == ["3<|im_end|>"]
+    assert responses(style("chat", CHATML, eos_token="<|endoftext|>"), Example.of(ADD)) == ["3<|im_end|>"]
 
 
 def test_response_containing_eos_is_supervised_completely():
-    assert responses(style("chat", LLAMA_2), Example((Turn("hi", "a</s>b"),))) == [" a</s>b </s>"]
+    assert responses(style("chat", LLAMA_2), Example.of(Turn("hi", "a</s>b"))) == [" a</s>b </s>"]
 
 
 def test_empty_response_is_its_end_token():
-    assert responses(style("chat", CHATML, eos_token="<|im_end|>"), Example((Turn("Hush.", ""),))) == ["<|im_end|>"]
+    assert responses(style("chat", CHATML, eos_token="<|im_end|>"), Example.of(Turn("Hush.", ""))) == ["<|im_end|>"]
 
 
 def test_default_system_prompt_belongs_to_the_prompt():
@@ -251,7 +251,7 @@ ENDLESS = "{% for n in range(99999) %}{{ 'x' * 9999 }}{% endfor %}"
 )
 def test_unusable_template_is_refused(template, reason):
     with pytest.raises(LitLoraError, match=f"^--prompt_style chat: the checkpoint's chat template {reason}") as error:
-        style("chat", template).render(Example((Turn("a question", "an|answer"), Turn("b?", "b|c"))))
+        style("chat", template).render(Example.of(Turn("a question", "an|answer"), Turn("b?", "b|c")))
     assert str(error.value).endswith("; use alpaca, none, or a text with {instruction}")
     assert "\n" not in str(error.value)
 

@@ -66,7 +66,7 @@ def test_max_iters_limits_the_micro_batches(engine, samples, tiny):
 
 
 def test_sample_completion_has_the_prompt_and_new_text(engine, tokenizer):
-    style, example = tokenizer.prompt_style("none"), Example((Turn("Name a fruit.", ""),))
+    style, example = tokenizer.prompt_style("none"), Example.of(Turn("Name a fruit.", ""))
     prompt, completion = sample_completion(engine, tokenizer, style, example, 8).split("\n", 1)
     assert prompt == "  Name a fruit."
     assert completion.startswith("  -> ")

@@ -21,8 +21,8 @@ from benchmarks.versions import section as version_section
 from transformers import AutoModelForCausalLM
 
 from litlora.data.batching import Samples, pack
+from litlora.data.dataset import read_examples
 from litlora.data.encoding import encode
-from litlora.data.examples import read_examples
 from litlora.data.tokenizer import Tokenizer
 from litlora.models.checkpoint import Checkpoint, block_linears
 from litlora.models.transformer import GPT

@@ -1,0 +1,111 @@
+"""Data sets as files: sources and prepared folders are read, split, and written as JSONL."""
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from io import BufferedReader
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from litlora.data.examples import Example
+from litlora.data.readers import RawFile, RowError, jsonl_lines, jsonl_rows, open_file, parse_rows
+from litlora.data.row_formats import ANY, ParsedRow, RowFormat
+from litlora.errors import LitLoraError
+from litlora.utils.files import complete_transaction, write_transaction
+
+Location = TypeVar("Location")
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read the examples of a prepared split."""
+    with open_split(path) as file:
+        raw = RawFile(str(path), path.suffix, file.read())
+    return [row.example for _, row in read_file(raw, ANY)]
+
+
+def open_split(path: Path) -> BufferedReader:
+    """Open a prepared split; LitLoraError with the command to prepare it if it is missing."""
+    complete_transaction(path.parent)
+    command = f"litlora prepare_json --source FILE --destination_path {path.parent}"
+    return open_file(path, if_missing=f"no {path.name} in {path.parent}; prepare one with: {command}")
+
+
+def read_example(path: Path, index: int, flag: str) -> Example:
+    """Read one row of a prepared split, counted from 0, without reading the others unless it is invalid."""
+    with open_split(path) as file:
+        rows = jsonl_rows(jsonl_lines(file))
+        _, row = next(islice(rows, index, None), (0, RowError()))
+    with suppress(RowError):
+        return ANY.parse(row).example
+    count = len(read_examples(path))  # raises if a row is invalid
+    raise LitLoraError(f"{flag} ({index}) must be below the number of rows in {path.name} ({count})")
+
+
+def read_file(file: RawFile, row_format: RowFormat) -> list[tuple[str, ParsedRow]]:
+    """Return every row with its location; LitLoraError if any is invalid."""
+    rows, invalid = read_rows(parse_rows(file), row_format)
+    require_rows(file.name, len(rows), [f"{location}: {error}" for location, error in invalid], row_format)
+    return rows
+
+
+def read_rows(
+    rows: Iterable[tuple[Location, object]], row_format: RowFormat
+) -> tuple[list[tuple[Location, ParsedRow]], list[tuple[Location, RowError]]]:
+    """Parse rows; return the valid ones and the errors of the invalid ones, with their locations."""
+    parsed, invalid = [], []
+    for location, row in rows:
+        try:
+            parsed.append((location, row_format.parse(row)))
+        except RowError as error:
+            invalid.append((location, error))
+    return parsed, invalid
+
+
+def require_rows(name: str, rows: int, invalid: Sequence[str], row_format: RowFormat) -> None:
+    """Refuse a file without rows, or with invalid ones: name the first and count the others."""
+    if invalid:
+        more = f" (invalid rows after it: {len(invalid) - 1:,})" if len(invalid) > 1 else ""
+        raise LitLoraError(f"{invalid[0]}{more}; a row must look like {row_format.shape}")
+    if not rows:
+        raise LitLoraError(f"{name} holds no rows; a row must look like {row_format.shape}")
+
+
+def split(examples: list[Example], val_split_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split into training and validation examples exactly as Lit-GPT does, so that losses are comparable."""
+    # Imported late: torch takes seconds, and an invalid row is reported before that
+    from torch import Generator
+    from torch.utils.data import random_split
+
+    fractions = [1 - val_split_fraction, val_split_fraction]
+    with warnings.catch_warnings(action="ignore"):  # torch warns of an empty subset; it is refused below
+        # A list has all that random_split needs of a Dataset: a length
+        subsets = random_split(examples, fractions, Generator().manual_seed(seed))  # type: ignore[arg-type, var-annotated]
+    train, val = ([examples[index] for index in subset.indices] for subset in subsets)
+    if not val:  # rounding never leaves the training split empty
+        raise LitLoraError(
+            f"--val_split_fraction ({val_split_fraction}) leaves no row for validation ({len(examples)} in all); "
+            "choose a larger fraction or add rows"
+        )
+    return train, val
+
+
+def write_dataset(
+    destination: Path, train: Sequence[Example], val: Sequence[Example], origin: Mapping[str, object]
+) -> None:
+    """Write train.jsonl, val.jsonl, and dataset.json with their origin."""
+    facts = {**origin, "rows": len(train) + len(val), "train": len(train), "val": len(val)}
+    about = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
+    write_transaction(
+        destination,
+        {
+            "train.jsonl": _to_jsonl(train),
+            "val.jsonl": _to_jsonl(val),
+            "dataset.json": about.encode(errors="backslashreplace"),  # a file name need not be UTF-8
+        },
+    )
+
+
+def _to_jsonl(examples: Sequence[Example]) -> bytes:
+    return "".join(json.dumps(example.to_json(), ensure_ascii=False) + "\n" for example in examples).encode()

@@ -1,0 +1,280 @@
+import json
+from itertools import product
+
+import pytest
+
+from litlora.data.dataset import read_examples
+from litlora.data.examples import Example, Message, ToolCall, Turn
+from litlora.data.row_formats import ANY
+from litlora.errors import LitLoraError
+
+ROW = '{"instruction": "Say hi.", "input": "", "output": "Hi."}'
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), "utf-8")
+        return read_examples(path)
+
+    return read
+
+
+@pytest.fixture
+def refusal(read, tmp_path):
+    def refusal(*rows):
+        with pytest.raises(LitLoraError) as refused:
+            read(*rows)
+        return str(refused.value).removeprefix(f"{tmp_path}/")
+
+    return refusal
+
+
+def conversation(*said, system=()):
+    roles = ["system"] * len(system) + ["user", "assistant"] * len(said)
+    return {"messages": [{"role": r, "content": c} for r, c in zip(roles, (*system, *said), strict=False)]}
+
+
+def weighted(**keys):
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **keys}]}
+
+
+HISTORY = '"history" must be a list of lists, each of a question and its answer'
+TOOL = 'a tool must be an object such as {"type": "function", "function": {"name": "..."}}'
+IMAGE = "message 2: content part 1 has the type 'image_url', but only text can be read"
+ARGUMENTS = "message 2: the arguments of a tool call are a list, not an object"
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c"}, Example.of(Turn("a", "c", "b"))),
+        ({"instruction": "a", "output": "c"}, Example.of(Turn("a", "c"))),
+        ({"instruction": "a", "input": None, "output": ""}, Example.of(Turn("a", ""))),
+        ({"prompt": "a", "completion": "c", "id": 7}, Example.of(Turn("a", "c"))),
+        (conversation("a", "b"), Example.of(Turn("a", "b"))),
+        (conversation("a", "b", "c", "d", system=["s"]), Example.of(Turn("a", "b"), Turn("c", "d"), system="s")),
+        (conversation("a", "b", "c"), Example.of(Turn("a", "b"))),
+    ],
+)
+def test_rows_of_all_formats_are_parsed(read, row, example):
+    assert read(row) == [example]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("Say hi.", "this is not valid JSON (Expecting value at column 1)"),
+        (["Say hi.", "Hi."], "this is a list, not an object"),
+        ({"instruction": "a"}, 'there is no "output"'),
+        ({"output": "a"}, 'there is no "instruction"'),
+        ({"prompt": "a", "output": "b"}, 'there is no "instruction"'),
+        ({"completion": "a"}, 'there is no "prompt"'),
+        ({"instruction": "a", "output": 4}, '"output" is a number, not a string'),
+        ({"instruction": "a", "output": None}, '"output" is null, not a string'),
+        ({"instruction": True, "output": "a"}, '"instruction" is a boolean, not a string'),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, '"input" is a list, not a string'),
+        ({"q": "a", "a": "b"}, "the keys ['q', 'a'] match no row format"),
+        ('{"instruction": "x", "output": "c", "instruction": "a"}', 'the key "instruction" is given twice'),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}',
+            'the key "content" is given twice',
+        ),
+        ({"text": ""}, '"text" is empty'),
+        ({"text": 4}, '"text" is a number, not a string'),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, HISTORY),
+        ({"instruction": "a", "output": "b", "history": [["c", "d", "e"]]}, HISTORY),
+        ({"instruction": "a", "output": "b", "history": [["c", None]]}, '"history" is null, not a string'),
+        (conversation("a", "b") | {"tools": ["look"]}, TOOL),
+        (conversation("a", "b") | {"tools": "look"}, '"tools" is a string, not a list'),
+        (conversation("a", [{"type": "image_url", "image_url": "c"}]), IMAGE),
+        (weighted(weight=0.5), 'message 2: "weight" is 0.5, but it must be 1 (supervised) or 0 (context)'),
+        (weighted(train="no"), "message 2: \"train\" is 'no', but it must be 1 (supervised) or 0 (context)"),
+        (weighted(tool_calls=[{"function": {}}]), 'message 2: there is no "name"'),
+        (weighted(tool_calls=[3]), "message 2: this is a number, not an object"),
+        (weighted(tool_calls=[{"function": {"name": "a", "arguments": [1]}}]), ARGUMENTS),
+        ({"conversations": [{"from": "gpt"}]}, 'message 1: there is no "content"'),
+        ({"conversations": [{"from": "function_call", "value": "look"}]}, "message 1: this is a string, not an object"),
+        ({"messages": "a"}, '"messages" is a string, not a list'),
+        ({"messages": []}, "the conversation has no response"),
+        ({"messages": ["a"]}, "the conversation has no response"),
+        ({"messages": ["a", 1]}, "message 1: this is a string, not an object"),
+        ({"messages": [{"role": "user", "content": None}]}, 'message 1: "content" is null, not a string'),
+        ({"messages": [{"role": "user"}]}, 'message 1: there is no "content"'),
+        (conversation("a"), "the conversation has no response"),
+        (conversation(system=["a"]), "the conversation has no response"),
+        (conversation("a", None), 'message 2: "content" is null, not a string'),
+        (
+            {"messages": [{"role": "narrator", "content": "a"}]},
+            "message 1: the role 'narrator' is not system, user, assistant or tool",
+        ),
+        (
+            '{"instruction": "a", "output": "b\\ud83d"}',
+            '"output" holds \\ud83d, an unpaired surrogate, which UTF-8 cannot encode',
+        ),
+    ],
+)
+def test_invalid_row_is_named_by_file_and_line(refusal, row, problem):
+    assert refusal(ROW, row) == f"rows.jsonl line 2: {problem}; a row must look like {ANY.shape}"
+
+
+def test_first_invalid_row_is_named_and_others_counted(refusal):
+    assert refusal("1", ROW, "nonsense", {"messages": []}).startswith(
+        "rows.jsonl line 1: this is a number, not an object (invalid rows after it: 2); a row must look like {"
+    )
+
+
+def test_file_without_rows_is_refused(refusal):
+    assert refusal("", "  ").startswith("rows.jsonl holds no rows; a row must look like {")
+
+
+USER, ASKED = {"role": "user", "content": "a"}, Message("user", "a")
+PARTS = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+SCHEMA = {"name": "look", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOLS = ({"type": "function", "function": SCHEMA},)
+CALL = ToolCall("look", {"city": "Oslo"}, "call_1")
+
+
+def answered(**keys):
+    return {"messages": [USER, {"role": "assistant", **keys}]}
+
+
+def parsed(row):
+    """Parse a row, and check that what train.jsonl holds of it is the same example, with nothing left out."""
+    parsed = ANY.parse(row)
+    again = ANY.parse(json.loads(json.dumps(parsed.example.to_json())))
+    assert again == (parsed.example, False, ())
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"content": PARTS}, Message("assistant", "bc")),
+        ({"content": ["b", "c"]}, Message("assistant", "bc")),
+        ({"content": "b", "name": "Ann"}, Message("assistant", "b", name="Ann")),
+        ({"content": "b", "reasoning_content": "c"}, Message("assistant", "b", reasoning="c")),
+        ({"content": "b", "thinking": "c"}, Message("assistant", "b", reasoning="c")),
+        ({"content": "b", "reasoning": "c"}, Message("assistant", "b", reasoning="c")),
+        ({"content": "b", "reasoning_content": "", "thinking": "c"}, Message("assistant", "b", reasoning="c")),
+        ({"content": None, "reasoning_content": "c"}, Message("assistant", reasoning="c")),
+        ({"content": "<think>\nc\n</think>\n\nb"}, Message("assistant", "b", reasoning="c")),
+        ({"content": "<think>c</think>b"}, Message("assistant", "b", reasoning="c")),
+        ({"content": "<think>\n\n</think>\n\nb"}, Message("assistant", "<think>\n\n</think>\n\nb")),
+        ({"content": "Write <think>c</think>"}, Message("assistant", "Write <think>c</think>")),
+        ({"content": "<think>c"}, Message("assistant", "<think>c")),
+        ({"content": [{"type": "thinking", "thinking": "c"}, PARTS[0]]}, Message("assistant", "b", reasoning="c")),
+        ({"content": [{"type": "thinking", "thinking": PARTS}]}, Message("assistant", reasoning="bc")),
+        ({"content": "b", "weight": 0}, Message("assistant", "b", weight=0)),
+        ({"content": "b", "train": False}, Message("assistant", "b", weight=0)),
+        ({"content": "b", "weight": 1, "train": True}, Message("assistant", "b")),
+        ({"content": "b", "weight": None}, Message("assistant", "b")),
+    ],
+)
+def test_keys_of_a_message_are_used(keys, message):
+    assert parsed(answered(**keys)) == (Example((ASKED, message)), False, ())
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ({"id": "call_1", "type": "function", "function": {"name": "look", "arguments": {"city": "Oslo"}}}, CALL),
+        ({"id": "call_1", "function": {"name": "look", "arguments": '{"city": "Oslo"}'}}, CALL),
+        ({"name": "look", "arguments": '{"city": "Oslo"}'}, ToolCall("look", {"city": "Oslo"})),
+        ({"function": {"name": "look", "arguments": "print(1)"}}, ToolCall("look", "print(1)")),
+        ({"function": {"name": "look"}}, ToolCall("look", {})),
+    ],
+)
+@pytest.mark.parametrize("tools", [[SCHEMA], list(TOOLS), json.dumps(TOOLS), [json.dumps(SCHEMA)]])
+def test_tool_calls_and_tools_are_used(call, expected, tools):
+    row = answered(content="b", tool_calls=[call])
+    row["messages"].append({"role": "tool", "content": "4", "tool_call_id": "call_1"})
+    row["messages"].append({"role": "assistant", "content": "c"})
+    called = Message("assistant", "b", tool_calls=(expected,))
+    result = Message("tool", "4", tool_call_id="call_1"), Message("assistant", "c")
+    assert parsed(row | {"tools": tools}) == (Example((ASKED, called, *result), TOOLS), False, ())
+    row["messages"][1]["content"] = None
+    assert parsed(row).example.messages[1] == Message("assistant", tool_calls=(expected,))
+
+
+SHAREGPT = [
+    {"from": "system", "value": "s"}, {"from": "human", "value": "a"},
+    {"from": "function_call", "value": json.dumps({"name": "look", "arguments": {"city": "Oslo"}})},
+    {"from": "observation", "value": "4"}, {"from": "gpt", "value": "b", "weight": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+def test_sharegpt_roles_are_read(key):
+    messages = (
+        Message("system", "s"), ASKED, Message("assistant", tool_calls=(ToolCall("look", {"city": "Oslo"}),)),
+        Message("tool", "4"), Message("assistant", "b", weight=0),
+    )  # fmt: skip
+    assert parsed({key: SHAREGPT, "tools": json.dumps([SCHEMA])}) == (Example(messages, TOOLS), False, ())
+    expected = Example((Message("system", "t"), *messages[1:]))
+    assert parsed({key: SHAREGPT[1:], "system": "t"}).example == expected
+
+
+@pytest.mark.parametrize("roles", [*product("sua", "sua"), "uuusa", "ssu", "au", "uta", "asus"], ids="".join)
+def test_roles_may_come_in_any_order(roles):
+    names = {"s": "developer", "u": "user", "a": "assistant", "t": "tool"}
+    messages = [{"role": names[role], "content": f"{number}"} for number, role in enumerate([*roles, "a"])]
+    expected = [message | {"role": message["role"].replace("developer", "system")} for message in messages]
+    assert parsed({"messages": messages}).example == Example(tuple(Message(**message) for message in expected))
+
+
+def test_empty_system_messages_are_no_messages():
+    for content in ({"content": None}, {"content": ""}, {}):
+        row = answered(content="b")
+        row["messages"].insert(0, {"role": "system", **content})
+        assert parsed(row) == (Example.of(Turn("a", "b")), False, ())
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("instruction", "output"), ("prompt", "completion"), ("instruction", "response"), ("prompt", "response"),
+        ("question", "answer"), ("query", "response"), ("problem", "solution"), ("input", "output"),
+    ],
+)  # fmt: skip
+def test_common_pairs_are_read(question, answer):
+    assert parsed({question: "a", answer: "b"}) == (Example.of(Turn("a", "b")), False, ())
+    row = {question: "a", answer: "b", "system": "s", "history": [["c", "d"]], "thinking": "e"}
+    expected = Example.of(Turn("c", "d"), Turn("a", "<think>e</think>b"), system="s")
+    assert expected.messages[-1] == Message("assistant", "b", reasoning="e")
+    assert parsed(row) == (expected, False, ())
+    if question != "input":
+        assert parsed({question: "a", answer: "b", "context": "c"}) == (Example.of(Turn("a", "b", "c")), False, ())
+        expected = Example.of(Turn("c", "d"), Turn("a", "<think>e</think>b", "i"), system="s")
+        assert parsed(row | {"input": "i"}) == (expected, False, ())
+
+
+def test_message_lists_under_prompt_and_completion_are_read():
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"prompt": [*said, {"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "d"}]}
+    context = (Message("user", "a"), Message("assistant", "b", weight=0), Message("user", "c"))
+    assert parsed(row) == (Example((*context, Message("assistant", "d"))), False, ())
+
+
+def test_plain_text_is_an_example():
+    assert parsed({"text": "Once.\n"}) == (Example(text="Once.\n"), False, ())
+
+
+@pytest.mark.parametrize(
+    ("row", "left_out"),
+    [
+        ({"instruction": "a", "output": "b", "id": 7, "label": None, "tags": []}, ("id",)),
+        ({"prompt": "a", "completion": "b", "response": "c", "text": "d"}, ("response", "text")),
+        (conversation("a", "b") | {"source": "x", "chosen": True}, ("source", "chosen")),
+        (weighted(logprobs=[1], refusal=None), ("messages[].logprobs",)),
+        (weighted(tool_calls=[{"index": 3, "function": {"name": "a", "strict": True}}]),
+         ("messages[].tool_calls[].index", "messages[].tool_calls[].function.strict")),
+        (conversation("a", [PARTS[0] | {"cache_control": 1}]), ("messages[].content[].cache_control",)),
+        ({"conversations": [{"from": "human", "value": "a", "weight": 1}, {"from": "gpt", "value": "b"}]},
+         ("conversations[].weight",)),
+        ({"text": "a", "meta": {"url": "b"}}, ("meta",)),
+    ],
+)  # fmt: skip
+def test_unknown_keys_are_named(row, left_out):
+    assert ANY.parse(row).left_out == left_out
