@@ -4,14 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from litlora.args import EvalArgs as EvalArgs
     from litlora.args import FinetuneLoraArgs as FinetuneLoraArgs
+    from litlora.args import TrainArgs as TrainArgs
     from litlora.train.report import Report as Report
     from litlora.train.setup import finetune as finetune
 
 __version__ = "0.1.0"
 _EXPORTS = {
+    "EvalArgs": "litlora.args",
     "FinetuneLoraArgs": "litlora.args",
     "Report": "litlora.train.report",
+    "TrainArgs": "litlora.args",
     "finetune": "litlora.train.setup",
 }
 """Names by the module that is imported when they are first used: `import litlora` does not import torch."""

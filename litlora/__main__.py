@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from litlora import __version__
-from litlora.args import FinetuneLoraArgs, GenerateArgs, MergeLoraArgs
+from litlora.args import CommandArgs, FinetuneLoraArgs
 from litlora.cli.parser import Call, parse
 from litlora.distributed.launcher import (
     adopt_srun_variables,
     follow_launcher,
     is_launched,
+    is_one_of_several,
     launch,
     let_threads_sleep,
     processes_to_launch,
@@ -63,31 +64,42 @@ def run(arguments: Sequence[str], *, in_process: bool = True) -> int:
     if isinstance(call, str):
         output(call)
         return 0
-    if isinstance(call.args, FinetuneLoraArgs):
-        adopt_srun_variables()
-    if "torch" not in sys.modules and not is_launched():  # otherwise the command's own checks are as quick
-        prepare_to_import(call)
-    if isinstance(call.args, FinetuneLoraArgs):
-        devices, nodes, dry_run = call.args.devices, call.args.num_nodes, call.args.dry_run
-        if count := processes_to_launch(devices, nodes, dry_run=dry_run, in_process=in_process):
-            same = ["-m", "litlora", *arguments] if in_process else sys.orig_argv[1:]
-            return launch([sys.executable, *same], count)
+    count = count_to_launch(call.args, in_process=in_process)
+    already_read = start(call, count)
+    if count:
+        same = ["-m", "litlora", *arguments] if in_process else sys.orig_argv[1:]
+        return launch([sys.executable, *same], count)
     let_threads_sleep()
     command = getattr(importlib.import_module(f"litlora.commands.{call.command}"), call.command)
-    command(call.args)
+    command(call.args, *already_read)
     if os.environ.get("RANK", "0") == "0":
         for line in importlib.import_module("litlora.commands.next_steps").next_steps(call.args):
             log(f"next: {line}")
     return 0
 
 
-def prepare_to_import(call: Call) -> None:
-    """Refuse what can be refused without torch, and report that it is being imported."""
-    checks = importlib.import_module("litlora.commands.early_checks")
-    checks.check_early(call.args)
-    if isinstance(call.args, FinetuneLoraArgs | GenerateArgs | MergeLoraArgs):
-        log(f"litlora {__version__}: {call.command}, loading torch ...")
-    checks.check_rows(call.args)
+def count_to_launch(args: CommandArgs, *, in_process: bool) -> int:
+    """Return how many processes are to be launched for a command; 0 to run it in this one."""
+    if not isinstance(args, FinetuneLoraArgs):
+        return 0
+    adopt_srun_variables()
+    return processes_to_launch(args.devices, args.num_nodes, dry_run=args.dry_run, in_process=in_process)
+
+
+def start(call: Call, count: int) -> tuple[object, ...]:
+    """Print which command runs, and refuse what can be refused without torch; return what was read, for the command.
+
+    Where a single process is launched, that process checks, so that each file is read once. With torch in memory, the
+    command's own checks are as quick.
+    """
+    if "torch" in sys.modules:
+        return ()
+    if not is_launched():
+        log(f"litlora {__version__}: {call.command}")
+    if count == 1 or is_one_of_several():
+        return ()
+    read: tuple[object, ...] = importlib.import_module("litlora.commands.early_checks").check_early(call.args)
+    return read
 
 
 if __name__ == "__main__":

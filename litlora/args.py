@@ -388,6 +388,13 @@ class FinetuneLoraArgs(CommandArgs):
         object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
         object.__setattr__(self, "optimizer", {**optimizer, "init_args": others})
 
+    def check_model(self, hidden_size: int, positions: int) -> int:
+        """Refuse a rank or a length beyond the base's, and return the maximum number of tokens of an example."""
+        # Every adapted layer reads or writes the residual stream: a higher rank than its width adds nothing.
+        need = f"at most the checkpoint's hidden_size ({hidden_size}): a higher rank adds nothing"
+        require(self.lora_r <= hidden_size, "--lora_r", self.lora_r, need)
+        return self.train.sequence_limit(positions)
+
     @property
     def lora_switches(self) -> tuple[str, ...]:
         """The enabled switches among query, key, value, projection, mlp and head."""

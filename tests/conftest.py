@@ -2,13 +2,17 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from getpass import getuser
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -43,6 +47,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs of this machine where no test is for one: a command takes the GPU that it sees."""
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(inductor_cache()))
+
+
+def inductor_cache() -> Path:
+    """Return a folder for code that inductor compiles for this CPU, as the environment limits its instruction sets.
+
+    Inductor would also take what another setting or machine has left in its own folder, and the processes of one run of
+    the tests should compile once.
+    """
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else platform.processor()
+    flags = [line for line in cpu.splitlines() if line.startswith("flags")][:1]
+    limits = [torch.__version__, torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA"), *flags]
+    key = sha256(repr(limits).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"litlora-inductor-{getuser()}-{key}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,13 +4,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from litlora import __version__
 from litlora.__main__ import main
 from litlora.args import COMMANDS
 from litlora.cli.settings import settings_of
+from litlora.errors import LitLoraError
+from litlora.train.optimizer_names import PAGED, check_name, torch_names
 from litlora.utils.manifest import write_manifest
 
 PROBE = """
@@ -101,7 +106,12 @@ REFUSED = {
     "evaluate_example": [*FINETUNE, "--eval.evaluate_example", "99"],
     "prompt_style": [*FINETUNE, "--prompt_style", "nonsense"],
     "chat": [*FINETUNE, "--prompt_style", "chat"],
+    "optimizer": [*FINETUNE, "--optimizer", "adamw_torch"],
+    "class_path": [*FINETUNE, "--optimizer.class_path", "no.such.Thing"],
+    "init_args only": [*FINETUNE, "--optimizer", '{"init_args": {"eps": 1}}'],
+    "rank": [*FINETUNE, "--lora_r", "100000000", "--dry_run"],
     "resume": [*FINETUNE, "--resume", "true"],
+    "truncated": [*FINETUNE, "--out_dir", "cut", "--resume", "cut/step-000001"],
     "resume path": [*FINETUNE, "--resume", "nowhere"],
     "other settings": [*FINETUNE, "--out_dir", "run", "--resume", "true", "--lora_r", "4"],
     "run in out_dir": [*FINETUNE, "--out_dir", "run"],
@@ -109,6 +119,8 @@ REFUSED = {
     "unwritable out_dir": [*FINETUNE, "--out_dir", "/proc/litlora"],
     "generate": ["generate", "nowhere"],
     "empty prompt": ["generate", "base", "--prompt="],
+    "long prompt": ["generate", "base", "--prompt", "a long prompt " * 100],
+    "many new tokens": ["generate", "adapter", "--base_dir", "base", "--prompt", "a", "--max_new_tokens", "1000"],
     "run folder": ["generate", "finished"],
     "base of adapter": ["generate", "adapter", "--base_dir", "nowhere"],
     "base_dir": ["generate", "base", "--base_dir", "base"],
@@ -143,6 +155,8 @@ def refused(tiny, data_dir, adapter, tmp_path_factory) -> dict[str, tuple[object
     settings = {"settings": {"lora_r": 8}, "contents": {}}
     (step / "run.json").write_text(json.dumps(settings))
     write_manifest(step)
+    cut = Path(shutil.copytree(run, folder / "cut"))
+    os.truncate(cut / "step-000001/adapter_model.safetensors", 100)
     shutil.copytree(adapter.parent, folder / "finished")
     shutil.copytree(adapter, folder / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -164,4 +178,63 @@ def test_refused_before_torch_is_imported(refused, name):
     assert code in (1, 2), stderr
     *before, sentence = stderr.splitlines()
     assert sentence.startswith("litlora: ")
-    assert not before or name == "bad row"  # which is looked for after the first line
+    assert before in ([], [f"litlora {__version__}: {REFUSED[name][0]}"])
+
+
+@pytest.fixture(scope="module")
+def run(tiny, data_dir, tmp_path_factory) -> list[str]:
+    """Train for a step, and return the command; the run looks as if it had been killed after it."""
+    folders = ["--data_dir", data_dir, "--out_dir", tmp_path_factory.mktemp("run") / "run"]
+    limits = ["--train.global_batch_size", 5, "--train.save_interval", 1, "--train.max_steps", 1]
+    command = ["finetune_lora", *map(str, [tiny, *folders, *limits, "--eval.max_new_tokens", 4])]
+    assert main(command) == 0
+    shutil.rmtree(Path(command[5]) / "final")
+    return command
+
+
+@pytest.mark.parametrize("command", ["generate", "merge_lora", "finetune_lora"])
+def test_command_from_a_shell_reads_each_file_once(command, run, adapter, tiny, tmp_path):
+    """The first line and all checks that need no torch come before it is imported, and nothing is read again."""
+    commands = {
+        "generate": ["generate", adapter, "--prompt", "x", "--max_new_tokens", "1"],
+        "merge_lora": ["merge_lora", adapter, "--out_dir", tmp_path / "merged"],
+        "finetune_lora": [*run, "--resume", "true", "--train.max_steps", "2", "--dry_run"],
+    }
+    record = tmp_path / "opened"
+    program = [sys.executable, "-m", "tests.helpers.opened_files", *map(str, commands[command])]
+    env = os.environ | {"OPENED": str(record), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(program, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == f"litlora {__version__}: {command}"
+    opened = Counter(record.read_text().splitlines())
+    step = Path(run[5]) / "step-000001"
+    hashed = [step / "adapter_model.safetensors", step / "training_state.safetensors"]
+    expected = [tiny / "config.json", *(hashed if command == "finetune_lora" else ())]
+    assert {path: opened[str(path)] for path in expected} == dict.fromkeys(expected, 1)
+
+
+def test_optimizers_are_known_without_torch():
+    """No optimizer that torch has is refused, whatever its release calls them."""
+    names = torch_names()
+    assert {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)} <= names
+    for name in names:
+        check_name(name)
+        check_name({"class_path": f"torch.optim.{name}"})
+    for name in (*PAGED, "bitsandbytes.optim.Lion"):
+        check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("adamw", "AdamW"), ("adamw_torch", "AdamW"), ("paged_adamw_8bit", "PagedAdamW8bit"), ("torch.optim.sgd", "SGD")],
+)
+def test_misspelt_optimizer_is_answered_with_the_nearest(name, near):
+    with pytest.raises(LitLoraError, match=f"^--optimizer {name} is not a torch optimizer: did you mean {near}\\?$"):
+        check_name(name)
+
+
+def test_settings_are_exported_without_torch():
+    """What a Python program needs for litlora.finetune is found in litlora itself."""
+    use = "litlora.TrainArgs, litlora.EvalArgs, litlora.FinetuneLoraArgs"
+    program = f"import sys, litlora; {use}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from litlora import __version__
 from litlora.__main__ import main
 from litlora.utils import resource_limits
 
@@ -635,8 +636,9 @@ def test_merge_lora_refuses_invalid_arguments(spoil, flags, sentence, capsys):
     ],
     ids=["setting", "flag", "generate", "merge_lora", "required"],
 )  # fmt: skip
-def test_process_prints_the_sentence_only(arguments, code, sentence, litlora):
+def test_process_prints_one_sentence(arguments, code, sentence, litlora):
     before = everything()
     done = litlora(*arguments)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"litlora: {sentence}\n")
+    started = f"litlora {__version__}: {arguments[0]}\n" if code == 1 else ""  # the flags are fine
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"{started}litlora: {sentence}\n")
     assert everything() == before

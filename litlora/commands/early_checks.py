@@ -1,63 +1,66 @@
 """What a command can refuse before torch is imported, which takes seconds. The command itself checks the rest."""
 
-from pathlib import Path
-
 from litlora.args import CommandArgs, FinetuneLoraArgs, GenerateArgs, MergeLoraArgs, PrepareArgs
+from litlora.commands.prompt import Prompt
 from litlora.data.dataset import read_example, read_examples
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
 from litlora.lora.adapter_config import read_settings
-from litlora.lora.adapter_folder import find_base, read_prompt_style
-from litlora.models.checkpoint_files import read_config, weight_files
-from litlora.models.config import GPTConfig
+from litlora.lora.adapter_folder import find_base
+from litlora.models.checkpoint_files import CheckpointFiles
+from litlora.train.optimizer_names import check_name
 from litlora.train.resume import AUTO, Identity, starting_point
 from litlora.utils.files import check_absent, check_writable
+from litlora.utils.manifest import find_truncation
 
 QUICK = 20_000_000  # bytes of rows that are read in less than a second
 
 
-def check_early(args: CommandArgs) -> None:
-    """Refuse what the files named by the arguments show at a glance."""
+def check_early(args: CommandArgs) -> tuple[object, ...]:
+    """Refuse what the files named by the arguments show at a glance; return what was read, for the command."""
     match args:
         case FinetuneLoraArgs():
-            _check_training(args)
+            return (check_training(args),)
         case GenerateArgs():
-            base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
-            if adapter_dir is not None:
-                read_settings(adapter_dir)
-            _check_base(base_dir, args.prompt_style or read_prompt_style(args.checkpoint_dir) or "none")
+            return (Prompt.read(args),)
         case MergeLoraArgs():
-            read_settings(args.checkpoint_dir)
-            base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
-            check_absent(args.out_dir, "--out_dir")
-            _check_base(base_dir, "none")
+            return (check_merge(args),)
         case PrepareArgs():
             check_writable(args.destination_path, "--destination_path")
+    return ()
 
 
-def check_rows(args: CommandArgs) -> None:
-    """Refuse a bad row of a data set, unless it is large or has been read by an earlier run."""
-    if not isinstance(args, FinetuneLoraArgs) or (args.data_dir / FOLDER).exists():
-        return
-    for path in (args.data_dir / "train.jsonl", args.data_dir / "val.jsonl"):
-        if path.stat().st_size <= QUICK:
-            read_examples(path)
+def check_merge(args: MergeLoraArgs) -> CheckpointFiles:
+    """Refuse an adapter or an output folder that does not do, and return the base."""
+    read_settings(args.checkpoint_dir)  # only a check
+    base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
+    check_absent(args.out_dir, "--out_dir")
+    base = CheckpointFiles.find(base_dir)
+    check_prompt_style(base.dir, "none")
+    return base
 
 
-def _check_training(args: FinetuneLoraArgs) -> None:
+def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
+    """Refuse settings that do not fit the files that they name, and return the base."""
     check_writable(args.out_dir, "--out_dir")
+    check_name(args.optimizer)
     # The run itself reports which checkpoint it takes, and with "auto" whether it is finished.
-    start = None if args.resume == AUTO else starting_point(args, report=lambda _: None)
-    config = _check_base(args.checkpoint_dir, args.prompt_style)
-    args.train.sequence_limit(config.max_position_embeddings)
+    start = None if args.resume == AUTO else starting_point(args, lambda _: None, find_truncation)
+    base = CheckpointFiles.find(args.checkpoint_dir)
+    check_prompt_style(base.dir, args.prompt_style)
+    args.check_model(base.config.hidden_size, base.config.max_position_embeddings)
     if start is not None:
         Identity.of(args, {}).check(start)
-    read_example(args.data_dir / "train.jsonl", 0, "--data_dir")
-    read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
+    _check_rows(args)
+    return base
 
 
-def _check_base(checkpoint_dir: Path, prompt_style: str) -> GPTConfig:
-    _, config = read_config(checkpoint_dir)
-    weight_files(checkpoint_dir)
-    check_prompt_style(checkpoint_dir, prompt_style)
-    return config
+def _check_rows(args: FinetuneLoraArgs) -> None:
+    """Refuse a bad row, unless the data set is large or has been read by an earlier run."""
+    train, val = args.data_dir / "train.jsonl", args.data_dir / "val.jsonl"
+    read_example(train, 0, "--data_dir")
+    read_example(val, args.eval.evaluate_example, "--eval.evaluate_example")
+    if not (args.data_dir / FOLDER).exists():
+        for path in (train, val):
+            if path.stat().st_size <= QUICK:
+                read_examples(path)

@@ -3,12 +3,13 @@
 import sys
 
 from litlora.args import FinetuneLoraArgs
+from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.train.setup import finetune, forecast
 
 
-def finetune_lora(args: FinetuneLoraArgs) -> None:
-    """Fine-tune a checkpoint with LoRA, or print what that would take (--dry_run)."""
+def finetune_lora(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> None:
+    """Fine-tune a checkpoint with LoRA, or print what that would take (--dry_run); `base` is what was read of it."""
     if args.dry_run:
-        sys.stdout.write(forecast(args))
+        sys.stdout.write(forecast(args, base))
     else:
-        finetune(args)
+        finetune(args, base)

@@ -76,7 +76,12 @@ def find_rank_info(devices: int, nodes: int) -> RankInfo:
 
 def is_launched() -> bool:
     """Tell whether the command line, torchrun or srun has started this process to train."""
-    return LOCAL_COUNT in os.environ or LAUNCHED in os.environ
+    return is_one_of_several() or LAUNCHED in os.environ
+
+
+def is_one_of_several() -> bool:
+    """Tell whether this process trains together with others."""
+    return LOCAL_COUNT in os.environ
 
 
 def processes_to_launch(devices: int, nodes: int, *, dry_run: bool, in_process: bool) -> int:

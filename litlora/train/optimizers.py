@@ -13,14 +13,12 @@ from litlora.errors import LitLoraError
 from litlora.lora.layer import LoRALinear
 from litlora.lora.variants import A
 from litlora.nn.nf4 import import_bitsandbytes
+from litlora.train.optimizer_names import PAGED, class_path_of, no_optimizer
 
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 """Parameters, or groups of them with settings of their own."""
 RATIO = "lr_ratio"
 """Setting of a group: its learning rate as a multiple of the schedule's."""
-
-# Those of bitsandbytes that go by their name alone, and whether their state moves to main memory when a GPU is full.
-PAGED = {"AdamW8bit": False, "PagedAdamW": True, "PagedAdamW8bit": True}
 
 
 def adapter_groups(layers: Iterable[LoRALinear], ratio: float) -> Parameters:
@@ -44,16 +42,13 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 def build_optimizer(optimizer: str | dict[str, Any], parameters: Parameters, lr: float) -> Optimizer:
     """Build an optimizer from its name in torch or bitsandbytes, or from its class_path and init_args."""
-    given: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
-    if given.keys() == {"init_args"}:
-        raise LitLoraError("--optimizer has init_args only: give its class_path as well, such as torch.optim.AdamW")
-    if not isinstance(given.get("class_path"), str) or given.keys() - {"class_path", "init_args"}:
-        raise LitLoraError(f"--optimizer ({optimizer}) must be a name, or class_path and init_args")
-    kind = _find(given["class_path"])
+    class_path = class_path_of(optimizer)
+    init_args = optimizer.get("init_args") if isinstance(optimizer, dict) else None
+    kind = _find(class_path)
     try:
-        return kind(parameters, **{"lr": lr, **(given.get("init_args") or {})})
+        return kind(parameters, **{"lr": lr, **(init_args or {})})
     except (RuntimeError, TypeError, ValueError) as error:
-        raise LitLoraError(f"--optimizer {given['class_path']} refuses its init_args: {error}") from error
+        raise LitLoraError(f"--optimizer {class_path} refuses its init_args: {error}") from error
 
 
 def check_optimizer(optimizer: str | dict[str, Any], lr: float, device: torch.device, ratio: float = 1) -> None:
@@ -82,7 +77,7 @@ def _find(class_path: str) -> type[Optimizer]:
     except (ImportError, TypeError) as error:  # TypeError: a relative name
         raise LitLoraError(f"--optimizer {class_path} cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        raise LitLoraError(f"--optimizer {class_path} is not a torch optimizer, such as AdamW or torch.optim.SGD")
+        raise no_optimizer(class_path)
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise LitLoraError(f"--optimizer {class_path} evaluates the loss several times a step, which is not supported")

@@ -97,12 +97,18 @@ def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [f"{name} have changed{cause if is_older and name != BASE else ''}" for name in names]
 
 
-def starting_point(args: FinetuneLoraArgs, report: Callable[[str], None] = log) -> Path | None:
+Check = Callable[[Path], str | None]
+"""What finds the fault of a checkpoint, if it has one."""
+
+
+def starting_point(
+    args: FinetuneLoraArgs, report: Callable[[str], None] = log, check: Check = find_corruption
+) -> Path | None:
     """Return the checkpoint to start from, or None for a run from the start.
 
     Refuses an output folder that holds another run, or no intact checkpoint of this one to resume from.
     """
-    out_dir, start = args.out_dir, _requested_checkpoint(args, report)
+    out_dir, start = args.out_dir, _requested_checkpoint(args, report, check)
     if (out_dir / FINAL).exists() and not args.overwrite:
         hint = "choose another, or replace it by --overwrite true"
         raise LitLoraError(f"--out_dir ({out_dir}) holds a finished run: {hint}")
@@ -113,9 +119,9 @@ def starting_point(args: FinetuneLoraArgs, report: Callable[[str], None] = log) 
     return start
 
 
-def _requested_checkpoint(args: FinetuneLoraArgs, report: Callable[[str], None]) -> Path | None:
+def _requested_checkpoint(args: FinetuneLoraArgs, report: Callable[[str], None], check: Check) -> Path | None:
     if isinstance(args.resume, Path):  # which "auto" is not
-        return intact(args.resume)
+        return intact(args.resume, check)
     if not args.resume:
         return None
     if args.resume is True and not args.out_dir.exists():
@@ -124,7 +130,7 @@ def _requested_checkpoint(args: FinetuneLoraArgs, report: Callable[[str], None])
         if (args.out_dir / METRICS).exists() or args.resume is True:
             report(f"there is no checkpoint in {args.out_dir} yet: starting at the first step")
         return None
-    return newest_intact(checkpoints, report)
+    return newest_intact(checkpoints, report, check)
 
 
 def is_local(start: Path | None, out_dir: Path) -> bool:
@@ -148,19 +154,19 @@ def no_checkpoint(folder: Path) -> LitLoraError:
     return LitLoraError(f"--resume: there is no checkpoint in {folder}; start without --resume")
 
 
-def intact(checkpoint: Path) -> Path:
+def intact(checkpoint: Path, check: Check) -> Path:
     """Return the checkpoint that --resume names, if it is one and intact."""
     if not (checkpoint / COUNTERS).is_file():
         raise no_checkpoint(checkpoint)
-    if fault := find_corruption(checkpoint):
+    if fault := check(checkpoint):
         raise LitLoraError(f"--resume: {checkpoint} is corrupt ({fault}); name another, or pass --resume true")
     return checkpoint
 
 
-def newest_intact(checkpoints: Sequence[Path], report: Callable[[str], None]) -> Path:
+def newest_intact(checkpoints: Sequence[Path], report: Callable[[str], None], check: Check) -> Path:
     """Return the last intact checkpoint, and report those that are corrupt."""
     for checkpoint in reversed(checkpoints):
-        fault = find_corruption(checkpoint)
+        fault = check(checkpoint)
         if fault is None:
             return checkpoint
         report(f"{checkpoint} is corrupt and skipped: {fault}")

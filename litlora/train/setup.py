@@ -36,6 +36,7 @@ from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
 from litlora.lora.targets import switch_targets
 from litlora.models.checkpoint import Checkpoint
+from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT, evaluating
 from litlora.nn.backend import backend
@@ -65,16 +66,17 @@ FISHER_EXAMPLES = 32
 """Examples that measure the Fisher information; eight times as many gave no lower loss."""
 
 
-def finetune(args: FinetuneLoraArgs) -> Report:
+def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Report:
     """Fine-tune a checkpoint with LoRA, and return the report of the run.
 
-    Called in a Python program, it trains in the program's process, on one device.
+    Called in a Python program, it trains in the program's process, on one device. `base` is what was read of the
+    checkpoint, if anything.
     """
     if args.dry_run:
         raise LitLoraError("--dry_run makes no report: leave it out, or call litlora.train.setup.forecast")
     stop = StopRequest(args.train.max_time)
     with joined(args) as (fabric, ranks):
-        inputs = find_inputs(args, fabric.device)
+        inputs = find_inputs(args, base, fabric.device)
         folder = run_folder(args, inputs, ranks)
         if ranks.broadcast_result(folder.is_left_alone):
             log(f"the run in {args.out_dir} is finished: adapter in {folder.final}")
@@ -91,10 +93,10 @@ def finetune(args: FinetuneLoraArgs) -> Report:
         return carry_out(run, progress, start, inputs.checkpoint)
 
 
-def forecast(args: FinetuneLoraArgs) -> str:
+def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str:
     """Return what a run would compute and the parts of its peak memory, as a table; no weight is loaded (--dry_run)."""
     with joined(args) as (fabric, ranks):
-        inputs = find_inputs(args, fabric.device)
+        inputs = find_inputs(args, base, fabric.device)
         folder = run_folder(args, inputs, ranks)
         ranks.broadcast_result(folder.check)
         data = read_data(args, inputs, ranks)
@@ -142,12 +144,12 @@ class Inputs:
         return {BASE: self.checkpoint.fingerprint()} | tokens | TOKENIZATION
 
 
-def find_inputs(args: FinetuneLoraArgs, device: torch.device) -> Inputs:
+def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: torch.device) -> Inputs:
     """Open the base and find the splits; refuse settings that do not fit them."""
-    checkpoint = Checkpoint.open(args.checkpoint_dir)
+    checkpoint = Checkpoint.open(base or args.checkpoint_dir)
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     style = tokenizer.prompt_style(args.prompt_style)
-    limit = args.train.sequence_limit(checkpoint.config.max_position_embeddings)
+    limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.max_position_embeddings)
     check_optimizer(args.optimizer, args.train.learning_rate, device, args.lora_plus_ratio)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from litlora.errors import LitLoraError
@@ -18,6 +19,21 @@ def write_manifest(folder: Path) -> None:
 
 def find_corruption(folder: Path) -> str | None:
     """Compare a folder with its manifest; return the first difference, or None if it is intact."""
+    return _find_difference(folder, lambda path, entry: _entry(path) == entry)
+
+
+def find_truncation(folder: Path) -> str | None:
+    """Compare a folder with its manifest as `find_corruption`, but read no content except for that of JSON files."""
+    return _find_difference(folder, _fits_at_a_glance)
+
+
+def _fits_at_a_glance(path: Path, entry: object) -> bool:
+    if path.suffix == ".json":
+        return _entry(path) == entry
+    return isinstance(entry, dict) and entry.get("size") == path.stat().st_size
+
+
+def _find_difference(folder: Path, fits: Callable[[Path, object], bool]) -> str | None:
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
     try:
@@ -25,7 +41,7 @@ def find_corruption(folder: Path) -> str | None:
             path = folder / Path(name).name
             if not path.is_file():
                 return f"{name} is missing"
-            if _entry(path) != entry:
+            if not fits(path, entry):
                 return f"{name} differs from its entry in {MANIFEST}"
     except (LitLoraError, OSError) as error:
         return str(error)

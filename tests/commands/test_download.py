@@ -14,6 +14,7 @@ from helpers.hub_server import Fault, HubServer, reachable_hub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
+from litlora import __version__
 from litlora.hub.origin import ORIGIN, origin
 
 TOKEN = "hf_aBcDeFgHiJ"
@@ -109,6 +110,7 @@ def test_error_is_one_sentence_without_the_token(hub: HubServer, tmp_path: Path,
     result = run(tmp_path, "--access_token", TOKEN)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
+        f"litlora {__version__}: download\n"
         "litlora: model org/name is gated, and the access token has no access to it: accept its licence at "
         f"{hub.url}/org/name as the token's owner, and let the token read gated repositories\n"
     )

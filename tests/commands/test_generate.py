@@ -15,7 +15,7 @@ from litlora.commands.generate import storage
 from litlora.data.prompt_styles import ALPACA
 from litlora.nn.nf4 import Quantization
 
-LOADING = f"litlora {__version__}: generate, loading torch ..."
+STARTED = f"litlora {__version__}: generate"
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_prompt_from_stdin(litlora, tiny):
     piped = litlora(*flags, stdin="Say hello\n")
     assert piped.returncode == 0
     assert piped.stdout == litlora(*flags, "--prompt", "Say hello").stdout
-    assert piped.stderr == f"{LOADING}\n"
+    assert piped.stderr == f"{STARTED}\n"
 
 
 def test_every_stop_id_ends_the_completion(tiny, tmp_path, generate):
@@ -127,8 +127,8 @@ def test_missing_compiler_is_reported_before_any_token(tiny, tmp_path, litlora):
     nothing = {"CXX": "no-such-compiler", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     run = litlora("generate", "--checkpoint_dir", tiny, "--prompt", "Say", "--compile", "true", **nothing)
     assert (run.returncode, run.stdout) == (1, "")
-    loading, sentence = run.stderr.splitlines()
-    assert loading == LOADING
+    started, sentence = run.stderr.splitlines()
+    assert started == STARTED
     assert sentence.startswith("litlora: --compile needs a C++ compiler: install g++, or leave --compile out (torch")
 
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from litlora import __version__
 from litlora.args import PrepareJsonArgs
 from litlora.commands.prepare_json import prepare_json
 from litlora.data.dataset import read_examples
@@ -65,7 +66,8 @@ def test_command_logs_to_stderr(litlora, tmp_path):
     )
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == (
-        f"1 training and 1 validation examples in {out}\nnext: litlora finetune_lora CHECKPOINT --data_dir {out}\n"
+        f"litlora {__version__}: prepare_json\n1 training and 1 validation examples in {out}\n"
+        f"next: litlora finetune_lora CHECKPOINT --data_dir {out}\n"
     )
 
 
@@ -74,5 +76,6 @@ def test_invalid_row_ends_the_command_with_one_sentence(litlora, tmp_path):
     done = litlora("prepare_json", "--source", tmp_path / "rows.jsonl", "--destination_path", tmp_path / "out")
     assert (done.returncode, done.stdout) == (1, "")
     assert f'{tmp_path}/rows.jsonl line 2: there is no "completion"; a row must look like ' in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"litlora {__version__}: prepare_json\n")
+    assert done.stderr.count("\n") == 2
     assert not (tmp_path / "out").exists()

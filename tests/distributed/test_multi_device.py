@@ -381,5 +381,5 @@ def test_mistake_is_reported_once(few, tmp_path):
     (tmp_path / "out/metrics.csv").write_text("")
     done = run("-m", "litlora", *arguments(few, tmp_path / "out", "--devices", 2))
     assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr.splitlines()) == 2
     assert "holds a run already" in done.stderr

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.abc
+import importlib.machinery
 import io
 import json
 import sys
@@ -11,10 +12,17 @@ class TorchImportedError(Exception):
     pass
 
 
-class NoTorch(importlib.abc.MetaPathFinder):
+class NoTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds torch, but refuses to run it."""
+
     def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            raise TorchImportedError
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "torch" else None
+        if spec is not None:
+            spec.loader = self
+        return spec
+
+    def exec_module(self, module):
+        raise TorchImportedError
 
 
 sys.meta_path.insert(0, NoTorch())

@@ -1,0 +1,52 @@
+"""What `generate` completes: the tokens of a prompt, and the checkpoint that they are for. Read without torch."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from litlora.args import NO_PROMPT, GenerateArgs
+from litlora.data.tokenizer import Tokenizer
+from litlora.errors import LitLoraError
+from litlora.lora.adapter_config import read_settings
+from litlora.lora.adapter_folder import find_base, read_prompt_style
+from litlora.models.checkpoint_files import CheckpointFiles
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt, with the base, the adapter if any, and the tokenizer of its completion."""
+
+    base: CheckpointFiles
+    adapter_dir: Path | None
+    tokenizer: Tokenizer
+    ids: list[int]
+
+    @classmethod
+    def read(cls, args: GenerateArgs) -> Self:
+        """Tokenize the prompt for the base, or refuse what does not fit it."""
+        base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
+        if adapter_dir is not None:
+            read_settings(adapter_dir)  # only a check
+        base = CheckpointFiles.find(base_dir)
+        tokenizer = Tokenizer(base.dir, base.hub_config)
+        style = tokenizer.prompt_style(args.prompt_style or read_prompt_style(args.checkpoint_dir) or "none")
+        ids = tokenizer.encode(style.prompt(read_text(args.prompt)), style.add_special_tokens).ids
+        check_length(len(ids), args.max_new_tokens, base.config.max_position_embeddings)
+        base.config.check_ids("the prompt", max(ids, default=0))
+        return cls(base, adapter_dir, tokenizer, ids)
+
+
+def read_text(given: str | None) -> str:
+    """Return --prompt, or else standard input without its last line break."""
+    text = sys.stdin.read().removesuffix("\n") if given is None else given
+    if not text:
+        raise LitLoraError(NO_PROMPT)
+    return text
+
+
+def check_length(prompt: int, new: int, positions: int) -> None:
+    """Refuse a prompt and completion that together are longer than the model's context."""
+    if prompt + new > positions:
+        fault = f"the prompt's {prompt} tokens and --max_new_tokens ({new}) are more than the checkpoint's {positions}"
+        raise LitLoraError(f"{fault} positions: shorten one of them")
