@@ -31,7 +31,7 @@ class Checkpoint:
         self.config = config
         self.weights = weights
         """The tensors under the Hub's names."""
-        self.unused = re.compile(family_of(hub_config).unused or DERIVED)
+        self.family = family_of(hub_config)
         self._model_names: dict[str, str] = {}
         """The model's names of tensors by the checkpoint's."""
         self._fingerprint: str | None = None
@@ -106,8 +106,8 @@ class Checkpoint:
         return self.weights[self.hub_name(name)]
 
     def hub_name(self, name: str) -> str:
-        """Return the checkpoint's name of a tensor of the model."""
-        return self._hub_names[name]
+        """Return the checkpoint's name of a tensor of the model, or the one that transformers would give it."""
+        return self._hub_names.get(name, self.config.hub_name(name))
 
     @cached_property
     def _hub_names(self) -> dict[str, str]:
@@ -125,27 +125,36 @@ class Checkpoint:
                 f'config.json has "num_hidden_layers": {layers}, but the weights have only {len(stored)} tensors'
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in self.outline().state_dict().items()}
-        self._model_names = {self.config.hub_name(name): name for name in shapes}
-        self._check_names(self._model_names.keys())
+        by_module = {self.config.hub_name(name): name for name in shapes}
+        self._check_names(by_module.keys())
+        self._model_names = {
+            name: by_module[module] for name in stored if (module := self.family.module_name(name)) in by_module
+        }
         for hub_name, name in self._model_names.items():
-            if hub_name in stored and stored[hub_name].shape != shapes[name]:
+            if stored[hub_name].shape != shapes[name]:
                 actual = tuple(stored[hub_name].shape)
                 self._refuse(f"{hub_name} has the shape {actual}, but config.json implies {shapes[name]}")
         self._check_tied_head()
 
     def _check_tied_head(self) -> None:
-        head, embedding = self.hub_name(HEAD), self.hub_name(EMBEDDING)
-        tied = self.config.tie_word_embeddings and head in self.weights
-        if tied and not torch.equal(self.weights[head], self.weights[embedding]):
+        tied = self.config.tie_word_embeddings and HEAD in self._hub_names
+        if tied and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
+            head, embedding = self.hub_name(HEAD), self.hub_name(EMBEDDING)
             self._refuse(f'config.json has "tie_word_embeddings": true, but {head} differs from {embedding}')
 
     def _check_names(self, expected: Set[str]) -> None:
+        """Compare the names of the model's parameters in transformers with those in the files."""
         optional = {self.config.hub_name(HEAD)} if self.config.tie_word_embeddings else set()
-        actual = {name for name in self.weights if not self.unused.search(name)}
-        if missing := sorted(expected - optional - actual):
+        actual = {self.family.module_name(name): name for name in self.weights if not self.is_unused(name)}
+        if missing := sorted(expected - optional - actual.keys()):
             self._refuse(f"the weights lack {first_three(missing)}")
-        if surplus := sorted(actual - expected):
+        if surplus := sorted(actual[name] for name in actual.keys() - expected):
             self._refuse(f"the weights have {first_three(surplus)}, which the model of config.json does not have")
+
+    def is_unused(self, hub_name: str) -> bool:
+        """Tell whether the model does without a tensor that a checkpoint of its family may have."""
+        patterns = filter(None, (DERIVED, self.family.unused))
+        return any(re.search(pattern, hub_name) for pattern in patterns)
 
     def _refuse(self, fault: str) -> NoReturn:
         hint = "use config.json and weights of the same model"

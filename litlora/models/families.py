@@ -8,6 +8,7 @@ transformers does not read for a family has no effect there, and is ignored here
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from litlora.models.hub_config import boolean, number, refusal, shown, size
@@ -55,14 +56,15 @@ def optional(key: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda values: None if values.get(key) is None else number(values, key)
 
 
-def activation(key: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that reads the name of an activation."""
+def activation(key: str, own: Mapping[str, str] = MappingProxyType({})) -> Callable[[Mapping[str, Any]], str]:
+    """Return a function that reads the name of an activation, some of which may have a meaning of their own."""
+    meanings = ACTIVATIONS | dict(own)
 
     def read(values: Mapping[str, Any]) -> str:
         name = values.get(key)
-        if not isinstance(name, str) or name not in ACTIVATIONS:
-            raise refusal(key, name, f"implemented are {', '.join(ACTIVATIONS)}")
-        return ACTIVATIONS[name]
+        if not isinstance(name, str) or name not in meanings:
+            raise refusal(key, name, f"implemented are {', '.join(meanings)}")
+        return meanings[name]
 
     return read
 
@@ -86,6 +88,8 @@ class Family:
     """Keys that only this family's implementation reads, with the one value that litlora implements."""
     module_names: Mapping[str, str] = field(default_factory=dict)
     """Parts of the names of modules that differ from Llama's, with what transformers calls them."""
+    file_names: tuple[tuple[str, str], ...] = ()
+    """Starts of the names of tensors in files that differ from those of modules, with the start of these."""
     unused: str = ""
     """A pattern of names of tensors that a checkpoint may have and the model does without."""
 
@@ -102,6 +106,13 @@ class Family:
         return {
             name: value(known) if callable(value) else value for name, value in (dict(LLAMA) | dict(self.flags)).items()
         }
+
+    def module_name(self, file_name: str) -> str:
+        """Return the name that a tensor of a file has in transformers' model."""
+        for start, own in self.file_names:
+            if file_name.startswith(start):
+                return own + file_name.removeprefix(start)
+        return file_name
 
 
 def renamed(name: str, parts: Mapping[str, str]) -> str:
@@ -136,6 +147,21 @@ def window_by_layer(values: Mapping[str, Any], layers: int) -> Windows:
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
+def window_by_pattern(pattern: int | str) -> Callable[[Mapping[str, Any], int], Windows]:
+    """Return a function that reads the window of the layers of type sliding_attention.
+
+    Unless their types are listed, every n-th layer has full attention, where n is a number or the value of a key.
+    """
+
+    def read(values: Mapping[str, Any], layers: int) -> Windows:
+        window = None if values.get("sliding_window") is None else size(values, "sliding_window")
+        every = size(values, pattern) if isinstance(pattern, str) else pattern
+        types = layer_types(values, layers) or [FULL if n % every == 0 else SLIDING for n in range(1, layers + 1)]
+        return tuple(window if kind == SLIDING else None for kind in types)
+
+    return read
+
+
 def _upper_layers(values: Mapping[str, Any], layers: int, upper: str) -> list[str]:
     """Return the type of each layer: full attention below max_window_layers, and `upper` from there on."""
     if upper == FULL:
@@ -158,11 +184,23 @@ def layer_types(values: Mapping[str, Any], layers: int) -> list[str]:
     return [LAYER_TYPES[kind] for kind in types]
 
 
+BIASED_ATTENTION: Flags = {"qkv_bias": flag("attention_bias"), "o_bias": flag("attention_bias")}
+LAYER_NORM: Flags = {"norm": "layer_norm", "norm_bias": True, "norm_eps": positive("layer_norm_eps")}
+GEMMA: Flags = {
+    **BIASED_ATTENTION,
+    "norm": "rms_plus_one",
+    "embedding_scale": lambda values: size(values, "hidden_size") ** 0.5,
+}
+OLMO_2: Flags = {**BIASED_ATTENTION, "qk_norm": "full", "pre_norms": False, "post_norms": True}
+POST_NORMS = {
+    "post_self_attn_layernorm": "post_attention_layernorm",
+    "post_mlp_layernorm": "post_feedforward_layernorm",
+}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         defaults={"max_position_embeddings": 2048},
         windows=no_window,
-        flags={"qkv_bias": flag("attention_bias"), "o_bias": flag("attention_bias"), "mlp_bias": flag("mlp_bias")},
+        flags={**BIASED_ATTENTION, "mlp_bias": flag("mlp_bias")},
     ),
     "mistral": Family(
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
@@ -177,6 +215,76 @@ FAMILIES: dict[str, Family] = {
         },
         windows=window_by_layer,
         flags={"qkv_bias": True},
+    ),
+    "qwen3": Family(
+        defaults={
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        windows=window_by_layer,
+        flags={**BIASED_ATTENTION, "qk_norm": "head"},
+    ),
+    "gemma": Family(
+        defaults={
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        windows=no_window,
+        flags={**GEMMA, "activation": activation("hidden_act", {"gelu": "gelu_tanh"})},
+        single_values={"use_bidirectional_attention": False},
+    ),
+    "olmo": Family(
+        defaults={"max_position_embeddings": 2048},
+        windows=no_window,
+        flags={
+            **BIASED_ATTENTION,
+            "norm": "layer_norm",
+            "norm_weight": False,
+            "norm_eps": 1e-5,
+            "clip_qkv": optional("clip_qkv"),
+        },
+    ),
+    "olmo2": Family(
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        windows=no_window,
+        flags=OLMO_2,
+        module_names=POST_NORMS,
+    ),
+    "starcoder2": Family(
+        defaults={
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "hidden_act": "gelu_pytorch_tanh",
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+        windows=one_window,
+        flags={
+            **LAYER_NORM,
+            "norm_eps": positive("norm_epsilon"),
+            "gated_mlp": False,
+            "qkv_bias": flag("use_bias"),
+            "o_bias": flag("use_bias"),
+            "mlp_bias": flag("use_bias"),
+        },
+        module_names={"up_proj": "c_fc", "down_proj": "c_proj"},
+    ),
+    "phi3": Family(
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 1.0,
+        },
+        windows=one_window,
+        flags={"fused_qkv": "rows", "fused_gate_up": True},
     ),
 }
 

@@ -1,9 +1,12 @@
-"""The model families that litlora supports, each as a small config."""
+"""The model families that litlora supports, each as a few small configs."""
 
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 SMALL = {
     "vocab_size": 300,
@@ -60,3 +63,72 @@ BIASED_BLOCKS = [
     Family("qwen2", Qwen2Config, BLOCK_SIZES),
 ]
 """Families with biases, for comparisons in NF4."""
+
+
+# Sizes of the matrix: rows end with a block of NF4.
+WHOLE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+MHA, MQA, TIED, UNTIED = (
+    {"num_key_value_heads": 4},
+    {"num_key_value_heads": 1},
+    {"tie_word_embeddings": True},
+    {"tie_word_embeddings": False},
+)
+WINDOW = {"sliding_window": 7}
+BIASES = {"attention_bias": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config of the matrix: its model_type, and the keys in which it differs from the small sizes."""
+
+    name: str
+    model_type: str
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> PretrainedConfig:
+        return AutoConfig.for_model(self.model_type, **WHOLE | self.keys)
+
+    def write(self, folder: Path, tokenizer_files: Path) -> None:
+        """Have transformers write a random checkpoint, in which norms and biases are random as well."""
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data += torch.empty_like(parameter).normal_(std=0.3)
+            else:
+                parameter.data.normal_(std=0.08)
+        model.save_pretrained(folder)
+        shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
+
+
+def three(model_type: str, *keys: dict[str, Any]) -> list[Case]:
+    """Return cases of one family, numbered."""
+    return [Case(f"{model_type}-{number}", model_type, its) for number, its in enumerate(keys)]
+
+
+MATRIX = [
+    *three("llama", {}, {**MHA, **TIED, **BIASES}, {**MQA, "mlp_bias": True, "head_dim": 32}),
+    *three(
+        "qwen3",
+        {"head_dim": 32},
+        {**MHA, **TIED, **BIASES, "head_dim": 16},
+        {**MQA, **WINDOW, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 16},
+    ),
+    *three("gemma", {"head_dim": 32}, {**MQA, "head_dim": 16}, {**MHA, **UNTIED, **BIASES, "head_dim": 16}),
+    *three("olmo", {"clip_qkv": 0.5}, {**MHA, **TIED}, {**MQA, **BIASES}),
+    *three("olmo2", {}, {**MHA, **TIED}, {**MQA, **BIASES}),
+    *three("starcoder2", WINDOW, {**MHA, **UNTIED}, {**MQA, "use_bias": False, "hidden_act": "gelu"}),
+    *three("phi3", {}, {**MHA, **WINDOW}, {**MQA, **TIED}),
+]
+"""Three or more configs of each family, which together have every flag of it."""

@@ -207,7 +207,7 @@ NUMBER = "it must be a number above 0"
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("model_type", "gemma", f"supported are {', '.join(FAMILIES)}"),
+        ("model_type", "gpt2", f"supported are {', '.join(FAMILIES)}"),
         ("model_type", None, f"supported are {', '.join(FAMILIES)}"),
         ("model_type", ["llama"], f"supported are {', '.join(FAMILIES)}"),
         ("hidden_act", "relu", f"implemented are {', '.join(ACTIVATIONS)}"),

@@ -1,0 +1,137 @@
+"""Every family against transformers, PEFT and bitsandbytes, on small random checkpoints."""
+
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.families import MATRIX, Case
+from helpers.reference import hugging_face, in_4_bits, with_peft
+from torch import Tensor
+
+from litlora.generation.sampler import Sampler
+from litlora.generation.session import generate
+from litlora.lora.checkpoint import load_adapter, write_adapter
+from litlora.lora.config import TARGET_MODULES, LoRAConfig
+from litlora.lora.layer import add_lora, lora_parameters
+from litlora.lora.merge import merge_adapter
+from litlora.lora.targets import switch_targets
+from litlora.models.checkpoint import Checkpoint
+from litlora.models.transformer import GPT
+from litlora.nn.loss import supervised_loss
+from litlora.nn.nf4 import Quantization
+
+CPU = torch.device("cpu")
+LENGTHS = [9, 1, 24]
+PROMPT = 6
+"""Tokens of the longest sequence that are not supervised."""
+GENERATED = 20
+NF4 = Quantization("bnb.nf4", torch.float32)
+BLOCK_SWITCHES = [switch for switch in TARGET_MODULES if switch != "head"]
+
+
+class Network:
+    """A checkpoint of the matrix, with the models that litlora and transformers make of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.checkpoint = folder, Checkpoint.open(folder)
+        self.config = self.checkpoint.config
+        self.theirs, self.ours = hugging_face(folder), self.load()
+
+    def load(self) -> GPT:
+        return self.checkpoint.load(torch.float32, CPU)
+
+    @cached_property
+    def adapter(self) -> Path:
+        """An adapter of all linear layers of the blocks, with random matrices, which litlora writes."""
+        model, folder = self.load(), self.folder / "adapter"
+        lora = LoRAConfig(4, 6, 0.0, switch_targets(BLOCK_SWITCHES, self.config))
+        add_lora(model, lora)
+        for parameter in lora_parameters(model).values():
+            torch.nn.init.normal_(parameter, std=0.05)
+        folder.mkdir()
+        write_adapter(folder, model, lora, self.folder, self.checkpoint.fingerprint(), "alpaca")
+        return folder
+
+
+@pytest.fixture(scope="module", params=MATRIX, ids=lambda case: case.name)
+def network(request, tmp_path_factory, tokenizer_files) -> Network:
+    case: Case = request.param
+    folder = tmp_path_factory.mktemp(case.name)
+    case.write(folder, tokenizer_files)
+    return Network(folder)
+
+
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(2, 300, (length,), generator=generator) for length in LENGTHS]
+
+
+@torch.no_grad()
+def logits(model: GPT) -> Tensor:
+    """Return the logits of all sequences, packed (T, vocab)."""
+    return model.logits(model(torch.cat(sequences()), LENGTHS))
+
+
+@torch.no_grad()
+def expected_logits(model: torch.nn.Module) -> Tensor:
+    return torch.cat([model(input_ids=tokens[None]).logits[0] for tokens in sequences()])
+
+
+def labels() -> Tensor:
+    """Return the labels of the longest sequence, whose prompt is not supervised."""
+    tokens = sequences()[-1]
+    return torch.cat((torch.full((PROMPT,), -100), tokens[PROMPT:]))
+
+
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=2e-6)
+
+
+def test_logits_equal_transformers(network):
+    close(logits(network.ours), expected_logits(network.theirs))
+
+
+def test_masked_loss_equals_transformers(network):
+    tokens, targets = sequences()[-1], labels()
+    following = torch.cat((targets[1:], targets.new_full((1,), -100)))
+    hidden = network.ours(tokens, [len(tokens)])
+    ours = supervised_loss(hidden, network.ours.lm_head, following, network.config.logit_softcap)
+    theirs = network.theirs(input_ids=tokens[None], labels=targets[None]).loss
+    close(ours / int((following >= 0).sum()), theirs)
+
+
+def test_greedy_tokens_equal_transformers(network):
+    prompt = sequences()[0]
+    ours = list(generate(network.ours, prompt.tolist(), Sampler(), max_new_tokens=GENERATED, stop_ids=[]))
+    settings = {"max_new_tokens": GENERATED, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    theirs = network.theirs.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), **settings)
+    assert ours == theirs[0, len(prompt) :].tolist()
+
+
+def test_adapter_gradients_equal_peft(network):
+    model, peft = network.load(), with_peft(network.folder, network.adapter, trainable=True)
+    load_adapter(model, network.adapter, network.checkpoint)
+    tokens, targets = sequences()[-1], labels()
+    following = torch.cat((targets[1:], targets.new_full((1,), -100)))
+    hidden = model(tokens, [len(tokens)])
+    loss = supervised_loss(hidden, model.lm_head, following, network.config.logit_softcap)
+    (loss / int((following >= 0).sum())).backward()
+    peft(input_ids=tokens[None], labels=targets[None]).loss.backward()
+    theirs = {name.replace(".default.", "."): p.grad for name, p in peft.named_parameters() if p.grad is not None}
+    ours = {f"base_model.model.{name}": p.grad for name, p in lora_parameters(model).items()}
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        close(gradient, theirs[name])
+
+
+def test_merged_checkpoint_equals_peft_in_transformers(network, tmp_path):
+    merge_adapter(network.adapter, network.checkpoint, tmp_path / "merged", dequantized=False)
+    merged = hugging_face(tmp_path / "merged")
+    close(expected_logits(merged), expected_logits(with_peft(network.folder, network.adapter)))
+    assert Checkpoint.open(tmp_path / "merged").weights.keys() == network.checkpoint.weights.keys()
+
+
+def test_nf4_logits_equal_bitsandbytes(network):
+    ours = network.checkpoint.load(torch.float32, CPU, NF4)
+    close(logits(ours), expected_logits(in_4_bits(network.folder, NF4, CPU)), atol=1e-4)
