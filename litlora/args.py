@@ -1,5 +1,7 @@
 """The flags and YAML keys of every command: type, default, help (the attribute docstrings) and validation."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +16,9 @@ Start = Literal["zero", "fisher"]
 
 NO_PROMPT = "the prompt is empty: give one with --prompt or on standard input"
 MASK = "**********"
+LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+BLOCKS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+"""A block, or the first and last of some."""
 
 
 class SecretStr:
@@ -46,6 +51,41 @@ def require_token(token: SecretStr | None) -> None:
     if token is not None and token.get_secret_value() == MASK:
         fault = "is printed in place of a token: give the token itself, or leave the setting out"
         raise LitLoraError(f"--access_token ({MASK}) {fault}", exit_code=2)
+
+
+def is_expression(text: object) -> bool:
+    """Tell whether a value is a regular expression, also as a part of another."""
+    try:
+        return isinstance(text, str) and bool(re.compile(f"({text})$"))
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def require_numbers_by_expression(flag: str, pattern: Mapping[str, float] | None) -> None:
+    """Refuse a pattern unless its keys are regular expressions and its values at least 1."""
+    for key, number in (pattern or {}).items():
+        require(is_expression(key), flag, key, "a mapping whose keys are layer names or regular expressions")
+        require(number >= 1, f"{flag}, {key}", number, "at least 1")
+
+
+def as_targets(targets: list[str] | str) -> list[str] | str:
+    """Return layer names as a list, whose commas part them in a text; another text is a regular expression."""
+    names = [name.strip() for name in (targets.split(",") if isinstance(targets, str) else targets)]
+    if names and all(map(LAYER_NAME.fullmatch, names)):
+        return names
+    is_text = isinstance(targets, str) and is_expression(targets)
+    require(is_text, "--lora_targets", targets, "layer names, such as q_proj,down_proj, or a regular expression")
+    return targets
+
+
+def as_blocks(blocks: list[int] | int | str) -> list[int]:
+    """Return the numbers of blocks that a text such as 0,2,8-15 gives."""
+    texts = blocks.split(",") if isinstance(blocks, str) else blocks if isinstance(blocks, list) else [blocks]
+    ranges = [BLOCKS.fullmatch(str(text).strip()) for text in texts]
+    numbers = [range(int(found[1]), int(found[2] or found[1]) + 1) for found in ranges if found]
+    is_right = bool(ranges) and len(numbers) == len(ranges) and all(numbers)
+    require(is_right, "--lora_layers", blocks, "blocks, such as 8-15 or 0,2,5")
+    return sorted({number for some in numbers for number in some})
 
 
 def plain(value: Any) -> Any:
@@ -304,6 +344,14 @@ class FinetuneLoraArgs(CommandArgs):
     """Train the magnitudes of the adapted weights apart from their directions (DoRA): slower, better at low rank."""
     lora_plus_ratio: float = 1.0
     """Learning rate of B as a multiple of that of A, such as 16 (LoRA+); A has --train.learning_rate."""
+    lora_rank_pattern: dict[str, int] | None = None
+    """Ranks of layers for which lora_r is not right, by last parts of names or regular expressions: {down_proj: 16}."""
+    lora_alpha_pattern: dict[str, float] | None = None
+    """The same for lora_alpha."""
+    lora_layers: list[int] | int | str | None = None
+    """Blocks to adapt, such as 8-15 or 0,2,5; by default all."""
+    lora_targets: list[str] | str | None = None
+    """Layers to adapt whatever the switches are: names such as q_proj,down_proj, or an expression for whole names."""
     lora_query: bool = True
     """Adapt the attention's query projection."""
     lora_key: bool = False
@@ -347,16 +395,28 @@ class FinetuneLoraArgs(CommandArgs):
         for name in ("devices", "num_nodes"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
         require_seed(self.seed)
+        self._check_lora()
+        self._adopt_rate_of_optimizer()
+
+    def _check_lora(self) -> None:
         require(self.lora_r >= 1, "--lora_r", self.lora_r, "at least 1")
         require(self.lora_alpha >= 1, "--lora_alpha", self.lora_alpha, "at least 1")
         require(0 <= self.lora_dropout < 1, "--lora_dropout", self.lora_dropout, "at least 0 and below 1")
-        require(1 <= self.lora_plus_ratio, "--lora_plus_ratio", self.lora_plus_ratio, "at least 1")
-        if not self.lora_switches:
+        require(self.lora_plus_ratio >= 1, "--lora_plus_ratio", self.lora_plus_ratio, "at least 1")
+        require_numbers_by_expression("--lora_rank_pattern", self.lora_rank_pattern)
+        require_numbers_by_expression("--lora_alpha_pattern", self.lora_alpha_pattern)
+        if self.lora_layers is not None:
+            object.__setattr__(self, "lora_layers", as_blocks(self.lora_layers))
+        if self.lora_targets is not None:
+            object.__setattr__(self, "lora_targets", as_targets(self.lora_targets))
+            if isinstance(self.lora_targets, str) and self.lora_layers is not None:
+                hint = "choose the blocks in it"
+                raise LitLoraError(f"--lora_layers does not go with the regular expression in --lora_targets: {hint}")
+        elif not self.lora_switches:
             raise LitLoraError(
                 "nothing would be trained: set at least one of --lora_query, --lora_key, "
                 "--lora_value, --lora_projection, --lora_mlp and --lora_head to true"
             )
-        self._adopt_rate_of_optimizer()
 
     def _take_texts_as_paths(self) -> None:
         """Accept from Python what the command line accepts: a folder as a text."""

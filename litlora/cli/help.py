@@ -11,12 +11,12 @@ from fnmatch import fnmatch
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from litlora.args import COMMANDS, SecretStr
 from litlora.cli.settings import Setting, sections_of, settings_of
 
-METAVARS = {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT", SecretStr: "TOKEN"}
+METAVARS = {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT", SecretStr: "TOKEN", dict: "{NAME: N}"}
 POSITIONALS = {"checkpoint_dir": "CHECKPOINT", "repo_id": "ORG/NAME"}
 """The settings that need no flag, and what their values are called."""
 GENERAL = (
@@ -115,7 +115,8 @@ def _shown(value: Any) -> str:
 def metavar_of(setting: Setting) -> str:
     """Return the form of a setting's value as a person writes it."""
     words = setting.choices
-    others = [METAVARS[kind] for kind in setting.types if kind in METAVARS]
+    kinds = [get_origin(kind) or kind for kind in setting.types]
+    others = [METAVARS[kind] for kind in kinds if kind in METAVARS]
     if setting.name == "optimizer":
         return "NAME"
     if others:

@@ -13,7 +13,7 @@ from litlora.errors import UsageError
 SHOWN = 60  # characters of a value that an error quotes
 NEEDS = {
     NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "a text",
-    SecretStr: "a text", dict: "a mapping",
+    SecretStr: "a text", dict: "a mapping", list: "a list",
 }  # fmt: skip
 
 

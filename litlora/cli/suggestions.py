@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-LAYERS = "--lora_query, --lora_key, --lora_value, --lora_projection, --lora_mlp and --lora_head"
 # What users of PEFT, TRL, transformers and Lit-GPT type, and what it is called here: the first that the command has.
 ALIASES: dict[str, Sequence[str]] = {
     # data, checkpoints, folders
@@ -148,9 +147,12 @@ ALIASES: dict[str, Sequence[str]] = {
     "alpha": ("--lora_alpha",),
     "dropout": ("--lora_dropout",),
     "init_lora_weights": ("--lora_init",),
-    "target_modules": (LAYERS,),
-    "lora_target_modules": (LAYERS,),
-    "lora_target": (LAYERS,),
+    "target_modules": ("--lora_targets",),
+    "lora_target_modules": ("--lora_targets",),
+    "lora_target": ("--lora_targets",),
+    "rank_pattern": ("--lora_rank_pattern",),
+    "alpha_pattern": ("--lora_alpha_pattern",),
+    "layers_to_transform": ("--lora_layers",),
     "lora_q": ("--lora_query",),
     "lora_k": ("--lora_key",),
     "lora_v": ("--lora_value",),

@@ -7,6 +7,7 @@ import yaml
 from litlora.hub.origin import Origin
 
 FIGURES = {
+    "adapter": "adapter",
     "val_loss": "validation loss",
     "val_perplexity": "validation perplexity",
     "train_loss": "training loss of the last epoch",
@@ -47,4 +48,10 @@ model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
 def _text(value: object) -> str:
     if value is None:
         return "not measured"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value).replace("|", "\\|")
+    )

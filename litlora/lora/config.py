@@ -87,9 +87,9 @@ class LoRAConfig:
         # As in PEFT, a whole name or a regular expression chooses its blocks itself.
         if self.layers_to_transform is None or isinstance(self.target_modules, str) or name in self.target_modules:
             return True
-        return self._block(name) in self.layers_to_transform
+        return self.block_of(name) in self.layers_to_transform
 
-    def _block(self, name: str) -> int | None:
+    def block_of(self, name: str) -> int | None:
         """Return the number of the block that a layer is part of, or None for a layer outside of the blocks."""
         for pattern in self.layers_pattern or (r"[^.]*",):
             if match := re.match(NUMBER_IN.format(pattern), name):
@@ -98,11 +98,11 @@ class LoRAConfig:
 
     def rank(self, name: str) -> int:
         """Return the rank of a layer's matrices."""
-        return _first_match(self.rank_pattern, name, self.r)
+        return _by_pattern(self.rank_pattern, name, self.r)
 
     def scaling(self, name: str) -> float:
         """Return a layer's alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
-        alpha, rank = _first_match(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
+        alpha, rank = _by_pattern(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -112,6 +112,11 @@ def _matches(modules: tuple[str, ...] | str, name: str) -> bool:
     return any(name == module or name.endswith(f".{module}") for module in modules)
 
 
-def _first_match(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
-    """Return the value under the first key that matches the last parts of a layer's name, as PEFT does."""
-    return next((value for key, value in pattern.items() if re.match(LAST_PARTS.format(key), name)), default)
+def first_match(pattern: Mapping[str, Number], name: str) -> str | None:
+    """Return the first key that matches the last parts of a layer's name, as PEFT does."""
+    return next((key for key in pattern if re.match(LAST_PARTS.format(key), name)), None)
+
+
+def _by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
+    key = first_match(pattern, name)
+    return default if key is None else pattern[key]

@@ -35,10 +35,12 @@ class Report:
     peak_memory_gb: float
     trainable_parameters: int
     frozen_parameters: int
+    adapter: str
+    """What was trained: variant, rank, targets and all that differs from the defaults."""
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, gpt: GPT, progress: Progress, val_loss: float | None) -> Self:
+    def of(cls, gpt: GPT, progress: Progress, val_loss: float | None, adapter: str) -> Self:
         """Summarize a run whose final adapter has this validation loss."""
         return cls(
             train_loss=progress.train_loss,
@@ -52,6 +54,7 @@ class Report:
             peak_memory_gb=peak_memory_gb(),
             trainable_parameters=count(gpt, trainable=True),
             frozen_parameters=count(gpt, trainable=False),
+            adapter=adapter,
             versions={package: version(package) for package in ("litlora", "torch", "bitsandbytes")},
         )
 

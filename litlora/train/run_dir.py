@@ -21,6 +21,7 @@ from litlora.hub.origin import origin
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.models.transformer import GPT
+from litlora.train.lora_flags import described
 from litlora.train.report import Report
 from litlora.train.resume import (
     AUTO,
@@ -55,6 +56,11 @@ class RunFolder:
     @property
     def path(self) -> Path:
         return self.args.out_dir
+
+    @property
+    def adapter(self) -> str:
+        """What the run trains, in a few words."""
+        return described(self.args, self.lora)
 
     @property
     def metrics(self) -> Path:

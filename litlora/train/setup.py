@@ -34,7 +34,6 @@ from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
-from litlora.lora.targets import switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
@@ -42,6 +41,7 @@ from litlora.models.transformer import GPT, evaluating
 from litlora.nn.backend import backend
 from litlora.nn.nf4 import Quantization, import_bitsandbytes
 from litlora.train.loop import Run, fit, loss_and_gradients
+from litlora.train.lora_flags import lora_config
 from litlora.train.memory_check import (
     check_memory,
     concurrent_micro_batches,
@@ -129,6 +129,7 @@ class Inputs:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     style: PromptStyle
+    lora: LoRAConfig
     max_seq_length: int
     encoder: SplitEncoder
     splits: tuple[Split, ...]
@@ -150,12 +151,13 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     style = tokenizer.prompt_style(args.prompt_style)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.max_position_embeddings)
+    lora = lora_config(args, checkpoint)
     check_optimizer(args.optimizer, args.train.learning_rate, device, args.lora_plus_ratio)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, args.prompt_style, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
-    return Inputs(checkpoint, tokenizer, style, limit, encoder, splits)
+    return Inputs(checkpoint, tokenizer, style, lora, limit, encoder, splits)
 
 
 def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolder:
@@ -163,7 +165,7 @@ def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolde
     hashes = inputs.hashes
     ranks.require_identical(hashes)
     kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
-    return kind(args, lora_config(args, inputs.checkpoint.config), inputs.tokenizer.files, Identity.of(args, hashes))
+    return kind(args, inputs.lora, inputs.tokenizer.files, Identity.of(args, hashes))
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ def carry_out(run: Run, progress: Progress, start: Path | None, checkpoint: Chec
             initialize_adapter(run, checkpoint)
         with run.stop.handling_signals():
             fit(run, progress)
-        report = Report.of(run.engine.gpt, progress, select_final_adapter(run.engine.gpt, progress))
+        val_loss = select_final_adapter(run.engine.gpt, progress)
+        report = Report.of(run.engine.gpt, progress, val_loss, run.folder.adapter)
         final = run.folder.save_final(run.engine.gpt, report)
     log(f"adapter in {final}")
     return report
@@ -286,19 +289,6 @@ def build_model(
     gpt.model.activation_checkpointing = args.train.activation_checkpointing
     backend(fabric.device).prepare_for_training()
     return gpt
-
-
-def lora_config(args: FinetuneLoraArgs, config: GPTConfig) -> LoRAConfig:
-    targets = switch_targets(args.lora_switches, config)
-    return LoRAConfig(
-        args.lora_r,
-        args.lora_alpha,
-        args.lora_dropout,
-        targets,
-        use_rslora=args.lora_use_rslora,
-        use_dora=args.lora_use_dora,
-        init=args.lora_init,
-    )
 
 
 def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | None) -> Samples:
@@ -347,6 +337,7 @@ def log_plan(run: Run) -> None:
         how = "sharded over" if isinstance(engine.gpt, FSDPModule) else "on each of"
         devices = f"{how} {engine.ranks.world_size} devices, the first of them {engine.fabric.device}"
     log(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, {devices}")
+    log(run.folder.adapter)
     log(f"{len(run.samples):,} examples with {tokens:,} tokens, {total_steps(len(run.samples), run.train):,} steps")
 
 

@@ -8,7 +8,6 @@ from litlora.cli.settings import settings_of
 from litlora.cli.suggestions import ALIASES, VALUES
 
 FINETUNE = ["finetune_lora", "checkpoints/pico", "--data_dir", "data"]
-LAYERS = "--lora_query, --lora_key, --lora_value, --lora_projection, --lora_mlp and --lora_head"
 FLAGS = {
     "--lr": "--train.learning_rate",
     "--learning_rate": "--train.learning_rate",
@@ -30,8 +29,8 @@ FLAGS = {
     "--alpha": "--lora_alpha",
     "--lora_aplha": "--lora_alpha",
     "--dropout": "--lora_dropout",
-    "--target_modules": LAYERS,
-    "--lora_target_modules": LAYERS,
+    "--target_modules": "--lora_targets",
+    "--lora_target_modules": "--lora_targets",
     "--lora_q": "--lora_query",
     "--model": "--checkpoint_dir",
     "--model_name_or_path": "--checkpoint_dir",

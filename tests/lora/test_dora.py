@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers import parity
 from helpers.families import WHOLE_BLOCKS
+from helpers.parity import CPU, TOKENS, check_equals_peft, logits, perturb
 from helpers.reference import hugging_face, in_4_bits, with_peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -13,31 +14,19 @@ from torch import nn
 
 from litlora.__main__ import main
 from litlora.generation.compile import prepare_for_decoding
-from litlora.lora.checkpoint import load_with_adapter, read_lora_config, write_adapter
+from litlora.lora.checkpoint import load_with_adapter, read_lora_config
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
-from litlora.lora.layer import LoRALinear, add_lora, freeze_adapter, lora_parameters
+from litlora.lora.layer import LoRALinear, add_lora, freeze_adapter
 from litlora.lora.variants import MAGNITUDE, DoRA
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT
 from litlora.nn.dropout import Dropout
 from litlora.nn.linear import Joint, Linear
-from litlora.nn.loss import supervised_loss
 from litlora.nn.nf4 import Quantization
 
-CPU = torch.device("cpu")
 NF4 = Quantization("bnb.nf4", torch.float32)
-TOKENS = torch.arange(3, 43)
 ALL = tuple(module for modules in TARGET_MODULES.values() for module in modules)
 TARGETS = pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids=["two", "all"])
-
-
-def perturb(parameters: dict[str, nn.Parameter]) -> None:
-    """Make an adapter differ from its start, as if trained: another B, and magnitudes up to a third away."""
-    for name, parameter in parameters.items():
-        if name.endswith(MAGNITUDE):
-            parameter.data.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
-        elif ".lora_B." in f".{name}":
-            nn.init.normal_(parameter, std=0.1)
 
 
 def adapted(
@@ -48,33 +37,7 @@ def adapted(
     quantization: Quantization | None = None,
 ) -> GPT:
     """Return a model with a DoRA adapter that looks trained, and write the adapter."""
-    torch.manual_seed(2)
-    checkpoint, config = Checkpoint.open(base), LoRAConfig(4, 6, 0.0, targets, use_dora=True)
-    model = checkpoint.load(dtype, CPU, quantization)
-    add_lora(model, config)
-    perturb(lora_parameters(model))
-    write_adapter(folder, model, config, base, checkpoint.fingerprint(), "alpaca")
-    return model
-
-
-def logits(model: GPT) -> torch.Tensor:
-    return model.lm_head(model(TOKENS, [len(TOKENS)]))
-
-
-def check_equals_peft(model: GPT, theirs: PeftModel, tolerance: float) -> None:
-    """Compare logits and gradients; PEFT stores magnitudes in a module, and saves them under the name of the layer."""
-    expected, labels = theirs(TOKENS[None]).logits[0], TOKENS.roll(-1)
-    torch.testing.assert_close(logits(model), expected, atol=tolerance, rtol=tolerance)
-    supervised_loss(model(TOKENS, [len(TOKENS)]), model.lm_head, labels).backward()
-    F.cross_entropy(expected.float(), labels, reduction="sum").backward()
-    named = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    gradients = {
-        name.replace(f"{MAGNITUDE}.default.weight", MAGNITUDE).replace(".default", ""): g for name, g in named.items()
-    }
-    ours = {f"base_model.model.{name}": p.grad for name, p in lora_parameters(model).items()}
-    assert gradients.keys() == ours.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(ours[name], gradient, atol=tolerance, rtol=tolerance)
+    return parity.adapted(base, folder, LoRAConfig(4, 6, 0.0, targets, use_dora=True), dtype, quantization)
 
 
 @TARGETS

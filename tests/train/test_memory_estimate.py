@@ -169,6 +169,17 @@ def test_dora_activations_take_the_bytes_that_its_graph_saves(precision, targets
     assert activation_bytes(described, load) == saved_bytes(described, load)
 
 
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
+def test_ranks_by_pattern_and_chosen_blocks_take_their_own_bytes(quantize):
+    chosen = {"rank_pattern": {"v_proj": 9, r"layers\.1\..*": 2}, "layers_to_transform": (1, 2)}
+    lora, load = LoRAConfig(4, 16, 0.1, ("q_proj", "v_proj"), **chosen), Load(LENGTHS, SUPERVISED)
+    described = replace(network(), lora=lora)
+    assert activation_bytes(described, load) == saved_bytes(described, load)
+    matrices = [p for p in real(described).parameters() if p.requires_grad]
+    parts = breakdown(replace(described, quantize=quantize), load, "SGD")
+    assert parts["adapter, float32"] == sum(matrix.nbytes for matrix in matrices)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointed"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids="-".join)
