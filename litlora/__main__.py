@@ -89,14 +89,15 @@ def count_to_launch(args: CommandArgs, *, in_process: bool) -> int:
 def start(call: Call, count: int) -> tuple[object, ...]:
     """Print which command runs, and refuse what can be refused without torch; return what was read, for the command.
 
+    Notes on a config file are printed as well.
     Where a single process is launched, that process checks, so that each file is read once. With torch in memory, the
     command's own checks are as quick.
     """
-    if "torch" in sys.modules:
-        return ()
+    has_torch = "torch" in sys.modules
     if not is_launched():
-        log(f"litlora {__version__}: {call.command}")
-    if count == 1 or is_one_of_several():
+        for line in ([] if has_torch else [f"litlora {__version__}: {call.command}"]) + list(call.notes):
+            log(line)
+    if has_torch or count == 1 or is_one_of_several():
         return ()
     read: tuple[object, ...] = importlib.import_module("litlora.commands.early_checks").check_early(call.args)
     return read

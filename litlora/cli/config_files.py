@@ -35,10 +35,12 @@ def parse_value(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Schema:
-    """The names that a YAML file may hold: those of settings, and of sections with settings of their own."""
+    """The names that a YAML file may hold: those of settings, of sections with settings of their own, and of others."""
 
     settings: Iterable[str]
     sections: Sequence[str] = field(default_factory=list)
+    foreign: Sequence[str] = ()
+    """Keys of another tool's files, which are translated."""
 
 
 def read_config(source: str, path: str, schema: Schema, section: str = "") -> dict[str, Given]:
@@ -111,7 +113,7 @@ class _Reader:
             name = prefix + key.value
             if name in self.schema.sections:
                 yield from self.read(value, f"{name}.")
-            elif name in self.schema.settings:
+            elif name in self.schema.settings or name in self.schema.foreign:
                 yield name, self._given(key, value)
             else:
                 near = near_key(name, self.schema.settings)

@@ -11,6 +11,7 @@ from litlora import __version__
 from litlora.args import COMMANDS, require
 from litlora.cli.config_files import Schema, parse_value, read_config, read_text
 from litlora.cli.help import command_help, overview, positional_of
+from litlora.cli.litgpt_files import KEYS, translate
 from litlora.cli.settings import Given, Setting, join, missing_from, refusal, sections_of, settings_of
 from litlora.cli.suggestions import near_flag, nearest
 from litlora.errors import LitLoraError, UsageError
@@ -27,6 +28,8 @@ class Call:
 
     command: str
     args: Any
+    notes: tuple[str, ...] = ()
+    """What a file asks for that is answered in another way."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,15 @@ def parse(arguments: Sequence[str]) -> Call | str:
 
 def _call(command: str, words: Words) -> Call | str:
     kind = COMMANDS[command]
-    given = _given(command, words, settings_of(kind))
+    prints = PRINT_CONFIG in words.switches
+    given, notes = translate(_given(command, words, settings_of(kind)), prepared=not prints)
     missing = [f"--{name}" for name in missing_from(kind, given)]
-    if missing and PRINT_CONFIG not in words.switches:
+    if missing and not prints:
         raise UsageError(f"missing {join(missing, 'and')}")
     typed_arguments = importlib.import_module("litlora.cli.typed_arguments")  # which imports jsonargparse
-    if PRINT_CONFIG in words.switches:
-        return str(typed_arguments.as_yaml(kind, given))
-    return Call(command, typed_arguments.build(kind, given))
+    if prints:
+        return "\n".join([*(f"# {note}" for note in notes), str(typed_arguments.as_yaml(kind, given))])
+    return Call(command, typed_arguments.build(kind, given), tuple(notes))
 
 
 def _find_command(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -107,7 +111,7 @@ def _given(command: str, words: Words, settings: Mapping[str, Setting]) -> dict[
     sections = sections_of(COMMANDS[command])
     _refuse_unknown(words, [*settings, *sections])
     flags = _with_positional(command, words)
-    schema = Schema(settings, sections)
+    schema = Schema(settings, sections, KEYS if command == "finetune_lora" else ())
     given: dict[str, Given] = {}
     for flag, path in _take(flags, [CONFIG]):
         given |= read_config(f"{flag} {path}", path, schema)
