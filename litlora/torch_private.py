@@ -42,12 +42,14 @@ def has_bfloat16_matmul() -> bool:
     return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None) -> Tensor:
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None, scale: float
+) -> Tensor:
     """Return the causal attention of packed sequences, which start and end at `bounds`, on a GPU."""
     limits = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     out: Tensor
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, bounds, bounds, longest, longest, 0.0, True, False, **limits
+        q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale, **limits
     )
     return out
 

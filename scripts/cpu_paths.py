@@ -40,6 +40,7 @@ from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.nn import backend
 from litlora.nn.attention import sdpa_per_sequence
+from litlora.nn.attention_spec import AttentionSpec
 from litlora.nn.backend import CPUBackend, WorkerThreads
 from litlora.nn.loss import IGNORE_INDEX, supervised_loss
 from litlora.nn.norm import RMSNorm
@@ -61,8 +62,10 @@ Step = Callable[[], Any]
 Ablation = Callable[[], AbstractContextManager[object]]
 
 
-def plain_attention(_: object, q: Tensor, k: Tensor, v: Tensor, spans: list[tuple[int, int]], window: None) -> Tensor:
-    return sdpa_per_sequence(q, k, v, [own for _, own in spans], window)
+def plain_attention(
+    _: object, q: Tensor, k: Tensor, v: Tensor, spans: list[tuple[int, int]], spec: AttentionSpec
+) -> Tensor:
+    return sdpa_per_sequence(q, k, v, [own for _, own in spans], spec)
 
 
 def plain_rotation(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

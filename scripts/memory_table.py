@@ -8,8 +8,10 @@ from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.models.config import GPTConfig
 from litlora.train.memory_estimate import Load, Network, breakdown
 
-COMMON = {"max_position_embeddings": 4096, "norm_eps": 1e-5, "rope_scaling": None, "sliding_window": None}
-# vocab_size, hidden_size, intermediate_size, layers, query heads, key-value heads, head_dim
+KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
 SHAPES = {
     "135M (SmolLM2)": (49152, 576, 1536, 30, 9, 3, 64),
     "1B (Llama 3.2)": (128256, 2048, 8192, 16, 32, 8, 64),
@@ -26,11 +28,8 @@ COLUMNS = ("model", "base", "weights", "adapter, gradients, AdamW", "activations
 
 
 def config(name: str) -> GPTConfig:
-    vocabulary, hidden, inner, layers, heads, keys, width = SHAPES[name]
-    return GPTConfig(
-        vocabulary, hidden, inner, layers, heads, keys, width,
-        rope_theta=1e4, tie_word_embeddings=name in TIED, **COMMON,
-    )  # fmt: skip
+    shape = dict(zip(KEYS, SHAPES[name], strict=True))
+    return GPTConfig.from_hub({"model_type": "llama", "tie_word_embeddings": name in TIED} | shape)
 
 
 def gigabytes(name: str, base: str, *, checkpointing: bool, tokens: int = TOKENS) -> tuple[float, float, float, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,20 @@ def visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
     return mask if window is None else mask & ones.triu(S - T - window + 1)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+class Spec(Protocol):
+    """What `nn.attention_spec.AttentionSpec` says of a layer."""
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], spec: Spec) -> Tensor:
     """Let every packed sequence attend to itself, causally, and to the prefix that it shares with the one before."""
-    out: Tensor = _BlockedAttention.apply(q, k, v, spans, window)  # type: ignore[no-untyped-call]
+    out: Tensor = _BlockedAttention.apply(q, k, v, spans, spec)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -39,15 +50,15 @@ class _BlockedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
-        ctx.spans, ctx.window = spans, window
-        mask, (keys, values) = _block_mask(_group(q, k), tuple(spans), window), (_seen(t, spans) for t in (k, v))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], spec: Spec) -> Tensor:
+        ctx.spans, ctx.spec = spans, spec
+        mask, (keys, values) = _block_mask(_group(q, k), tuple(spans), spec.window), (_seen(t, spans) for t in (k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         saved: list[Tensor | None] = []
-        for rows, seen in _blocks(spans, window):
-            probabilities = _probabilities(_grouped(q[rows], k), _by_head(keys[seen]), mask)
+        for rows, seen in _blocks(spans, spec.window):
+            probabilities, _ = _probabilities(_grouped(q[rows], k), _by_head(keys[seen]), mask, spec)
             out[rows] = _ungrouped(probabilities @ _by_head(values[seen]).float(), q[rows])
-            saves = any(ctx.needs_input_grad) and probabilities.shape[2] <= RETAINED_KEYS
+            saves = any(ctx.needs_input_grad) and saves_probabilities(probabilities.shape[2], spec)
             saved.append(_padded(probabilities, _group(q, k), q.dtype) if saves else None)
         ctx.save_for_backward(q, k, v, *saved)
         return out
@@ -57,15 +68,23 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, *saved), spans = ctx.saved_tensors, ctx.spans
         keys, values = (_seen(t, spans) for t in (k, v))
-        q_gradient, *others = _gradients(gradient, q, keys, values, saved, spans, ctx.window)
+        q_gradient, *others = _gradients(gradient, q, keys, values, saved, spans, ctx.spec)
         return q_gradient, *(_summed(t, spans).to(k.dtype) for t in others), None, None
 
 
-def probability_bytes(heads: int, n_kv: int, spans: Sequence[Span], window: int | None, dtype: torch.dtype) -> int:
+def saves_probabilities(keys: int, spec: Spec) -> bool:
+    """Tell whether a block that sees a number of keys saves its probabilities for the backward pass.
+
+    With a softcap, that needs the slope of each score as well, which follows from the products of queries and keys.
+    """
+    return keys <= RETAINED_KEYS and spec.softcap is None
+
+
+def probability_bytes(heads: int, n_kv: int, spans: Sequence[Span], spec: Spec, dtype: torch.dtype) -> int:
     """Return the bytes of the probabilities that are saved for the backward pass."""
     group = heads // n_kv
-    sizes = [((rows.stop - rows.start) * group, seen.stop - seen.start) for rows, seen in _blocks(spans, window)]
-    shapes = [_padded_shape(*size, group, dtype) for size in sizes if size[1] <= RETAINED_KEYS]
+    sizes = [((rows.stop - rows.start) * group, seen.stop - seen.start) for rows, seen in _blocks(spans, spec.window)]
+    shapes = [_padded_shape(*size, group, dtype) for size in sizes if saves_probabilities(size[1], spec)]
     return sum(n_kv * rows * keys for rows, keys in shapes) * matmul_dtype(dtype).itemsize
 
 
@@ -125,27 +144,30 @@ def _gradients(
     v: Tensor,
     saved: Sequence[Tensor | None],
     spans: Sequence[Span],
-    window: int | None,
+    spec: Spec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, and in float32 of the keys and values that they see, given the output's.
 
     Each block's probabilities are saved, or None. Zeros precede all keys, as the first block is padded as well.
     """
-    mask, dtype = _block_mask(_group(q, k), tuple(spans), window), matmul_dtype(q.dtype)
+    mask, dtype = _block_mask(_group(q, k), tuple(spans), spec.window), matmul_dtype(q.dtype)
     before = PAD_KEYS - 1 if caches_kernels(q.dtype) else 0
     queries, gradient = q.to(dtype), gradient.to(dtype)
     # The scores' scale is in the values: what is smaller than scores is scaled once.
-    keys, values = (F.pad(t.to(dtype), (0, 0, 0, 0, before, 0)) for t in (k, v.to(dtype) * q.shape[-1] ** -0.5))
+    keys, values = (F.pad(t.to(dtype), (0, 0, 0, 0, before, 0)) for t in (k, v.to(dtype) * spec.scale))
     q_gradient = torch.empty_like(q)
     k_gradient, v_gradient = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
-    for (rows, own), probabilities in zip(_blocks(spans, window), saved, strict=True):
+    for (rows, own), probabilities in zip(_blocks(spans, spec.window), saved, strict=True):
+        slope = None
         if probabilities is None:
-            recomputed = _probabilities(_grouped(q[rows], k), _by_head(k[own]), mask)
+            recomputed, slope = _probabilities(_grouped(q[rows], k), _by_head(k[own]), mask, spec)
             probabilities = _padded(recomputed, _group(q, k), q.dtype)
         seen = slice(own.stop + before - probabilities.shape[2], own.stop + before)
         here, upstream = (_grouped(t[rows], k, probabilities.shape[1]) for t in (queries, gradient))
         v_gradient[seen] += _by_head(probabilities.mT @ upstream)
         scores = softmax_backward(upstream @ _by_head(values[seen]).mT, probabilities, dtype)
+        if slope is not None:
+            scores[:, : slope.shape[1], -slope.shape[2] :] *= slope
         q_gradient[rows] = _ungrouped(scores @ _by_head(keys[seen]), q[rows])
         k_gradient[seen] += _by_head(scores.mT @ here)
     return q_gradient, k_gradient[before:], v_gradient[before:]
@@ -171,10 +193,13 @@ def _block_mask(group: int, spans: tuple[Span, ...], window: int | None) -> Tens
     return mask.repeat_interleave(group, dim=0)  # (block * group, keys)
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """Return the weight of each key for each query (n_kv, block * group, keys)."""
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
+    """Return the weight of each key for each query (n_kv, block * group, keys), and the slope of a softcap there."""
     here = mask[-q.shape[1] :, -k.shape[1] :].expand(len(q), -1, -1)
-    return torch.baddbmm(here, q.float(), k.float().mT, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+    if spec.softcap is None:
+        return torch.baddbmm(here, q.float(), k.float().mT, alpha=spec.scale).softmax(dim=-1), None
+    bounded = (q.float() @ k.float().mT).mul_(spec.scale / spec.softcap).tanh_()
+    return torch.add(here, bounded, alpha=spec.softcap).softmax(dim=-1), 1 - bounded.square()
 
 
 def _group(q: Tensor, k: Tensor) -> int:

@@ -1,7 +1,7 @@
 """Samples, global batches and packed micro-batches."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from itertools import pairwise
@@ -20,6 +20,8 @@ from litlora.nn.backend import Backend
 from litlora.nn.loss import IGNORE_INDEX
 
 T = TypeVar("T")
+Regimes = Callable[[int], tuple[int, ...]]
+"""Tells which lengths of a sequence have the same rotary frequencies: GPTConfig.rope_regimes."""
 CANDIDATES = 100  # global batches that are searched for the longest micro-batch
 
 
@@ -229,30 +231,33 @@ def with_dropout_seeds(micros: Sequence[MicroBatch]) -> list[MicroBatch]:
     return [replace(micro, seed=seed) for micro, seed in zip(micros, seeds, strict=True)]
 
 
-def optimize_layout(micro: MicroBatch, backend: Backend, dtype: torch.dtype) -> MicroBatch:
+def optimize_layout(micro: MicroBatch, backend: Backend, dtype: torch.dtype, regimes: Regimes) -> MicroBatch:
     """Arrange a micro-batch in the layout that is cheapest for a backend's matmuls in `dtype`; its loss is the same."""
-    micro = share_prefixes(micro) if backend.shares_prefixes else micro
+    micro = share_prefixes(micro, regimes) if backend.shares_prefixes else micro
     return pad(micro, backend.pad_multiple(len(micro.tokens), dtype))
 
 
-def share_prefixes(micro: MicroBatch) -> MicroBatch:
+def share_prefixes(micro: MicroBatch, regimes: Regimes) -> MicroBatch:
     """Remove from each sample the prefix that it shares with the one before it, which is then computed once.
 
-    Samples are sorted, so that those with a common prefix are neighbours. A token with a label is never shared.
+    Samples are sorted, so that those with a common prefix are neighbours. A token with a label is never shared, and
+    no prefix by samples whose lengths have different rotary frequencies.
     """
     pieces = zip(*(torch.split(t, list(micro.lengths)) for t in (micro.tokens, micro.labels)), strict=True)
-    samples = sorted((Sample(*piece) for piece in pieces), key=lambda sample: sample.tokens.tolist())
-    shared = (0, *(_shared_prefix(*neighbours) for neighbours in pairwise(samples)))
+    by_regime = [(regimes(len(piece[0])), Sample(*piece)) for piece in pieces]
+    by_regime.sort(key=lambda item: (item[0], item[1].tokens.tolist()))
+    pairs = pairwise(by_regime)
+    shared = (0, *(_shared_prefix(a, b) if before == regime else 0 for (before, a), (regime, b) in pairs))
+    samples = [sample for _, sample in by_regime]
     rests = [Sample(s.tokens[count:], s.labels[count:]) for s, count in zip(samples, shared, strict=True)]
     return replace(pack(rests), shared=shared)
 
 
 def pad(micro: MicroBatch, multiple: int) -> MicroBatch:
-    """Pad the packed sequence to a multiple: tokens without labels after the last sample, which no token attends to."""
+    """Pad the packed sequence to a multiple, by a further sequence of tokens without labels."""
     padding = -len(micro.tokens) % multiple
-    *others, last = micro.lengths
     tokens, labels = F.pad(micro.tokens, (0, padding)), F.pad(micro.labels, (0, padding), value=IGNORE_INDEX)
-    return replace(micro, tokens=tokens, labels=labels, lengths=(*others, last + padding))
+    return replace(micro, tokens=tokens, labels=labels, lengths=(*micro.lengths, padding)) if padding else micro
 
 
 def _shared_prefix(before: Sample, sample: Sample) -> int:

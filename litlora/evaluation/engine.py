@@ -27,7 +27,8 @@ class Engine:
 
     def summed_loss(self, micro: MicroBatch) -> Tensor:
         """Return the sum of the losses of a micro-batch's supervised tokens; training and validation share it."""
-        micro = optimize_layout(micro, backend(self.fabric.device), compute_dtype(self.precision))
+        dtype, regimes = compute_dtype(self.precision), self.gpt.config.rope_regimes
+        micro = optimize_layout(micro, backend(self.fabric.device), dtype, regimes)
         tokens, labels = self.fabric.to_device((micro.tokens, micro.labels))
         with self.fabric.autocast(), drawing_from(torch.Generator().manual_seed(micro.seed)):
             hidden = self.gpt(tokens, micro.lengths, shared=micro.shared)

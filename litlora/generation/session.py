@@ -18,9 +18,17 @@ class Session:
         weight = model.model.embed_tokens.weight
         self.model, self.device = model, weight.device
         self.cache = KVCache(model.config, max_length, weight.dtype, weight.device)
+        self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)
 
     def next_logits(self, tokens: Tensor) -> Tensor:
-        """Append tokens (T,) and return the logits (vocab,) after the last; only single tokens use compiled code."""
+        """Append tokens (T,) and return the logits (vocab,) after the last; only single tokens use compiled code.
+
+        Where the sequence grows into other rotary frequencies, all of its tokens are computed again.
+        """
+        self.tokens = torch.cat((self.tokens, tokens))
+        regimes = self.model.config.rope_regimes
+        if regimes(self.cache.length) != regimes(self.cache.length + len(tokens)):
+            tokens, self.cache.length = self.tokens, 0
         # A stance imports the compiler, which takes seconds.
         eager = self.model.is_compiled and len(tokens) > 1
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():

@@ -1,25 +1,17 @@
 """The shape of a model, read from the checkpoint's own config.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from litlora.errors import LitLoraError
 from litlora.models.families import Windows, family_of, renamed
-from litlora.models.hub_config import boolean, number, refusal, size
+from litlora.models.hub_config import boolean, refusal, size
+from litlora.models.rope_config import RopeConfig, Ropes
+from litlora.nn.attention_spec import AttentionSpec
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling of the rotary wavelengths (rope_type llama3)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -35,8 +27,7 @@ class GPTConfig:
     head_dim: int
     max_position_embeddings: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    ropes: Ropes
     sliding_window: int | None
     tie_word_embeddings: bool
     full_attention_layers: tuple[int, ...] = ()
@@ -87,13 +78,12 @@ class GPTConfig:
         family.check_keys(hub)
         values = dict(family.defaults) | hub
         shape: dict[str, Any] = {key: size(values, key) for key in SIZES} | _heads(values)
-        rope = _rope_parameters(values)
+        windows = family.windows(values, shape["num_hidden_layers"])
         return cls(
             **shape,
-            rope_theta=number(rope, "rope_theta", 10000.0),
-            rope_scaling=_rope_scaling(rope),
+            ropes=family.ropes(values, shape["head_dim"], windows),
             tie_word_embeddings=boolean(values, "tie_word_embeddings"),
-            **_window(family.windows(values, shape["num_hidden_layers"])),
+            **_window(windows),
             **family.read_flags(values),
             module_names=tuple(family.module_names.items()),
         )
@@ -105,6 +95,26 @@ class GPTConfig:
     def hub_name(self, name: str) -> str:
         """Return the name that a module or parameter has in transformers, and for PEFT."""
         return renamed(name, dict(self.module_names))
+
+    def rope(self, layer: int) -> RopeConfig | None:
+        """Return the rotary embedding of a layer, or None if it has none."""
+        return self.ropes[layer]
+
+    @cached_property
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """How the queries of each layer weight its keys."""
+        windows = map(self.window, range(self.num_hidden_layers))
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return tuple(AttentionSpec(window, scale, self.attention_softcap) for window in windows)
+
+    @cached_property
+    def distinct_ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotary embeddings that at least one layer has."""
+        return tuple(rope for rope in dict.fromkeys(self.ropes) if rope is not None)
+
+    def rope_regimes(self, length: int) -> tuple[int, ...]:
+        """Return what is equal for all lengths of a sequence at which it has the same frequencies."""
+        return tuple(rope.regime(length) for rope in self.distinct_ropes)
 
     def check_ids(self, source: str, highest: int) -> None:
         """Refuse ids beyond the embedding, as of a tokenizer to which tokens were added but the weights were not."""
@@ -134,43 +144,3 @@ def _heads(values: Mapping[str, Any]) -> dict[str, int]:
     if shape["head_dim"] % 2:
         raise refusal("head_dim", shape["head_dim"], "it must be even")
     return {"num_attention_heads": heads, **shape}
-
-
-def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Join the two spellings: `rope_theta` beside `rope_scaling`, or `rope_parameters`."""
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(key) or {}
-    if not isinstance(rope, dict):
-        raise refusal(key, rope, "it must be an object or null")
-    theta = values.get("rope_theta")
-    rope = rope if theta is None else {"rope_theta": theta} | rope
-    if _rope_type(rope) != "llama3":
-        return rope
-    # As in transformers, a length beside the rope's parameters overrides theirs.
-    default = {"original_max_position_embeddings": values["max_position_embeddings"]}
-    beside = {key: values[key] for key in default if values.get(key) is not None}
-    return default | rope | beside
-
-
-def _rope_type(rope: Mapping[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> Llama3Scaling | None:
-    rope_type = _rope_type(rope)
-    if rope_type not in ("default", "llama3"):
-        raise refusal("rope_type", rope_type, "only default and llama3 are implemented")
-    keys = [field.name for field in fields(Llama3Scaling)] if rope_type == "llama3" else []
-    for key in sorted(rope.keys() - ROPE_KEYS - set(keys)):
-        raise refusal(key, rope[key], f"rope_type {rope_type} does not have it")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise refusal("partial_rotary_factor", rope["partial_rotary_factor"], "only 1 is implemented")
-    return None if rope_type == "default" else _llama3_scaling(rope)
-
-
-def _llama3_scaling(rope: Mapping[str, Any]) -> Llama3Scaling:
-    factors = {key: number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
-    if factors["low_freq_factor"] >= factors["high_freq_factor"]:
-        raise refusal("low_freq_factor", rope["low_freq_factor"], "it must be below high_freq_factor")
-    original = size(rope, "original_max_position_embeddings")
-    return Llama3Scaling(**factors, original_max_position_embeddings=original)

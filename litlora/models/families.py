@@ -7,21 +7,24 @@ transformers does not read for a family has no effect there, and is ignored here
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from litlora.models.hub_config import boolean, number, refusal, shown, size
+from litlora.models.rope_config import RopeConfig, Ropes, joined, read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}
+PARTIAL_ROTARY = "partial_rotary_factor"
 # What transformers reads for every family, and the one value that is implemented; null is as good as absent.
 SINGLE_VALUES: dict[str, Any] = {
     "attention_chunk_size": None,
     "attention_dropout": 0,
     "is_causal": True,
     "kv_sharing_modes": None,
-    "partial_rotary_factor": 1,
+    PARTIAL_ROTARY: 1,
     "per_layer_config": {},
     "quantization_config": None,
     "transformers_weights": None,
@@ -37,8 +40,16 @@ Windows = tuple[int | None, ...]
 """The sliding window of each layer, or None for a layer without one."""
 
 
+RopeReader = Callable[[Mapping[str, Any]], RopeConfig]
+"""Reads the parameters of one rotary embedding."""
+
 Flags = Mapping[str, Any]
 """Fields of GPTConfig: the value of each, or a function that reads it from the keys of config.json."""
+
+
+def one_rope(values: Mapping[str, Any], windows: Windows, read: RopeReader) -> Ropes:
+    """Read one rotary embedding for all layers."""
+    return (read(joined(values)),) * len(windows)
 
 
 def flag(key: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -82,6 +93,10 @@ class Family:
     """Values of keys that a config.json may leave out."""
     windows: Callable[[Mapping[str, Any], int], Windows]
     """Reads the sliding window of each of n layers."""
+    layer_ropes: Callable[[Mapping[str, Any], Windows, RopeReader], Ropes] = one_rope
+    """Reads the rotary embedding of each layer, given the layers' windows."""
+    interleaved_rope: bool = False
+    """Whether neighbouring dimensions are rotated together, and not those of the two halves."""
     flags: Flags = field(default_factory=dict)
     """The flags of the transformer that differ from Llama's."""
     single_values: Mapping[str, Any] = field(default_factory=dict)
@@ -94,9 +109,12 @@ class Family:
     """A pattern of names of tensors that a checkpoint may have and the model does without."""
 
     def check_keys(self, hub: Mapping[str, Any]) -> None:
-        """Refuse a key that has an effect in transformers and is not implemented for its value."""
+        """Refuse a key that has an effect in transformers and is not implemented for its value.
+
+        A key with a default is implemented.
+        """
         for key, only in (SINGLE_VALUES | dict(self.single_values)).items():
-            if hub.get(key) is not None and hub[key] != only:
+            if key not in self.defaults and hub.get(key) is not None and hub[key] != only:
                 reason = f"only {shown(only)} is implemented"
                 raise refusal(key, hub[key], REASONS.get(key, reason))
 
@@ -113,6 +131,12 @@ class Family:
             if file_name.startswith(start):
                 return own + file_name.removeprefix(start)
         return file_name
+
+    def ropes(self, values: Mapping[str, Any], head_dim: int, windows: Windows) -> Ropes:
+        """Return the rotary embedding of each layer."""
+        read = partial(read_rope, values=values, head_dim=head_dim, partial_rotary=PARTIAL_ROTARY in self.defaults)
+        ropes = self.layer_ropes(values, windows, read)
+        return tuple(rope and replace(rope, interleaved=self.interleaved_rope) for rope in ropes)
 
 
 def renamed(name: str, parts: Mapping[str, str]) -> str:

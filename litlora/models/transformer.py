@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.models.config import GPTConfig
 from litlora.models.kv_cache import KVCache
-from litlora.models.rope_scaling import inverse_frequencies
+from litlora.models.rope_scaling import RopeTables
 from litlora.nn.activation import ACTIVATIONS, gated, softcap
 from litlora.nn.attention import attend
 from litlora.nn.backend import Span, backend
 from litlora.nn.dropout import drawn_again
 from litlora.nn.linear import Joint, Linear
 from litlora.nn.norm import NormOfEachHead, RMSNorm
-from litlora.nn.rope import Rope, rotate, turns
+from litlora.nn.rope import Rope, rotate
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.clip = config.head_dim, config.clip_qkv
         self.fused, self.norms_all_heads = config.fused_qkv, config.qk_norm == "full"
-        self.window = config.window(layer)
+        self.spec = config.attention_specs[layer]
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.qkv_bias
         self.sizes = [n * config.head_dim for n in (heads, kv_heads, kv_heads)]
         if self.fused:
@@ -65,14 +65,16 @@ class Attention(nn.Module):
         if not self.fused:
             self.joint = Joint(self.q_proj, self.k_proj, self.v_proj)
 
-    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope, past: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope | None, past: Tensor | None) -> Tensor:
         q, k, v = self.heads(x)
-        q, k = rotate(q, rope), rotate(k, rope)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+            q = q if rope.query_scale is None else (q * rope.query_scale).to(q.dtype)
         if past is None:
-            y = backend(q.device).varlen_attention(q, k, v, spans, self.window)
+            y = backend(q.device).varlen_attention(q, k, v, spans, self.spec)
         else:
             past[:, :, -len(k) :] = torch.stack((k, v)).transpose(1, 2)  # (2, n_kv, T, head_dim)
-            y = attend(q.transpose(0, 1), *past, window=self.window).transpose(0, 1)
+            y = attend(q.transpose(0, 1), *past, spec=self.spec).transpose(0, 1)
         out: Tensor = self.o_proj(y.flatten(1))  # (T, hidden)
         return out
 
@@ -147,7 +149,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_mlp_layernorm = make_norm_if(config.post_norms, config)
 
-    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope, past: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope | None, past: Tensor | None) -> Tensor:
         normed = self.input_layernorm(x)
         attended = self.post_self_attn_layernorm(self.self_attn(normed, spans, rope, past))
         after = torch.add(x, attended, alpha=self.scale)
@@ -170,18 +172,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.activation_checkpointing = False  # whether backward recomputes the activations inside of blocks
-        # Not part of the checkpoint, hence computed even where the model is built on the meta device.
-        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
-        self.inv_freq: Tensor
+        self.ropes = config.ropes
 
     def forward(self, tokens: Tensor, spans: Sequence[Span], cache: KVCache | None) -> Tensor:
         x = scaled(self.embed_tokens(tokens), self.embedding_scale)  # (T, hidden)
         start = cache.length if cache else 0
-        positions = torch.cat(
-            [torch.arange(start + shared, start + shared + own, device=tokens.device) for shared, own in spans]
-        )
-        rope = turns(positions[:, None] * self.inv_freq, x.dtype)
-        for layer, past in zip(self.layers, cache.grow(len(tokens)) if cache else repeat(None), strict=False):
+        tables = RopeTables(spans, start, x.dtype, tokens.device)
+        pasts = cache.grow(len(tokens)) if cache else repeat(None)
+        for layer, rope_config, past in zip(self.layers, self.ropes, pasts, strict=False):
+            rope = None if rope_config is None else tables[rope_config]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
                     layer, x, spans, rope, past,

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from litlora.cpu.attention import visible
 from litlora.cpu.onednn import has_slow_products
+from litlora.nn.attention_spec import AttentionSpec
 from litlora.torch_private import flash_attention
+
+OPTIONS = {"window_size", "enable_gqa", "scale"}
+"""What torch's attention of packed sequences must accept."""
 
 
 @cache
@@ -26,38 +31,53 @@ def public_varlen_attention() -> Any:
     if find_spec("torch.nn.attention.varlen") is None:
         return None
     attention = import_module("torch.nn.attention.varlen").varlen_attn
-    return attention if {"window_size", "enable_gqa"} <= inspect.signature(attention).parameters.keys() else None
+    return attention if OPTIONS <= inspect.signature(attention).parameters.keys() else None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec) -> Tensor:
     """Causal attention of the last T positions of a sequence of S.
 
     q is (n_head, T, head_dim), k and v are (n_kv, S, head_dim). Returns (n_head, T, head_dim).
     """
-    on_cpu = q.device.type == "cpu"
+    on_cpu, window = q.device.type == "cpu", spec.window
     if on_cpu and has_slow_products(q.dtype):
-        return attend(q.float(), k.float(), v.float(), window=window).to(q.dtype)
+        return attend(q.float(), k.float(), v.float(), spec=spec).to(q.dtype)
     T, S = q.shape[1], k.shape[1]
     if window is not None and S > T + window - 1:
         first = S - (T + window - 1)  # no query sees the keys before
         k, v, S = k[:, first:], v[:, first:], T + window - 1
     fused = on_cpu and torch.compiler.is_compiling()
-    if T == 1 and not fused:  # the heads of a group are to their keys what several queries would be
-        y = F.scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[2]), k[None], v[None])
+    if T == 1 and not fused and spec.softcap is None:
+        # The heads of a group are to their keys what several queries would be.
+        y = F.scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[2]), k[None], v[None], scale=spec.scale)
         return y.reshape(q.shape)  # not all kernels of a GPU return the layout of their input
     k, v = (_repeat_heads(t, len(q) // len(t)) for t in (k, v))  # few kernels read the keys of a group as they are
-    if T == 1:
-        return _attend_one_query(q, k, v)
-    masked = S > T or (window is not None and T > window)
-    mask = visible(T, S, window, q.device) if masked else None
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None)[0]
+    if T == 1 and fused:
+        return _attend_one_query(q, k, v, spec)
+    mask = visible(T, S, window, q.device) if S > T or (window is not None and T > window) else None
+    if spec.softcap is not None:
+        return _attend_with_softcap(q, k, v, spec, mask)
+    options: dict[str, Any] = {"is_causal": mask is None, "scale": spec.scale}
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, **options)[0]
 
 
-def _attend_one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_one_query(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Let one query (n_head, 1, head_dim) see all keys (n_head, S, head_dim), by loops that a compiler can fuse."""
-    scores = (q.float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
+    scores = capped((q.float() * spec.scale * k.float()).sum(-1), spec)
     y: Tensor = (scores.softmax(-1)[..., None] * v.float()).sum(-2, keepdim=True)
     return y.to(q.dtype)
+
+
+def _attend_with_softcap(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None) -> Tensor:
+    """Attend by the formula, since no kernel of torch has a softcap; without a mask, all positions are queries."""
+    seen = visible(q.shape[1], k.shape[1], None, q.device) if mask is None else mask
+    scores = capped((q @ k.mT).float() * spec.scale, spec).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def capped(scores: Tensor, spec: AttentionSpec) -> Tensor:
+    """Bound scores by the softcap, if there is one."""
+    return scores if spec.softcap is None else torch.tanh(scores / spec.softcap) * spec.softcap
 
 
 def _repeat_heads(t: Tensor, times: int) -> Tensor:
@@ -65,19 +85,26 @@ def _repeat_heads(t: Tensor, times: int) -> Tensor:
     return t[:, None].expand(-1, times, -1, -1).flatten(0, 1)
 
 
-def sdpa_per_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+def sdpa_per_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], spec: AttentionSpec) -> Tensor:
     """Let each of the packed sequences attend to itself, one after the other: (T, heads, head_dim)."""
     sequences = zip(*(torch.split(t.transpose(0, 1), list(lengths), dim=1) for t in (q, k, v)), strict=True)
-    return torch.cat([attend(*sequence, window=window) for sequence in sequences], dim=1).transpose(0, 1)
+    attention = attend if spec.softcap is None else _attend_twice
+    return torch.cat([attention(*sequence, spec=spec) for sequence in sequences], dim=1).transpose(0, 1)
 
 
-def varlen_flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
+def _attend_twice(q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec) -> Tensor:
+    """Attend, and again in the backward pass, so that scores, which are quadratic in the length, are not saved."""
+    out: Tensor = checkpoint(attend, q, k, v, spec=spec, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def varlen_flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], spec: AttentionSpec) -> Tensor:
     """Let all packed sequences attend to themselves at once, by FlashAttention: (T, heads, head_dim)."""
     bounds, longest = _bounds(lengths, q.device), max(lengths)
     if (public := public_varlen_attention()) is None:
-        return flash_attention(q, k, v, bounds, longest, window)
-    limits = (-1 if window is None else window - 1, 0)
-    out: Tensor = public(q, k, v, bounds, bounds, longest, longest, window_size=limits, enable_gqa=True)
+        return flash_attention(q, k, v, bounds, longest, spec.window, spec.scale)
+    options: dict[str, Any] = {"window_size": (-1 if spec.window is None else spec.window - 1, 0), "scale": spec.scale}
+    out: Tensor = public(q, k, v, bounds, bounds, longest, longest, enable_gqa=True, **options)
     return out
 
 

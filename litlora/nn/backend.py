@@ -24,10 +24,15 @@ from litlora.cpu.huge_pages import move_to_huge_pages
 from litlora.cpu.worker_threads import WorkerThreads as WorkerThreads
 from litlora.cpu.worker_threads import worker_count
 from litlora.nn.attention import sdpa_per_sequence, varlen_flash_attention
+from litlora.nn.attention_spec import AttentionSpec
 
 FLOAT32 = 4  # bytes
 WORKSPACES = 2 * 2**25
 """Bytes of cuBLAS's workspaces on a Hopper GPU, forward and backward; others take a quarter of it."""
+BLOCK_SCORES = 3
+"""Copies of a block's scores in its backward pass on a CPU: probabilities, their gradients, and the scores'."""
+SOFTCAP_SCORES = 5
+"""Copies of a sequence's scores in its backward pass on a GPU, where there is a softcap."""
 LAUNCHED_LOGITS = 2**24
 """Logits that become float32 probabilities at once on a GPU, which launches few kernels for them."""
 
@@ -68,7 +73,7 @@ class AttentionShape:
     n_head: int
     n_kv: int
     head_dim: int
-    window: int | None
+    spec: AttentionSpec
 
 
 class Backend(ABC):
@@ -90,11 +95,10 @@ class Backend(ABC):
         """Return x W^T + b (T, out) for a weight in NF4."""
 
     @abstractmethod
-    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], spec: AttentionSpec) -> Tensor:
         """Let every packed sequence attend to itself, causally, and to the prefix that it shares with the one before.
 
-        q is (T, n_head, head_dim), k and v are (T, n_kv, head_dim); with a window, a query sees its own position and
-        the window - 1 before it. Returns (T, n_head, head_dim).
+        q is (T, n_head, head_dim), k and v are (T, n_kv, head_dim). Returns (T, n_head, head_dim).
         """
 
     @abstractmethod
@@ -134,7 +138,7 @@ class Backend(ABC):
         """Return how many rows of a weight exist at one time where products need it in another dtype."""
 
     @abstractmethod
-    def saves_attention_output(self, dtype: torch.dtype) -> bool:
+    def saves_attention_output(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
         """Tell whether attention saves its output for the backward pass."""
 
     @abstractmethod
@@ -143,7 +147,7 @@ class Backend(ABC):
 
     @abstractmethod
     def attention_score_bytes(self, shape: AttentionShape, longest: int) -> int:
-        """Return the bytes of one copy of the scores of a head that exist at one time."""
+        """Return the bytes of the scores of a head, and of values derived from them, that exist at one time."""
 
     @abstractmethod
     def memory_overheads(self, activations: int, mlp_bytes: int) -> dict[str, int]:
@@ -163,8 +167,8 @@ class CPUBackend(Backend):
     def nf4_linear(self, x: Tensor, weight: NF4Storage, bias: Tensor | None) -> Tensor:
         return matmul.sliced_linear(x, weight, bias)
 
-    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
-        return cpu_attention.varlen_attention(q, k, v, spans, window)
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], spec: AttentionSpec) -> Tensor:
+        return cpu_attention.varlen_attention(q, k, v, spans, spec)
 
     def scored_rows(self, rows: int, width: int) -> int:
         return min(rows, max(1, tuning.CACHED_LOGITS // width))
@@ -194,18 +198,19 @@ class CPUBackend(Backend):
     def cast_rows(self, rows: int) -> int:
         return min(tuning.SLICE_ROWS, rows)
 
-    def saves_attention_output(self, dtype: torch.dtype) -> bool:
+    def saves_attention_output(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
         return False
 
     def attention_saved_bytes(self, shape: AttentionShape, spans: Sequence[Span], dtype: torch.dtype) -> int:
         tokens = sum(own for _, own in spans)
-        probabilities = cpu_attention.probability_bytes(shape.n_head, shape.n_kv, spans, shape.window, dtype)
+        probabilities = cpu_attention.probability_bytes(shape.n_head, shape.n_kv, spans, shape.spec, dtype)
         return tokens * (shape.n_head + 2 * shape.n_kv) * shape.head_dim * dtype.itemsize + probabilities
 
     def attention_score_bytes(self, shape: AttentionShape, longest: int) -> int:
         block = tuning.BLOCK
-        seen = longest if shape.window is None else min(longest, shape.window + block)
-        return FLOAT32 * min(block, longest) * seen
+        seen = longest if shape.spec.window is None else min(longest, shape.spec.window + block)
+        copies = BLOCK_SCORES + (shape.spec.softcap is not None)  # the slope of the softcap is one more
+        return copies * FLOAT32 * min(block, longest) * seen
 
     def memory_overheads(self, activations: int, mlp_bytes: int) -> dict[str, int]:
         return {"fragmentation": max(int(tuning.FRAGMENTATION * activations), tuning.LEAST_FRAGMENTATION * mlp_bytes)}
@@ -224,12 +229,12 @@ class CUDABackend(Backend):
     def nf4_linear(self, x: Tensor, weight: NF4Storage, bias: Tensor | None) -> Tensor:
         return weight.bitsandbytes_matmul(x, bias)
 
-    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], window: int | None) -> Tensor:
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], spec: AttentionSpec) -> Tensor:
         lengths = tuple(own for _, own in spans)
         assert sum(map(sum, spans)) == sum(lengths), "sequences share no prefixes on a GPU"
-        if _has_flash_attention(q.device, q.dtype, q.shape[2]):
-            return varlen_flash_attention(q, k, v, lengths, window)
-        return sdpa_per_sequence(q, k, v, lengths, window)
+        if spec.softcap is None and _has_flash_attention(q.device, q.dtype, q.shape[2]):
+            return varlen_flash_attention(q, k, v, lengths, spec)
+        return sdpa_per_sequence(q, k, v, lengths, spec)
 
     def scored_rows(self, rows: int, width: int) -> int:
         return min(rows, max(1, LAUNCHED_LOGITS // width))
@@ -255,17 +260,20 @@ class CUDABackend(Backend):
     def cast_rows(self, rows: int) -> int:
         return rows
 
-    def saves_attention_output(self, dtype: torch.dtype) -> bool:
-        return dtype is torch.bfloat16  # FlashAttention
+    def saves_attention_output(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
+        return dtype is torch.bfloat16 and spec.softcap is None  # FlashAttention
 
     def attention_saved_bytes(self, shape: AttentionShape, spans: Sequence[Span], dtype: torch.dtype) -> int:
-        # Without FlashAttention keys and values exist for every head, and an output that is nowhere else.
-        heads = shape.n_head + 2 * shape.n_kv if self.saves_attention_output(dtype) else 4 * shape.n_head
         tokens = sum(own for _, own in spans)
-        return tokens * (heads * shape.head_dim * dtype.itemsize + shape.n_head * FLOAT32)
+        value, heads = shape.head_dim * dtype.itemsize, shape.n_head + 2 * shape.n_kv
+        if shape.spec.softcap is not None:
+            return tokens * heads * value
+        # Without FlashAttention keys and values exist for every head, and an output that is nowhere else.
+        heads = heads if self.saves_attention_output(shape.spec, dtype) else 4 * shape.n_head
+        return tokens * (heads * value + shape.n_head * FLOAT32)
 
     def attention_score_bytes(self, shape: AttentionShape, longest: int) -> int:
-        return 0
+        return 0 if shape.spec.softcap is None else SOFTCAP_SCORES * FLOAT32 * longest**2
 
     def memory_overheads(self, activations: int, mlp_bytes: int) -> dict[str, int]:
         return {"cuBLAS": WORKSPACES}

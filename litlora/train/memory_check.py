@@ -32,7 +32,8 @@ def longest_ahead(samples: Samples, train: TrainArgs, seed: int, ranks: int, don
 
 def load_of(samples: Sequence[Sample], network: Network, activation_checkpointing: bool, concurrent: int = 1) -> Load:
     """Describe a number of concurrent micro-batches of these samples."""
-    micro = optimize_layout(pack(samples), network.backend, compute_dtype(network.precision))
+    dtype, regimes = compute_dtype(network.precision), network.config.rope_regimes
+    micro = optimize_layout(pack(samples), network.backend, dtype, regimes)
     return Load(micro.lengths, micro.supervised, activation_checkpointing, micro.shared, concurrent)
 
 

@@ -15,6 +15,7 @@ from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
+from litlora.nn.attention_spec import AttentionSpec
 from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend, compute_dtype
 from litlora.nn.linear import Linear
 from litlora.nn.loss import CHUNK
@@ -76,9 +77,9 @@ class Network:
     def backend(self) -> Backend:
         return backend(self.device)
 
-    def attention(self, window: int | None) -> AttentionShape:
+    def attention(self, spec: AttentionSpec) -> AttentionShape:
         config = self.config
-        return AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, window)
+        return AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim, spec)
 
 
 @dataclass(frozen=True)
@@ -204,12 +205,12 @@ def _head_gradient_bytes(network: Network) -> int:
 
 def _blocks(network: Network, load: Load) -> Iterator[int]:
     """Yield the bytes that each block saves, including the norm after it and not the one before it."""
-    windows = [network.config.window(layer) for layer in range(network.config.num_hidden_layers)]
-    stages = {window: _stages(network, load, window) for window in set(windows)}
+    specs = network.config.attention_specs
+    stages = {spec: _stages(network, load, spec) for spec in set(specs)}
     flows = False  # whether a gradient goes back through what is computed so far
-    for layer, window in enumerate(windows):
+    for layer, spec in enumerate(specs):
         saved = 0
-        for stage in stages[window]:
+        for stage in stages[spec]:
             names = (f"model.layers.{layer}.{name}" for name in stage.layers)
             adapted = [network.adapted[name] for name in names if name in network.adapted]
             if adapted or (flows and stage.input_is_saved):
@@ -244,14 +245,14 @@ def _extra_cast_bytes(stage: Stage, adapted: Sequence[LoRALinear]) -> int:
     return sum(sizes) * BFLOAT16 if stage.cast_weights else 0
 
 
-def _stages(network: Network, load: Load, window: int | None) -> tuple[Stage, ...]:
+def _stages(network: Network, load: Load, spec: AttentionSpec) -> tuple[Stage, ...]:
     config, stream, product = network.config, network.stream, network.product
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     norm, copied = load.tokens * _norm_width(network), BFLOAT16 if network.precision == "bf16-mixed" else 0
     inside = 0 if network.upcasts else copied  # where the input is bfloat16 already, the weight is read as it is
     qkv, gate_up = (heads + 2 * keys) * hidden, 2 * inner * hidden
-    attention = network.backend.attention_saved_bytes(network.attention(window), load.spans, network.dtype)
+    attention = network.backend.attention_saved_bytes(network.attention(spec), load.spans, network.dtype)
     return (
         Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, attention, qkv * copied),
         Stage(
@@ -260,7 +261,7 @@ def _stages(network: Network, load: Load, window: int | None) -> tuple[Stage, ..
             product,
             norm,
             heads * hidden * inside,
-            network.backend.saves_attention_output(network.dtype),
+            network.backend.saves_attention_output(spec, network.dtype),
         ),
         Stage(_layers("mlp", "gate", "up"), hidden, stream, load.tokens * 2 * inner * product, gate_up * copied),
         Stage(_layers("mlp", "down"), inner, product, norm, inner * hidden * inside),
@@ -277,7 +278,9 @@ def _norm_width(network: Network) -> int:
 
 
 def _angles_width(network: Network) -> int:
-    return 2 * network.config.head_dim * network.stream  # a cosine and a sine for each position, once for all blocks
+    """Return the bytes per token of cosines, sines and factors of queries, once for the layers that share them."""
+    ropes = network.config.distinct_ropes
+    return sum(2 * rope.dim + (rope.query_scaling is not None) for rope in ropes) * network.stream
 
 
 def temporary_bytes(network: Network, load: Load) -> int:
@@ -307,12 +310,12 @@ def _mlp_bytes(network: Network, load: Load) -> int:
 
 
 def _attention_bytes(network: Network, load: Load) -> int:
-    """Return the bytes of the gradients, and on a CPU of the scores of a block of queries, three of each."""
+    """Return the bytes of three gradients, and of the scores that exist at one time."""
     config = network.config
-    window = None if config.full_attention_layers else config.sliding_window
-    scores = network.backend.attention_score_bytes(network.attention(window), load.longest)
+    shapes = map(network.attention, set(config.attention_specs))
+    scores = max(network.backend.attention_score_bytes(shape, load.longest) for shape in shapes)
     gradients = network.product * load.tokens * config.head_dim
-    return 3 * config.num_attention_heads * (scores + gradients)
+    return config.num_attention_heads * (scores + 3 * gradients)
 
 
 def _branch_bytes(network: Network, load: Load) -> int:

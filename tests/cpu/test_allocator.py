@@ -67,11 +67,10 @@ Info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) f
 library = ctypes.CDLL(None)
 library.mallinfo2.restype = Info
 torch.set_num_threads(1)
-gpt = GPT(GPTConfig(
-    vocab_size=200, hidden_size=48, intermediate_size=128, num_hidden_layers=40, num_attention_heads=6, head_dim=8,
-    num_key_value_heads=2, max_position_embeddings=512, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
-    sliding_window=None, tie_word_embeddings=False,
-))
+gpt = GPT(GPTConfig.from_hub(dict(
+    model_type="llama", vocab_size=200, hidden_size=48, intermediate_size=128, num_hidden_layers=40,
+    num_attention_heads=6, head_dim=8, num_key_value_heads=2, max_position_embeddings=512,
+)))
 add_lora(gpt, LoRAConfig(4, 16, 0.1, ("q_proj", "v_proj")))
 for length in 500, 400, 450, 500:
     out = gpt(torch.arange(length) % 200, (length,))

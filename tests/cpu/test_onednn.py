@@ -26,7 +26,8 @@ add_lora(gpt, LoRAConfig(2, 2, 0.1, ("q_proj", "down_proj")))
 random.seed(1)
 for number in range(60):
     tokens = [torch.randint(300, (random.randrange(20, 100),)) for _ in range(4)]
-    micro = optimize_layout(pack([Sample(some, some) for some in tokens]), backend(cpu), torch.bfloat16)
+    micro = pack([Sample(some, some) for some in tokens])
+    micro = optimize_layout(micro, backend(cpu), torch.bfloat16, gpt.config.rope_regimes)
     supervised_loss(gpt(micro.tokens, micro.lengths, shared=micro.shared), gpt.lm_head, micro.labels).backward()
 """
 

@@ -29,6 +29,11 @@ from litlora.nn.loss import IGNORE_INDEX
 CONVERSATION = Example.of(Turn("Hi", "Hello 🚪"), Turn("And?", "Bye"))
 
 
+def at_any_length(length: int) -> tuple[int, ...]:
+    """Return the same for all lengths, which have the same rotary frequencies."""
+    return ()
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny) -> Tokenizer:
     return Tokenizer(tiny)
@@ -115,7 +120,7 @@ def masked(tokens: list[int], prompt: int) -> Sample:
 @given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(1, 9)), min_size=1))
 def test_shared_prefixes_are_stored_once(drawn):
     samples = [masked(tokens, min(prompt, len(tokens))) for tokens, prompt in drawn]
-    shared_batch = share_prefixes(pack(samples))
+    shared_batch = share_prefixes(pack(samples), at_any_length)
     seen: list[tuple[int, int]] = []
     actual, start = [], 0
     for shared, own in zip(shared_batch.shared, shared_batch.lengths, strict=True):
@@ -132,13 +137,20 @@ def test_shared_prefixes_are_stored_once(drawn):
 
 def test_labelled_tokens_are_not_shared():
     samples = [masked([5, 6, 8, 9], 3), masked([5, 6, 8, 9], 4), masked([5, 6, 8, 9], 1)]
-    assert sorted(share_prefixes(pack(samples)).shared) == [0, 0, 3]
-    assert sum(share_prefixes(pack([masked([5, 6, 8, n], 3) for n in range(4)])).lengths) == 4 + 3 * 2
+    assert sorted(share_prefixes(pack(samples), at_any_length).shared) == [0, 0, 3]
+    batch = pack([masked([5, 6, 8, n], 3) for n in range(4)])
+    assert sum(share_prefixes(batch, at_any_length).lengths) == 4 + 3 * 2
+
+
+def test_prefixes_are_not_shared_across_rotary_frequencies():
+    samples = [masked([5, 6, 8, *[n] * more], 3) for n, more in enumerate((1, 4, 1, 5))]
+    shared_batch = share_prefixes(pack(samples), lambda length: (int(length > 5),))
+    assert (shared_batch.lengths, shared_batch.shared) == ((4, 2, 7, 6), (0, 2, 0, 2))
 
 
 def test_padding_has_no_labels():
     padded = pad(pack(of_lengths(3, 8)), 4)
-    assert padded.lengths == (3, 9)
+    assert padded.lengths == (3, 8, 1)
     assert padded.tokens.tolist() == [0, 0, 0, *[1] * 8, 0]
     assert padded.supervised == 11
     assert pad(padded, 4).lengths == padded.lengths

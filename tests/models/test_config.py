@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from litlora.errors import LitLoraError
-from litlora.models.config import GPTConfig, Llama3Scaling
+from litlora.models.config import GPTConfig
 from litlora.models.families import ACTIVATIONS, FAMILIES
+from litlora.models.rope_config import Llama3Scaling, RopeConfig
 
 TINY = {
     "vocab_size": 300,
@@ -104,8 +105,7 @@ def theirs(hub: dict[str, Any]) -> GPTConfig:
     window = next((window for window in windows if window), None)
     attention, mlp = layers[0].self_attn, layers[0].mlp
     special = {
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling,
+        "ropes": (RopeConfig(rope["rope_theta"], attention.head_dim, scaling),) * len(layers),
         "sliding_window": window,
         "full_attention_layers": tuple(i for i, its in enumerate(windows) if window and not its),
         "qkv_bias": attention.q_proj.bias is not None,
@@ -277,10 +277,12 @@ def test_first_window_layer_must_be_an_integer(first):
 @pytest.mark.parametrize(
     ("rope", "fault"),
     [
-        ({"rope_type": "linear", "factor": 2.0}, '"rope_type": "linear"'),
-        ({"type": "dynamic", "factor": 2.0}, '"rope_type": "dynamic"'),
-        ({"rope_type": "yarn", "factor": 2.0}, '"rope_type": "yarn"'),
-        ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, '"rope_type": "longrope"'),
+        ({"type": "linear", "factor": 2.0, "beta_fast": 1}, '"beta_fast": 1'),
+        ({"type": "dynamic", "factor": -2.0}, '"factor": -2.0'),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, '"truncate": 1'),
+        ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, '"short_factor": [1.0]'),
+        ({"rope_type": "longrope", "long_factor": [1.0] * 4, "short_factor": [0.0] * 4}, '"short_factor": 0.0'),
+        ({"rope_type": "mrope"}, '"rope_type": "mrope"'),
         ({"rope_type": "of the future"}, '"rope_type": "of the future"'),
         ({"rope_type": ["llama3"]}, '"rope_type": ["llama3"]'),
         ({"rope_type": "default", "factor": 2.0}, '"factor": 2.0'),

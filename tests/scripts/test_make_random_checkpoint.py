@@ -3,17 +3,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import make_random_checkpoint
-import memory_table
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from litlora.data.tokenizer import Tokenizer
 from litlora.models.checkpoint import Checkpoint
+from litlora.models.config import GPTConfig
 
 SIZES = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
-TINY = replace(memory_table.config("7B (Llama 2)"), **SIZES, **HEADS)
+TINY = GPTConfig.from_hub({"model_type": "llama", "rms_norm_eps": 1e-5} | SIZES | HEADS)
 
 
 @pytest.fixture

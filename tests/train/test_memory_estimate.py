@@ -15,6 +15,7 @@ from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
 from litlora.models.checkpoint import block_linears
 from litlora.models.config import GPTConfig
+from litlora.models.rope_config import QueryScaling, RopeConfig
 from litlora.models.transformer import GPT
 from litlora.nn.loss import supervised_loss
 from litlora.nn.nf4 import NF4Linear, Quantization
@@ -32,8 +33,8 @@ from litlora.train.optimizers import build_optimizer
 
 SHAPE = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "head_dim": 8}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
-CONFIG = GPTConfig(**SHAPE, **HEADS, max_position_embeddings=512, norm_eps=1e-5, rope_theta=1e4,
-                   rope_scaling=None, sliding_window=None, tie_word_embeddings=False)  # fmt: skip
+HUB = {"model_type": "llama", **SHAPE, **HEADS, "max_position_embeddings": 512}
+CONFIG = GPTConfig.from_hub(HUB)
 LENGTHS = (130, 70, 1)
 SUPERVISED = 151
 GPU = torch.device("cuda")
@@ -151,10 +152,12 @@ def test_activation_bytes_equal_those_a_graph_saves(precision, targets, checkpoi
 
 
 WINDOWS = {"sliding_window": 20, "full_attention_layers": (0, 2)}
+ROPES = {"ropes": (RopeConfig(1e4, 4, interleaved=True), None, RopeConfig(1e3, 8, query_scaling=QueryScaling(0.1, 9)))}
+SOFTCAP = {"attention_softcap": 2.0, **WINDOWS}
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("flags", [BIASES, WINDOWS], ids=["biases", "windows"])
+@pytest.mark.parametrize("flags", [BIASES, WINDOWS, ROPES, SOFTCAP], ids=["biases", "windows", "ropes", "softcap"])
 def test_activation_bytes_are_exact_with_the_flags_of_a_family(flags, precision):
     described, load = network(precision, ALL, **flags), Load(LENGTHS, SUPERVISED)
     assert activation_bytes(described, load) == saved_bytes(described, load)
@@ -200,7 +203,7 @@ def test_activation_bytes_on_gpu(precision, targets, checkpointing):
 def test_step_on_gpu_takes_about_the_estimate(precision, quantize, checkpointing):
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "head_dim": 64}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
-    shape = replace(CONFIG, **sizes, **heads, vocab_size=32000, max_position_embeddings=1024)
+    shape = GPTConfig.from_hub(HUB | sizes | heads | {"vocab_size": 32000, "max_position_embeddings": 1024})
     described = replace(network(precision), config=shape, quantize=quantize, device=GPU)
     load = Load((512, 300, 200), 700, checkpointing)
     gpt = quantized(described)
