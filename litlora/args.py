@@ -1,5 +1,6 @@
 """The flags and YAML keys of every command: type, default, help (the attribute docstrings) and validation."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -86,6 +87,20 @@ def as_blocks(blocks: list[int] | int | str) -> list[int]:
     is_right = bool(ranges) and len(numbers) == len(ranges) and all(numbers)
     require(is_right, "--lora_layers", blocks, "blocks, such as 8-15 or 0,2,5")
     return sorted({number for some in numbers for number in some})
+
+
+def require_adapters(args: "GenerateArgs | MergeLoraArgs") -> None:
+    """Refuse a command that names neither checkpoint nor adapters, or weights that do not go with its adapters."""
+    adapters, weights = args.adapters, args.adapter_weights
+    if args.checkpoint_dir is None and not adapters:
+        raise LitLoraError("missing --checkpoint_dir or --adapters", exit_code=2)
+    if args.checkpoint_dir and args.base_dir and adapters:
+        raise LitLoraError("--checkpoint_dir and --base_dir both name the base of --adapters: leave one of them out")
+    shown = ",".join(map(str, weights))
+    if weights and len(weights) != len(adapters):
+        need = f"must have one weight for each of --adapters ({len(adapters)})"
+        raise LitLoraError(f"--adapter_weights ({shown}) {need}, or be left out for 1 each")
+    require(all(map(math.isfinite, weights)), "--adapter_weights", shown, "finite numbers")
 
 
 def plain(value: Any) -> Any:
@@ -469,10 +484,11 @@ class GenerateArgs(CommandArgs):
     examples: ClassVar = (
         'litlora generate checkpoints/ORG/NAME --prompt "Once upon a time"',
         'litlora generate out/alpaca/final --prompt "Name three primary colors." --temperature 0',
+        'litlora generate --adapters out/a/final,out/b/final --adapter_weights 0.7,0.3 --prompt "Name a color."',
     )
 
-    checkpoint_dir: Path
-    """Folder of a checkpoint or of an adapter."""
+    checkpoint_dir: Path | None = None
+    """Folder of a checkpoint or of an adapter; with --adapters, of their base."""
     prompt: str | None = None
     """Prompt, by default read from standard input."""
     max_new_tokens: int = 50
@@ -491,6 +507,10 @@ class GenerateArgs(CommandArgs):
     """alpaca, none, chat, or a text with {instruction}; by default the adapter's, else none."""
     base_dir: Path | None = None
     """Folder of the adapter's base, by default the one in its adapter_config.json."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters on the same base, whose weighted sum is added to it."""
+    adapter_weights: tuple[float, ...] = ()
+    """Weight of each of --adapters, by default 1."""
     precision: Literal["bf16-true", "32-true"] | None = None
     """Precision of the base, by default that in which a QLoRA adapter was trained, else bf16-true."""
     quantize: Quantize | Literal["none"] | None = None
@@ -499,6 +519,7 @@ class GenerateArgs(CommandArgs):
     """Compile the decoding step first, which takes seconds and needs a C++ compiler."""
 
     def __post_init__(self) -> None:
+        require_adapters(self)
         for name in ("max_new_tokens", "num_samples"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
         if self.prompt == "":
@@ -516,16 +537,24 @@ class MergeLoraArgs(CommandArgs):
     examples: ClassVar = (
         "litlora merge_lora out/alpaca/final --out_dir out/merged",
         "litlora merge_lora out/alpaca/final --base_dir checkpoints/ORG/NAME --out_dir out/merged",
+        "litlora merge_lora --adapters out/a/final,out/b/final --adapter_weights 0.7,0.3 --out_dir out/merged",
     )
 
-    checkpoint_dir: Path
-    """Folder of the adapter."""
     out_dir: Path
     """Output folder for the merged checkpoint."""
+    checkpoint_dir: Path | None = None
+    """Folder of the adapter; with --adapters, of their base."""
     base_dir: Path | None = None
     """Folder of the base, by default the one in adapter_config.json."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters on the same base, whose weighted sum is merged into it."""
+    adapter_weights: tuple[float, ...] = ()
+    """Weight of each of --adapters, by default 1."""
     dequantized_base: bool = False
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
+
+    def __post_init__(self) -> None:
+        require_adapters(self)
 
 
 COMMANDS: dict[str, type[CommandArgs]] = {

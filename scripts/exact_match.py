@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from litlora.data.dataset import read_examples
-from litlora.data.examples import Turn
+from litlora.args import GenerateArgs
+from litlora.data.examples import Turn, read_examples
 from litlora.data.tokenizer import Tokenizer
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
-from litlora.lora.adapter_folder import find_base
-from litlora.lora.checkpoint import load_with_adapter
+from litlora.lora.checkpoint import load_with_adapters
+from litlora.lora.selection import find_folders
 from litlora.models.checkpoint import Checkpoint
 
 STYLE = "alpaca"  # for the base and the adapter, so that only the weights differ
@@ -21,8 +21,8 @@ MAX_NEW_TOKENS = 16  # twice the longest reference
 
 def completions(directory: Path, turns: list[Turn]) -> Iterator[str]:
     """Yield the greedy completion for each turn, with … if it does not end."""
-    base_dir, adapter = find_base(directory, None)
-    model = load_with_adapter(Checkpoint.open(base_dir), adapter, torch.float32, torch.device("cpu"))
+    base_dir, adapters = find_folders(GenerateArgs(directory))
+    model = load_with_adapters(Checkpoint.open(base_dir), adapters, torch.float32, torch.device("cpu"))
     tokenizer = Tokenizer(directory)
     style = tokenizer.prompt_style(STYLE)
     for turn in turns:

@@ -31,8 +31,9 @@ from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, find_sp
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import find_base, read_prompt_style
-from litlora.lora.checkpoint import load_adapter, load_with_adapter
+from litlora.lora.checkpoint import load_with_adapters, read_adapter
 from litlora.lora.layer import lora_parameters
+from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import Checkpoint
 from litlora.train.optimizers import build_optimizer
 from litlora.train.resume import COUNTERS, METRICS, RUN, Identity, intact
@@ -170,7 +171,7 @@ def test_index(sharded: Path, tmp_path: Path, data: st.DataObject):
 
 def load_either(folder: Path, base_dir: Path | None) -> None:
     base, adapter = find_base(folder, base_dir)
-    load_with_adapter(Checkpoint.open(base), adapter, torch.float32, CPU)
+    load_with_adapters(Checkpoint.open(base), [Weighted(adapter)] if adapter else [], torch.float32, CPU)
 
 
 @given(data=st.data())
@@ -186,7 +187,7 @@ def test_adapter_weights(tiny: Path, adapter: Path, tmp_path: Path, data: st.Dat
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter", dirs_exist_ok=True))
     path = folder / "adapter_model.safetensors"
     path.write_bytes(data.draw(spoiled_safetensors(adapter / path.name)))
-    holds(lambda: load_with_adapter(Checkpoint.open(tiny), folder, torch.float32, CPU))
+    holds(lambda: load_with_adapters(Checkpoint.open(tiny), [Weighted(folder)], torch.float32, CPU))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 def restored(tiny: Path, folder: Path) -> int:
     """Resume from a checkpoint, and return its step."""
     gpt = Checkpoint.open(tiny).load(torch.float32, CPU)
-    load_adapter(gpt, intact(folder), Checkpoint.open(tiny))
+    read_adapter(intact(folder), Checkpoint.open(tiny)).add_to(gpt)
     return restore_state(folder, build_optimizer("AdamW", lora_parameters(gpt).values(), 1e-3)).step
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from litlora import __version__
 from litlora.__main__ import main
+from litlora.nn.nf4 import Quantization
 from litlora.utils import resource_limits
 
 Spoil = Callable[[], object]
@@ -578,6 +579,76 @@ def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentenc
     monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.3)
     spoil()
     check(capsys, command, sentence)
+
+
+def copy_adapter(**keys: object) -> None:
+    """Copy the adapter, and change keys of the copy's adapter_config.json."""
+    shutil.copytree("adapter", "second")
+    change("second/adapter_config.json", **keys)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "Say"], ["merge_lora", "--out_dir", "out"]], ids=str)
+@pytest.mark.parametrize(
+    ("spoil", "flags", "sentence"),
+    [
+        case("weights missing", nothing, "--adapters adapter,adapter --adapter_weights 0.7",
+             "--adapter_weights (0.7) must have one weight for each of --adapters (2), or be left out for 1 each"),
+        case("weights alone", nothing, "--checkpoint_dir adapter --adapter_weights 0.7,0.3",
+             "--adapter_weights (0.7,0.3) must have one weight for each of --adapters (0), or be left out for 1 each"),
+        case("infinite weight", lambda: write("settings.yaml", "adapters: [adapter]\nadapter_weights: [.inf]\n"),
+             "--config settings.yaml", "--adapter_weights (inf) must be finite numbers"),
+        case("no adapter", nothing, "--adapters adapter,base",
+             "no adapter in base (expected adapter_config.json); "
+             "it is a checkpoint: name the folder of an adapter on it"),
+        case("adapter as base", nothing, "--checkpoint_dir adapter --adapters adapter",
+             "--checkpoint_dir (adapter) is an adapter: add it to --adapters, and name their base or leave it out"),
+        case("two bases", nothing, "--checkpoint_dir base --base_dir base --adapters adapter",
+             "--checkpoint_dir and --base_dir both name the base of --adapters: leave one of them out"),
+        case("bases that differ", lambda: copy_adapter(base_model_name_or_path="other"), "--adapters adapter,second",
+             "adapter and second name different bases (base, other): say which it is with --checkpoint_dir"),
+        case("another base", copy_adapter, "--checkpoint_dir other --adapters adapter,second",
+             "the adapter in adapter was trained on another base than other; name its own with --base_dir"),
+        case("variant", lambda: copy_adapter(use_qalora=True), "--adapters adapter,second",
+             'second/adapter_config.json has "use_qalora": True, which litlora does not implement'),
+    ],
+)  # fmt: skip
+def test_adapters_that_have_no_sum_are_refused(command, spoil, flags, sentence, capsys):
+    spoil()
+    check(capsys, [*command, *flags.split()], sentence)
+
+
+def test_adapters_of_different_prompt_styles_need_a_choice(capsys):
+    copy_adapter()
+    write("second/prompt_style.yaml", "prompt_style: none\n")
+    command = ["generate", "--prompt", "Say", "--adapters", "adapter,second"]
+    fault = "adapter and second were trained on different prompt styles (alpaca, none)"
+    check(capsys, command, f"{fault}: choose one with --prompt_style")
+    assert main([*command, "--prompt_style", "none", "--max_new_tokens", "1"]) == 0
+
+
+def test_adapters_of_different_quantization_need_a_choice(capsys):
+    copy_adapter(auto_mapping={"quantization_config": Quantization("bnb.nf4", torch.float32).hub})
+    command = ["generate", "--prompt", "Say", "--adapters", "adapter,second"]
+    fault = "adapter and second were trained on bases of different quantization"
+    check(capsys, command, f"{fault}: choose one with --quantize")
+    assert main([*command, "--quantize", "none", "--max_new_tokens", "1"]) == 0
+    hint = "merge them one by one, or leave --dequantized_base out"
+    merge = ["merge_lora", "--out_dir", "out", "--adapters", "adapter,second"]
+    check(capsys, [*merge, "--dequantized_base", "true"], f"{fault}: {hint}")
+    assert main(merge) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("", "missing --checkpoint_dir or --adapters"),
+        ("--adapters adapter --adapter_weights 1,x",
+         "--adapter_weights (1,x) must be a list, each item a number; see litlora generate --help"),
+        ("--adapters", "--adapters needs a value; see litlora generate --help"),
+    ],
+)  # fmt: skip
+def test_lists_of_adapters_are_checked_by_the_parser(flags, sentence, capsys):
+    check(capsys, ["generate", "--prompt", "Say", *flags.split()], sentence, code=2)
 
 
 def test_folder_of_a_run_is_no_adapter(capsys):

@@ -104,7 +104,7 @@ def _groups(kind: Any, positional: str) -> dict[str, list[Setting]]:
 
 def _row(setting: Setting, explanation: str) -> tuple[str, str]:
     """Return a flag with the form of its value, and its explanation with the default."""
-    notes = "" if setting.default is None else f" (default: {_shown(setting.default)})"
+    notes = "" if setting.default in (None, ()) else f" (default: {_shown(setting.default)})"
     return f"--{setting.name} {metavar_of(setting)}", explanation + (" (required)" if setting.is_required else notes)
 
 
@@ -117,6 +117,8 @@ def metavar_of(setting: Setting) -> str:
     words = setting.choices
     kinds = [get_origin(kind) or kind for kind in setting.types]
     others = [METAVARS[kind] for kind in kinds if kind in METAVARS]
+    if setting.item:
+        return f"{METAVARS[setting.item]},..."
     if setting.name == "optimizer":
         return "NAME"
     if others:

@@ -40,6 +40,11 @@ class Setting:
         return NoneType in self.types
 
     @property
+    def item(self) -> Any:
+        """The type of the items of a list, whose commas part them on the command line; None for another type."""
+        return next((get_args(kind)[0] for kind in self.types if get_origin(kind) is tuple), None)
+
+    @property
     def choices(self) -> list[str]:
         """The words that it can be, in the order in which they are declared."""
         return [word for kind in self.types if get_origin(kind) is Literal for word in get_args(kind)]
@@ -47,7 +52,8 @@ class Setting:
     @property
     def need(self) -> str:
         """What a value must be, in words."""
-        others = [NEEDS[get_origin(kind) or kind] for kind in self.types if get_origin(kind) is not Literal]
+        others = [NEEDS[get_origin(kind) or kind] for kind in self.types if get_origin(kind) not in (Literal, tuple)]
+        others += [f"a list, each item {NEEDS[self.item]}"] if self.item else []
         return join([*self.choices, *sorted(others, key=lambda need: need == "null")], "or")
 
 

@@ -54,12 +54,18 @@ def _secret(value: Any) -> SecretStr:
 def _parse(parser: ArgumentParser, kind: Any, given: Mapping[str, Given]) -> Namespace:
     settings = settings_of(kind)
     try:
-        values: Namespace = parser.parse_object({name: deepcopy(value.value) for name, value in given.items()})
+        raw = {name: _listed(settings[name], value.value) for name, value in given.items()}
+        values: Namespace = parser.parse_object(raw)
     except ArgumentError as error:
         raise _as_sentence(error, settings, given) from None  # the message quotes the value, perhaps a token
     for name, value in given.items():
         values[name] = _settled(settings[name], value, values[name])
     return values
+
+
+def _listed(setting: Setting, value: Any) -> Any:
+    """Return a value as jsonargparse takes it: the items of a list, which a command line parts by commas."""
+    return value.split(",") if setting.item and isinstance(value, str) else deepcopy(value)
 
 
 def _as_sentence(error: ArgumentError, settings: Mapping[str, Setting], given: Mapping[str, Given]) -> UsageError:

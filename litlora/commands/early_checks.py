@@ -5,8 +5,7 @@ from litlora.commands.prompt import Prompt
 from litlora.data.dataset import read_example, read_examples
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
-from litlora.lora.adapter_config import read_settings
-from litlora.lora.adapter_folder import find_base
+from litlora.lora.selection import Adapters, find_adapters
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.train.optimizer_names import check_name
 from litlora.train.resume import AUTO, Identity, starting_point
@@ -24,20 +23,19 @@ def check_early(args: CommandArgs) -> tuple[object, ...]:
         case GenerateArgs():
             return (Prompt.read(args),)
         case MergeLoraArgs():
-            return (check_merge(args),)
+            return check_merge(args)
         case PrepareArgs():
             check_writable(args.destination_path, "--destination_path")
     return ()
 
 
-def check_merge(args: MergeLoraArgs) -> CheckpointFiles:
-    """Refuse an adapter or an output folder that does not do, and return the base."""
-    read_settings(args.checkpoint_dir)  # only a check
-    base_dir, _ = find_base(args.checkpoint_dir, args.base_dir)
+def check_merge(args: MergeLoraArgs) -> tuple[CheckpointFiles, Adapters]:
+    """Refuse adapters or an output folder that do not do, and return base and adapters."""
+    base_dir, adapters = find_adapters(args)
     check_absent(args.out_dir, "--out_dir")
     base = CheckpointFiles.find(base_dir)
     check_prompt_style(base.dir, "none")
-    return base
+    return base, adapters
 
 
 def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:

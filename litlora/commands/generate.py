@@ -10,7 +10,7 @@ from litlora.errors import LitLoraError
 from litlora.generation.compile import compile_decode_step, prepare_for_decoding
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate as stream_tokens
-from litlora.lora.checkpoint import load_with_adapter, read_quantization
+from litlora.lora.checkpoint import load_with_adapters, shared_quantization
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.backend import backend, default_device
 from litlora.nn.nf4 import Quantization
@@ -19,13 +19,15 @@ from litlora.nn.nf4 import Quantization
 def generate(args: GenerateArgs, prompt: Prompt | None = None) -> None:
     """Complete a prompt with a checkpoint, or with an adapter on its base; `prompt` is given if it has been read."""
     prompt = prompt or Prompt.read(args)
-    base, adapter_dir, tokenizer = Checkpoint.open(prompt.base), prompt.adapter_dir, prompt.tokenizer
+    base, adapters, tokenizer = Checkpoint.open(prompt.base), prompt.adapters, prompt.tokenizer
 
     device = default_device()
-    dtype, quantization = storage(args, None if adapter_dir is None else read_quantization(adapter_dir))
+    dtype, quantization = storage(
+        args, shared_quantization(adapters, None if args.quantize else "choose one with --quantize")
+    )
     if args.compile and quantization:
         raise LitLoraError(f"--compile does not work with a 4-bit base ({quantization.name}): leave one of them out")
-    model = load_with_adapter(base, adapter_dir, dtype, device, quantization)
+    model = load_with_adapters(base, adapters, dtype, device, quantization)
     if args.compile:
         compile_decode_step(model)
     elif args.max_new_tokens * args.num_samples >= backend(device).repacking_pays_from:

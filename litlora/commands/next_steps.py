@@ -27,7 +27,8 @@ def _next_steps(args: CommandArgs) -> list[tuple[object, ...]]:
             final = args.out_dir / FINAL
             return [("generate", final, *PROMPT), ("merge_lora", final, "--out_dir", args.out_dir / "merged")]
         case MergeLoraArgs():
-            style = read_prompt_style(args.checkpoint_dir)
-            return [("generate", args.out_dir, *(("--prompt_style", style) if style else ()), *PROMPT)]
+            folders = args.adapters or filter(None, [args.checkpoint_dir])
+            styles = {style for folder in folders if (style := read_prompt_style(folder))}
+            return [("generate", args.out_dir, *(("--prompt_style", *styles) if len(styles) == 1 else ()), *PROMPT)]
         case _:
             return []

@@ -2,39 +2,35 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from litlora.args import NO_PROMPT, GenerateArgs
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.lora.adapter_config import read_settings
-from litlora.lora.adapter_folder import find_base, read_prompt_style
+from litlora.lora.selection import Adapters, find_folders, shared_prompt_style
 from litlora.models.checkpoint_files import CheckpointFiles
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens of a prompt, with the base, the adapter if any, and the tokenizer of its completion."""
+    """The tokens of a prompt, with the base, the adapters on it, and the tokenizer of its completion."""
 
     base: CheckpointFiles
-    adapter_dir: Path | None
+    adapters: Adapters
     tokenizer: Tokenizer
     ids: list[int]
 
     @classmethod
     def read(cls, args: GenerateArgs) -> Self:
         """Tokenize the prompt for the base, or refuse what does not fit it."""
-        base_dir, adapter_dir = find_base(args.checkpoint_dir, args.base_dir)
-        if adapter_dir is not None:
-            read_settings(adapter_dir)  # only a check
+        base_dir, adapters = find_folders(args)
         base = CheckpointFiles.find(base_dir)
         tokenizer = Tokenizer(base.dir, base.hub_config)
-        style = tokenizer.prompt_style(args.prompt_style or read_prompt_style(args.checkpoint_dir) or "none")
+        style = tokenizer.prompt_style(args.prompt_style or shared_prompt_style(adapters) or "none")
         ids = tokenizer.encode(style.prompt(read_text(args.prompt)), style.add_special_tokens).ids
         check_length(len(ids), args.max_new_tokens, base.config.max_position_embeddings)
         base.config.check_ids("the prompt", max(ids, default=0))
-        return cls(base, adapter_dir, tokenizer, ids)
+        return cls(base, adapters, tokenizer, ids)
 
 
 def read_text(given: str | None) -> str:

@@ -1,7 +1,7 @@
 """Adapter folders in PEFT's format: writing, reading, and matching an adapter with its base."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.hub.origin import origin
+from litlora.lora.adapter import Adapter, weighted_sum
 from litlora.lora.adapter_config import INIT, of_base, read_settings, settings_as_keys
 from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, PROMPT_STYLE, WEIGHTS
 from litlora.lora.config import LoRAConfig
-from litlora.lora.layer import add_lora, freeze_adapter, lora_parameters
+from litlora.lora.layer import add_layers, linear_layers, lora_parameters
+from litlora.lora.selection import Weighted
+from litlora.lora.variants import variant_of
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import first_three
 from litlora.models.transformer import GPT
@@ -89,33 +92,60 @@ def read_quantization(adapter_dir: Path) -> Quantization | None:
         raise LitLoraError(f"{adapter_dir} was trained on {error}") from error
 
 
-def load_with_adapter(
+def load_with_adapters(
     base: Checkpoint,
-    adapter_dir: Path | None,
+    adapters: Sequence[Weighted],
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None = None,
 ) -> GPT:
-    """Load the model of a base for inference, with an adapter if there is one."""
+    """Load the model of a base for inference, with the weighted sum of adapters if there are any."""
+    if quantization is None:
+        refuse_compensation(adapters, "pass --quantize bnb.nf4, or leave the flag out")
+    adapter = read_adapters(adapters, base) if adapters else None  # a misfit is found before the base is loaded
     model = base.load(dtype, device, quantization)
-    if adapter_dir is not None:
-        load_adapter(model, adapter_dir, base)
-        freeze_adapter(model)
+    if adapter is not None:
+        adapter.add_to(model)
     return model
 
 
-def requires_nf4(adapter_dir: Path) -> str:
-    """Return why an adapter that was initialized to compensate for a quantization error needs that base."""
-    return f"{adapter_dir} compensates for the 4-bit quantization of its base (--lora_init fisher)"
+def refuse_compensation(adapters: Sequence[Weighted], hint: str) -> None:
+    """Refuse adapters that were initialized to compensate for a quantization error, which this base does not have."""
+    for adapter in adapters:
+        if read_lora_config(adapter.folder).requires_quantized_base:
+            fault = f"{adapter.folder} compensates for the 4-bit quantization of its base (--lora_init fisher)"
+            raise LitLoraError(f"{fault}: {hint}")
 
 
-def load_adapter(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:
-    """Add an adapter to the model of its base, strictly."""
-    lora = read_lora_config(adapter_dir)
-    if lora.requires_quantized_base and quantization_of(model) is None:
-        raise LitLoraError(f"{requires_nf4(adapter_dir)}: pass --quantize bnb.nf4, or leave the flag out")
-    add_lora(model, lora)
-    load_matrices(model, adapter_dir, base)
+def read_adapters(adapters: Sequence[Weighted], base: Checkpoint) -> Adapter:
+    """Read adapters, which must fit the base, as their weighted sum."""
+    if len(adapters) == 1 and adapters[0].weight == 1:
+        return read_adapter(adapters[0].folder, base)
+    for adapter in adapters:
+        if read_lora_config(adapter.folder).use_dora:
+            fault = f"{adapter.folder} is a DoRA adapter, which has no weight and no sum with others"
+            raise LitLoraError(f"{fault}: leave it out, or merge it alone")
+    return weighted_sum([(read_adapter(adapter.folder, base), adapter.weight) for adapter in adapters])
+
+
+def read_adapter(adapter_dir: Path, base: Checkpoint) -> Adapter:
+    """Read an adapter, which must fit the base: nothing is allocated but the tensors that it has."""
+    lora, outline = read_lora_config(adapter_dir), base.outline()
+    layers = lora.adapted(linear_layers(outline))
+    add_layers(outline, layers, variant_of(lora))
+    return Adapter(layers, variant_of(lora), read_matrices(outline, adapter_dir, base))
+
+
+def shared_quantization(adapters: Sequence[Weighted], hint: str | None) -> Quantization | None:
+    """Return how the base was quantized when adapters were trained.
+
+    Where that differs, it is an error with this hint, or None where another setting decides.
+    """
+    trained = {read_quantization(adapter.folder): adapter.folder for adapter in adapters}
+    if len(trained) > 1 and hint is not None:
+        one, other, *_ = trained.values()
+        raise LitLoraError(f"{one} and {other} were trained on bases of different quantization: {hint}")
+    return next(iter(trained)) if len(trained) == 1 else None
 
 
 def load_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:

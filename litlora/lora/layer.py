@@ -1,12 +1,13 @@
 """The LoRA layer, and adding LoRA layers to a model."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from litlora.lora.config import LoRAConfig
+from litlora.lora.config import LayerSettings, LoRAConfig
 from litlora.lora.variants import AdapterLayer, LoRA, Variant, variant_of
 from litlora.models.transformer import GPT
 from litlora.nn.linear import frozen_linear
@@ -58,15 +59,25 @@ def add_lora(model: GPT, config: LoRAConfig, device: torch.device | None = None)
 
     The adapter is on its base's device unless another is given, as for a base whose weights are loaded later.
     """
+    add_layers(model, config.adapted(linear_layers(model)), variant_of(config), config.lora_dropout, device)
+
+
+def add_layers(
+    model: GPT,
+    layers: Mapping[str, LayerSettings],
+    variant: Variant,
+    dropout: float = 0.0,
+    device: torch.device | None = None,
+) -> None:
+    """Freeze the model and replace the layers of these names, which are PEFT's, by LoRALinear layers."""
     model.requires_grad_(False)
-    variant = variant_of(config)
     linears = linear_layers(model)
-    for hub_name, settings in config.adapted(linears).items():
+    for hub_name, settings in layers.items():
         name = linears[hub_name]
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear | NF4Linear)
-        shape: dict[str, Any] = {"rank": settings.rank, "scaling": settings.scaling, "dropout": config.lora_dropout}
+        shape: dict[str, Any] = {"rank": settings.rank, "scaling": settings.scaling, "dropout": dropout}
         layer = LoRALinear(linear, **shape, variant=variant, device=device)
         setattr(model.get_submodule(parent), child, layer)
 

@@ -1,7 +1,8 @@
-"""Merging an adapter into its base, file by file, into a new checkpoint."""
+"""Merging adapters into their base, file by file, into a new checkpoint."""
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,23 @@ from torch import Tensor
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
-from litlora.lora.checkpoint import read_lora_config, read_matrices, read_quantization, requires_nf4
-from litlora.lora.layer import LoRALinear, add_lora, lora_layers
+from litlora.lora.adapter import Adapter
+from litlora.lora.checkpoint import read_adapters, refuse_compensation, shared_quantization
+from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint, block_linears
-from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization, dequantized
 from litlora.utils.files import atomic_directory
 
 
-def merge_adapter(adapter_dir: Path, base: Checkpoint, out_dir: Path, *, dequantized: bool) -> None:
-    """Merge an adapter into its base, whose weights are dequantized first if requested, and write a checkpoint."""
-    lora, model = read_lora_config(adapter_dir), base.outline()
-    quantized = quantized_weights(model, adapter_dir) if dequantized else {}
-    if lora.requires_quantized_base and not dequantized:
-        raise LitLoraError(f"{requires_nf4(adapter_dir)}: pass --dequantized_base true")
-    add_lora(model, lora)
-    adapter = Adapter(model, lora_layers(model), read_matrices(model, adapter_dir, base), quantized)
-    untie = model.config.tie_word_embeddings and adapter.changes(HEAD)
+def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path, *, dequantized: bool) -> None:
+    """Merge adapters into their base, whose weights are dequantized first if requested, and write a checkpoint."""
+    if not dequantized:
+        refuse_compensation(adapters, "pass --dequantized_base true")
+    quantized = quantized_weights(base, adapters) if dequantized else {}
+    merge = Merge(read_adapters(adapters, base), quantized)
+    untie = base.config.tie_word_embeddings and merge.changes(base.hub_name(HEAD))
     with atomic_directory(out_dir) as folder:
-        write_weights(folder, base, adapter, untie)
+        write_weights(folder, base, merge, untie)
         write_config(folder, base, untie)
         copy_other_files(folder, base)
 
@@ -44,26 +43,25 @@ def copy_other_files(folder: Path, base: Checkpoint) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def quantized_weights(model: GPT, adapter_dir: Path) -> dict[str, Quantization]:
-    """Return which weights of the base were quantized when the adapter was trained, and how."""
-    quantization = read_quantization(adapter_dir)
+def quantized_weights(base: Checkpoint, adapters: Sequence[Weighted]) -> dict[str, Quantization]:
+    """Return which weights of the base were quantized when the adapters were trained, and how."""
+    quantization = shared_quantization(adapters, "merge them one by one, or leave --dequantized_base out")
     if quantization is None:
+        names = " and ".join(str(adapter.folder) for adapter in adapters)
         hint = "leave the flag out"
-        raise LitLoraError(f"--dequantized_base: {adapter_dir} was not trained on a quantized base; {hint}")
-    return {f"{name}.weight": quantization for name in block_linears(model)}
+        raise LitLoraError(f"--dequantized_base: {names} was not trained on a quantized base; {hint}")
+    return {base.hub_name(f"{name}.weight"): quantization for name in block_linears(base.outline())}
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """The layers of an adapter, which weights of its base are to be dequantized, and its tensors by PEFT's names."""
+class Merge:
+    """An adapter, and which weights of its base are to be dequantized."""
 
-    model: GPT
-    layers: dict[str, LoRALinear]
-    tensors: dict[str, Tensor]
-    quantized: dict[str, Quantization]
+    adapter: Adapter
+    quantized: Mapping[str, Quantization]
 
     def changes(self, weight: str) -> bool:
-        return weight.removesuffix(".weight") in self.layers
+        return weight.removesuffix(".weight") in self.adapter.layers
 
     def merged(self, weight: str, base: Tensor) -> Tensor:
         """Return the base's tensor of that name, merged with the adapter's where a layer of it is adapted."""
@@ -72,23 +70,19 @@ class Adapter:
         if not self.changes(weight):
             return base
         name = weight.removesuffix(".weight")
-        layer = self.layers[name]
-        hub_name = self.model.config.hub_name(name)
-        own = {key: self.tensors[f"{hub_name}.{key}"] for key in layer.adapter_parameters()}
-        return layer.variant.merge(base, own, layer.scaling)
+        return self.adapter.variant.merge(base, self.adapter.of(name), self.adapter.layers[name].scaling)
 
 
-def write_weights(folder: Path, base: Checkpoint, adapter: Adapter, untie: bool) -> None:
+def write_weights(folder: Path, base: Checkpoint, merge: Merge, untie: bool) -> None:
     """Write the merged weights file by file as the base has them, so that one file is in memory at a time."""
     weight_map: dict[str, str] = {}
     total_size = 0
+    head, embedding = base.hub_name(HEAD), base.hub_name(EMBEDDING)
     for path in base.weights.files:
-        tensors = {}
-        for hub_name, content in base.weights.in_file(path).items():
-            name = base.model_name(hub_name)
-            tensors[hub_name] = content if name is None else adapter.merged(name, content)
-            if untie and name == EMBEDDING and base.hub_name(HEAD) not in base.weights:
-                tensors[base.hub_name(HEAD)] = adapter.merged(HEAD, content)
+        contents = base.weights.in_file(path)
+        tensors = {name: merge.merged(name, content) for name, content in contents.items()}
+        if untie and embedding in contents and head not in base.weights:
+            tensors[head] = merge.merged(head, contents[embedding])
         save_tensors(tensors, folder / path.name)
         weight_map |= dict.fromkeys(tensors, path.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())

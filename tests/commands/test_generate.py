@@ -51,6 +51,15 @@ def test_adapter_uses_its_base_and_prompt_style(adapter, tiny, generate):
     assert ours != generate(tiny, "--prompt", prompt, "--max_new_tokens", 20, "--temperature", 0)
 
 
+def test_adapters_are_summed_by_weight_with_their_base_and_prompt_style(adapter, tiny, generate):
+    flags = ["--prompt", "Close the door.", "--max_new_tokens", 20, "--temperature", 0]
+    halves = ["--adapters", f"{adapter},{adapter}", "--adapter_weights", "0.25,0.75"]
+    expected = generate(adapter, *flags)
+    assert generate(tiny, *flags, *halves) == expected
+    assert main([*map(str, ["generate", *flags, *halves])]) == 0  # their base is found
+    assert generate(tiny, *flags, *halves[:2]) != expected  # 1 each
+
+
 def test_prompt_from_stdin(litlora, tiny):
     flags = ["generate", "--checkpoint_dir", tiny, "--temperature", 0, "--precision", "32-true"]
     piped = litlora(*flags, stdin="Say hello\n")

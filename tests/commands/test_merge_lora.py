@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litlora.__main__ import main
-from litlora.lora.checkpoint import load_with_adapter, write_adapter
+from litlora.lora.checkpoint import load_with_adapters, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
+from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.weights import Weights
 from litlora.nn.nf4 import NAMES, Quantization
@@ -105,7 +106,9 @@ def test_the_sum_is_taken_in_float32_and_stored_in_the_dtype_of_the_base(make_ch
 def test_a_merge_into_the_dequantized_base_is_the_network_that_was_trained(checkpoint, name, targets, tmp_path):
     quantization = Quantization(name, torch.float32)
     adapter = make_adapter(tmp_path / "adapter", checkpoint, targets, quantization)
-    trained = load_with_adapter(Checkpoint.open(checkpoint), adapter, torch.float32, torch.device("cpu"), quantization)
+    trained = load_with_adapters(
+        Checkpoint.open(checkpoint), [Weighted(adapter)], torch.float32, torch.device("cpu"), quantization
+    )
     with torch.no_grad():
         expected = trained.lm_head(trained(TOKENS, [len(TOKENS)]))
     merged = hugging_face(merge(adapter, tmp_path / "merged", "--dequantized_base", "true"))

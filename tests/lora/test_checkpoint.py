@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import read_prompt_style
-from litlora.lora.checkpoint import load_adapter, read_lora_config, write_adapter
+from litlora.lora.checkpoint import read_adapter, read_lora_config, write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
 from litlora.models.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def change_config(folder: Path, **keys: object) -> None:
 
 def open_on(base: Path, adapter: Path) -> torch.nn.Module:
     model = Checkpoint.open(base).load(torch.float32, torch.device("cpu"))
-    load_adapter(model, adapter, Checkpoint.open(base))
+    read_adapter(adapter, Checkpoint.open(base)).add_to(model)
     return model
 
 

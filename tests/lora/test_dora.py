@@ -14,9 +14,10 @@ from torch import nn
 
 from litlora.__main__ import main
 from litlora.generation.compile import prepare_for_decoding
-from litlora.lora.checkpoint import load_with_adapter, read_lora_config
+from litlora.lora.checkpoint import load_with_adapters, read_lora_config
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, freeze_adapter
+from litlora.lora.selection import Weighted
 from litlora.lora.variants import MAGNITUDE, DoRA
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT
@@ -158,7 +159,7 @@ def test_dora_decodes_as_it_trained(quantization, targets, checkpoints, tmp_path
     base = checkpoints("llama-gqa")
     with torch.no_grad():
         expected = logits(adapted(base, tmp_path, targets, quantization=quantization))
-        model = load_with_adapter(Checkpoint.open(base), tmp_path, torch.float32, CPU, quantization).eval()
+        model = load_with_adapters(Checkpoint.open(base), [Weighted(tmp_path)], torch.float32, CPU, quantization).eval()
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
         prepare_for_decoding(model)
         torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-5)
@@ -199,7 +200,7 @@ def test_fisher_start_of_dora_has_the_magnitudes_of_its_start(make_checkpoint, d
     base, out = make_checkpoint(WHOLE_BLOCKS), tmp_path / "out"
     untrained = ["--lora_init", "fisher", "--quantize", "bnb.nf4", "--train.max_steps", 1, "--lora_head", "false"]
     assert finetune(base, data_dir, out, *untrained, "--train.learning_rate", "1e-12") == 0
-    model = load_with_adapter(Checkpoint.open(base), out / "final", torch.float32, CPU, NF4)
+    model = load_with_adapters(Checkpoint.open(base), [Weighted(out / "final")], torch.float32, CPU, NF4)
     layer = model.model.layers[1].self_attn.q_proj
     assert isinstance(layer, LoRALinear)
     merged = layer.weight.to_dense() + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight

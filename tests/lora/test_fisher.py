@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from litlora.__main__ import main
-from litlora.lora.checkpoint import load_with_adapter, read_lora_config
+from litlora.lora.checkpoint import load_with_adapters, read_lora_config
 from litlora.lora.fisher import Metric, Moments, add_moment, fit_low_rank, recording
 from litlora.lora.layer import LoRALinear
+from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.weights import Weights
 from litlora.nn.nf4 import Quantization, dequantized
@@ -140,7 +141,9 @@ def test_higher_rank_starts_nearer_to_the_unquantized_base(base, data_dir, tmp_p
     left = [initial]
     for rank in (4, 16, 256):
         adapter = finetune(base, data_dir, tmp_path / str(rank), *untrained, "--lora_r", rank)
-        left.append(distance(load_with_adapter(Checkpoint.open(base), adapter, torch.float32, CPU, NF4), whole))
+        left.append(
+            distance(load_with_adapters(Checkpoint.open(base), [Weighted(adapter)], torch.float32, CPU, NF4), whole)
+        )
     assert left == sorted(left, reverse=True)
     assert left[-1] < initial / 100
 
@@ -149,7 +152,7 @@ def test_fisher_adapter_records_it_and_loads_in_peft(base, data_dir, tmp_path):
     flags = ["--train.max_steps", 2, "--train.global_batch_size", 4, "--lora_init", "fisher"]
     adapter = finetune(base, data_dir, tmp_path / "run", *flags)
     assert read_lora_config(adapter).init == "fisher"
-    ours = load_with_adapter(Checkpoint.open(base), adapter, torch.float32, CPU, NF4)
+    ours = load_with_adapters(Checkpoint.open(base), [Weighted(adapter)], torch.float32, CPU, NF4)
     theirs = PeftModel.from_pretrained(in_4_bits(base, NF4, CPU), adapter, is_trainable=True)
     with torch.no_grad():
         expected = theirs(TOKENS[None]).logits[0]

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
-from litlora.lora.checkpoint import load_adapter, write_adapter
+from litlora.lora.checkpoint import load_matrices, read_lora_config, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
-from litlora.lora.merge import merge_adapter
+from litlora.lora.merge import merge_adapters
+from litlora.lora.selection import Weighted
 from litlora.lora.targets import switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT
@@ -111,7 +112,8 @@ def test_greedy_tokens_equal_transformers(network):
 
 def test_adapter_gradients_equal_peft(network):
     model, peft = network.load(), with_peft(network.folder, network.adapter, trainable=True)
-    load_adapter(model, network.adapter, network.checkpoint)
+    add_lora(model, read_lora_config(network.adapter))
+    load_matrices(model, network.adapter, network.checkpoint)
     tokens, targets = sequences()[-1], labels()
     following = torch.cat((targets[1:], targets.new_full((1,), -100)))
     hidden = model(tokens, [len(tokens)])
@@ -126,7 +128,7 @@ def test_adapter_gradients_equal_peft(network):
 
 
 def test_merged_checkpoint_equals_peft_in_transformers(network, tmp_path):
-    merge_adapter(network.adapter, network.checkpoint, tmp_path / "merged", dequantized=False)
+    merge_adapters([Weighted(network.adapter)], network.checkpoint, tmp_path / "merged", dequantized=False)
     merged = hugging_face(tmp_path / "merged")
     close(expected_logits(merged), expected_logits(with_peft(network.folder, network.adapter)))
     assert Checkpoint.open(tmp_path / "merged").weights.keys() == network.checkpoint.weights.keys()

@@ -1,0 +1,72 @@
+"""Which base and adapters the arguments of a command name. Imports no torch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from litlora.args import GenerateArgs, MergeLoraArgs
+from litlora.errors import LitLoraError
+from litlora.lora.adapter_config import read_settings
+from litlora.lora.adapter_folder import find_base, is_adapter, read_prompt_style
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter folder, and its weight in a sum of adapters."""
+
+    folder: Path
+    weight: float = 1.0
+
+
+Adapters = tuple[Weighted, ...]
+
+
+def find_folders(args: GenerateArgs | MergeLoraArgs) -> tuple[Path, Adapters]:
+    """Return the base that a command's arguments name, and the adapters: none, one, or those of --adapters.
+
+    LitLoraError names a setting of an adapter that is not implemented.
+    """
+    adapters = tuple(map(Weighted, args.adapters, args.adapter_weights or [1.0] * len(args.adapters)))
+    for adapter in adapters:
+        read_settings(adapter.folder)
+    if adapters:
+        return _shared_base(args.checkpoint_dir, args.base_dir, args.adapters), adapters
+    assert args.checkpoint_dir is not None  # or the arguments would have been refused
+    base, folder = find_base(args.checkpoint_dir, args.base_dir)
+    if folder is None:
+        return base, ()
+    read_settings(folder)
+    return base, (Weighted(folder),)
+
+
+def find_adapters(args: MergeLoraArgs) -> tuple[Path, Adapters]:
+    """Return the base and the adapters that a command's arguments name; LitLoraError where there are none."""
+    if args.checkpoint_dir is not None and not args.adapters:
+        read_settings(args.checkpoint_dir)
+    return find_folders(args)
+
+
+def _shared_base(directory: Path | None, base_dir: Path | None, adapters: Sequence[Path]) -> Path:
+    """Return the base of several adapters: the one that is given, else the one that all of them name."""
+    if directory is not None and is_adapter(directory):
+        hint = "add it to --adapters, and name their base or leave it out"
+        raise LitLoraError(f"--checkpoint_dir ({directory}) is an adapter: {hint}")
+    if directory is not None or base_dir is not None:
+        return find_base(adapters[0], directory or base_dir)[0]
+    first, *others = ((folder, find_base(folder, None)[0]) for folder in adapters)
+    for folder, base in others:
+        if base.resolve() != first[1].resolve():
+            fault = f"{first[0]} and {folder} name different bases ({first[1]}, {base})"
+            raise LitLoraError(f"{fault}: say which it is with --checkpoint_dir")
+    return first[1]
+
+
+def shared_prompt_style(adapters: Iterable[Weighted]) -> str | None:
+    """Return the prompt style that adapters were trained on, or None where none of them says."""
+    folders = [adapter.folder for adapter in adapters]
+    styles = {style: folder for folder in folders if (style := read_prompt_style(folder)) is not None}
+    if len(styles) > 1:
+        (first, one), (second, other) = list(styles.items())[:2]
+        fault = f"{one} and {other} were trained on different prompt styles ({first}, {second})"
+        raise LitLoraError(f"{fault}: choose one with --prompt_style")
+    return next(iter(styles), None)
