@@ -10,6 +10,7 @@ from litlora.args import CommandArgs, FinetuneLoraArgs
 from litlora.cli.parser import Call, parse
 from litlora.distributed.launcher import (
     adopt_srun_variables,
+    find_rank_info,
     follow_launcher,
     is_launched,
     is_one_of_several,
@@ -18,8 +19,9 @@ from litlora.distributed.launcher import (
     processes_to_launch,
     report_to_launcher,
 )
-from litlora.errors import EndedElsewhereError, LitLoraError, is_shortage
-from litlora.utils.console import log, log_error, output
+from litlora.errors import EndedElsewhereError, LitLoraError, OutputClosedError, is_shortage
+from litlora.utils.console import log, log_error, open_streams, output
+from litlora.utils.files import require_working_directory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: success, 1: a user's mistake or a failed run, 2: an unknown flag or key, others: a run that was told to stop.
     Arguments that a Python program gives are run in its process.
     """
+    if arguments is None:
+        open_streams()
     follow_launcher()
     code, sentence = attempt(arguments)
     if sentence is not None and not report_to_launcher(sentence, code):
@@ -39,7 +43,7 @@ def attempt(arguments: Sequence[str] | None) -> tuple[int, str | None]:
     """Run a command, and return its exit code and the error to print, if any."""
     try:
         return run(sys.argv[1:] if arguments is None else arguments, in_process=arguments is not None), None
-    except EndedElsewhereError as error:
+    except (EndedElsewhereError, OutputClosedError) as error:
         return error.exit_code, None
     except LitLoraError as error:
         return error.exit_code, str(error)
@@ -83,6 +87,7 @@ def count_to_launch(args: CommandArgs, *, in_process: bool) -> int:
     if not isinstance(args, FinetuneLoraArgs):
         return 0
     adopt_srun_variables()
+    find_rank_info(args.devices, args.num_nodes)  # only a check
     return processes_to_launch(args.devices, args.num_nodes, dry_run=args.dry_run, in_process=in_process)
 
 
@@ -94,6 +99,8 @@ def start(call: Call, count: int) -> tuple[object, ...]:
     command's own checks are as quick.
     """
     has_torch = "torch" in sys.modules
+    if not has_torch:
+        require_working_directory()
     if not is_launched():
         for line in ([] if has_torch else [f"litlora {__version__}: {call.command}"]) + list(call.notes):
             log(line)

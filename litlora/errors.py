@@ -33,6 +33,13 @@ class EndedElsewhereError(LitLoraError):
         super().__init__("a peer reports the cause", exit_code)
 
 
+class OutputClosedError(LitLoraError):
+    """The end of a command whose output nobody reads any more, as in `litlora generate ... | head`."""
+
+    def __init__(self) -> None:
+        super().__init__("standard output is closed", 128 + 13)  # as a shell reports SIGPIPE
+
+
 def is_shortage(error: MemoryError | RuntimeError) -> bool:
     """Tell whether memory has run out, Python's or torch's."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in SHORTAGES)

@@ -1,7 +1,5 @@
 """generate: a prompt in, the completion alone on stdout."""
 
-import sys
-
 import torch
 
 from litlora.args import GenerateArgs
@@ -14,6 +12,7 @@ from litlora.lora.checkpoint import load_with_adapters, shared_quantization
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.backend import backend, default_device
 from litlora.nn.nf4 import Quantization
+from litlora.utils.console import write
 
 
 def generate(args: GenerateArgs, prompt: Prompt | None = None) -> None:
@@ -38,9 +37,8 @@ def generate(args: GenerateArgs, prompt: Prompt | None = None) -> None:
             model, prompt.ids, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids
         )
         for text in tokenizer.stream(prompt.ids, tokens):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            write(text)
+        write("\n")
 
 
 def storage(args: GenerateArgs, trained: Quantization | None) -> tuple[torch.dtype, Quantization | None]:

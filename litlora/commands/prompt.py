@@ -1,6 +1,5 @@
 """What `generate` completes: the tokens of a prompt, and the checkpoint that they are for. Read without torch."""
 
-import sys
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,6 +8,7 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.lora.selection import Adapters, find_folders, shared_prompt_style
 from litlora.models.checkpoint_files import CheckpointFiles
+from litlora.utils.console import read_input
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Prompt:
 
 def read_text(given: str | None) -> str:
     """Return --prompt, or else standard input without its last line break."""
-    text = sys.stdin.read().removesuffix("\n") if given is None else given
+    text = read_input().removesuffix("\n") if given is None else given
     if not text:
         raise LitLoraError(NO_PROMPT)
     return text

@@ -49,10 +49,12 @@ def adopt_srun_variables() -> None:
     """Where srun has started several processes, set torchrun's variables for this one."""
     if LOCAL_COUNT in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
+    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "STEP_NUM_TASKS", "GROUP_RANK": "NODEID"}
+    others = ("STEP_TASKS_PER_NODE", "STEP_NODELIST", "JOB_ID", "STEP_ID")
+    _require_variables("SLURM_STEP_NUM_TASKS", [f"SLURM_{name}" for name in (*names.values(), *others)])
     per_node = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
     if per_node is None:
         raise LitLoraError("srun must start as many processes on every node: give it --ntasks-per-node")
-    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "STEP_NUM_TASKS", "GROUP_RANK": "NODEID"}
     nodes = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"])  # the first of each range
     run = os.environ["SLURM_JOB_ID"] + os.environ["SLURM_STEP_ID"]
     rendezvous = {"MASTER_ADDR": nodes.split(",")[0], "MASTER_PORT": f"2{run[-4:]:0>4}"}
@@ -60,11 +62,30 @@ def adopt_srun_variables() -> None:
     os.environ.update(rendezvous | os.environ | rank_info | {LOCAL_COUNT: per_node[1]})
 
 
+def _require_variables(given: str, needed: Sequence[str]) -> None:
+    """Refuse an environment with only some of the variables of torchrun or srun."""
+    if missing := [name for name in needed if name not in os.environ]:
+        hint = f"start the run by torchrun or srun, which set both, or unset {given}"
+        raise LitLoraError(f"the environment has {given}, but not {missing[0]}: {hint}")
+
+
+def _numbers(names: Sequence[str]) -> Iterator[int]:
+    """Yield the variables of torchrun that are numbers."""
+    for name in names:
+        if not re.fullmatch("[0-9]{1,9}", os.environ[name]):
+            raise LitLoraError(f"the environment's {name} ({os.environ[name]}) must be a number, as torchrun sets it")
+        yield int(os.environ[name])
+
+
 def find_rank_info(devices: int, nodes: int) -> RankInfo:
     """Return what torchrun, srun or `launch` has told this process, or refuse a number that was not requested."""
     if LOCAL_COUNT not in os.environ:
         return RankInfo()
-    rank, world_size, local_world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LOCAL_COUNT))
+    _require_variables(LOCAL_COUNT, ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+    rank, _, world_size, local_world_size = _numbers(["RANK", "LOCAL_RANK", "WORLD_SIZE", LOCAL_COUNT])
+    if not rank < world_size or not 0 < local_world_size <= world_size:
+        fault = f"RANK ({rank}), WORLD_SIZE ({world_size}) and {LOCAL_COUNT} ({local_world_size}) do not go together"
+        raise LitLoraError(f"the environment's {fault}: start the run by torchrun or srun, or unset them")
     by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(world_size)  # and not by a torchrun that srun has started
     info = RankInfo(rank, world_size, local_world_size, is_launched=LAUNCHED in os.environ, has_own_gpu=by_srun)
     requested = ("--devices", devices, info.local_world_size), ("--num_nodes", nodes, info.nodes)

@@ -1,16 +1,41 @@
-"""Printing: messages go to stderr and results to stdout, and no text from a file controls the terminal."""
+"""The standard streams: messages go to stderr and results to stdout, and no text from a file controls the terminal."""
 
+import io
+import os
 import re
 import sys
+from contextlib import suppress
+from typing import TextIO
+
+from litlora.errors import LitLoraError, OutputClosedError
 
 JOINERS = "\u200c\u200d"  # invisible, but part of how Persian, Hindi and emoji are written
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
+def open_streams() -> None:
+    """Make the standard streams usable, whatever the caller has left of them.
+
+    The descriptor of a closed one would be given to the next file, which would then get what libraries print.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def log(message: str) -> None:
-    """Print a message, of one or several lines, on stderr."""
+    """Print a message, of one or several lines, on stderr; one that nobody reads any more ends no run."""
     lines = "\n".join(printable(line) for line in message.split("\n"))
-    sys.stderr.write(f"{lines}\n")
+    try:
+        sys.stderr.write(f"{lines}\n")
+    except OSError:
+        _discard(sys.stderr)
 
 
 def log_error(sentence: str) -> None:
@@ -20,8 +45,36 @@ def log_error(sentence: str) -> None:
 
 def output(text: str) -> None:
     """Print a result on stdout."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    write(f"{text}\n")
+
+
+def write(text: str) -> None:
+    """Write a part of a result to stdout at once; LitLoraError where that fails."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise OutputClosedError from error
+        raise LitLoraError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def read_input() -> str:
+    """Return all of standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        hint = "convert it, or set PYTHONIOENCODING to its encoding"
+        raise LitLoraError(f"standard input is not valid {error.encoding}: {hint}") from error
+
+
+def _discard(stream: TextIO) -> None:
+    """Send the rest of a stream nowhere, since Python reports at its end what it cannot flush."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def printable(line: str) -> str:

@@ -181,6 +181,14 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
         raise LitLoraError(f"cannot write {path}: {error.strerror}") from error
 
 
+def require_working_directory() -> None:
+    """Refuse a working directory that has been removed, from which libraries cannot be loaded."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise LitLoraError(f"the working directory cannot be read ({error.strerror}): change to another") from error
+
+
 def check_writable(path: Path, flag: str) -> None:
     """Refuse a folder that is not writable, without creating it."""
     try:

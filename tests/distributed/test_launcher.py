@@ -49,6 +49,41 @@ def test_unequal_processes_per_node_are_refused(srun):
         adopt_srun_variables()
 
 
+TORCHRUN = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"RANK": None}, "has LOCAL_WORLD_SIZE, but not RANK: start the run by torchrun or srun"),
+        ({"MASTER_ADDR": None}, "has LOCAL_WORLD_SIZE, but not MASTER_ADDR"),
+        ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE .abc. must be a number, as torchrun sets it"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE .0. do not go together"),
+        ({"RANK": "2"}, "RANK .2., WORLD_SIZE .2."),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE .-2. must be a number"),
+    ],
+)
+def test_half_set_variables_of_torchrun_are_one_sentence(monkeypatch, changes, fault):
+    given = {name: value for name, value in (TORCHRUN | changes).items() if value is not None}
+    others = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    monkeypatch.setattr(os, "environ", others | given)
+    with pytest.raises(LitLoraError, match=fault):
+        find_rank_info(1, 1)
+
+
+def test_half_set_variables_of_srun_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ | {"SLURM_STEP_NUM_TASKS": "2"})
+    with pytest.raises(LitLoraError, match=r"^the environment has SLURM_STEP_NUM_TASKS, but not SLURM_PROCID: start "):
+        adopt_srun_variables()
+
+
 @pytest.mark.parametrize(("gpus", "expected"), [(1, (1, 32, 0)), (8, (8, 4, 1)), (0, (8, 4, 1))])
 def test_srun_process_takes_its_only_visible_gpu(srun, gpus, expected):
     srun("gpu[07-10]", "8(x4)")

@@ -1,6 +1,16 @@
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 
-from litlora.utils.console import log, log_error, output, printable
+from litlora.__main__ import main
+from litlora.errors import LitLoraError, OutputClosedError
+from litlora.utils.console import log, log_error, output, printable, read_input, write
 
 
 def test_messages_go_to_stderr_and_results_to_stdout(capsys):
@@ -28,3 +38,71 @@ def test_control_characters_are_escaped_and_letters_are_not(text, expected):
 def test_an_error_quotes_no_hub_token(capsys):
     log_error("--config hf_aBcDeFgHiJkLmN cannot be read")
     assert capsys.readouterr().err == "litlora: --config hf_... cannot be read\n"
+
+
+@contextmanager
+def unread(name: str) -> Iterator[None]:
+    """Make a standard stream a pipe that nobody reads; pytest replaces the streams after the fixtures."""
+    read, written = os.pipe()
+    os.close(read)
+    with os.fdopen(written, "w", buffering=1) as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, name, stream)
+        yield
+
+
+def test_a_pipe_that_nobody_reads_ends_the_command_quietly(capsys, tiny):
+    with unread("stdout"):
+        with pytest.raises(OutputClosedError):
+            write("a part")
+        write("the rest goes nowhere")
+    with unread("stdout"):
+        assert main(["generate", str(tiny), "--prompt", "x", "--max_new_tokens", "2"]) == 141
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_message_that_nobody_reads_ends_no_run():
+    with unread("stderr"):
+        log("loading")
+        log("saving")
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence(monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(LitLoraError, match=r"^standard output cannot be written: No space left on device$"):
+            output("done")
+
+
+def test_input_in_another_encoding_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    with pytest.raises(LitLoraError, match=r"^standard input is not valid utf-8: "):
+        read_input()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "sentence"),
+    [
+        ("<&-", 1, "litlora: the prompt is empty: give one with --prompt or on standard input"),
+        ("</dev/null >&-", 1, "litlora: the prompt is empty: give one with --prompt or on standard input"),
+        ("</dev/null 2>&-", 1, ""),
+        ("--print_config >/dev/full", 1, "litlora: standard output cannot be written: No space left on device"),
+        ("--print_config >&-", 1, "litlora: standard output cannot be written: Bad file descriptor"),
+        ("--print_config --prompt_style \U0001f6aa", 0, ""),
+        ("--print_config 2>&-", 0, ""),
+        ("--print_config | head -c 1", 0, ""),
+    ],
+)
+def test_streams_that_are_closed_full_or_narrow(redirection, code, sentence, tiny):
+    """Closed streams, a full disk behind one, or one in ASCII end in a sentence at most, and never in a traceback."""
+    command = f"set -o pipefail; {sys.executable} -m litlora generate {tiny} {redirection}"
+    env = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+    assert "Traceback" not in done.stderr
+    assert (done.returncode, (done.stderr.splitlines() or [""])[-1]) == (code, sentence)
+
+
+def test_removed_working_directory_is_one_sentence(tiny, tmp_path):
+    command = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -m litlora generate {tiny} --prompt x"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    sentence = "litlora: the working directory cannot be read (No such file or directory): change to another\n"
+    assert (done.returncode, done.stderr) == (1, sentence)
