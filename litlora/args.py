@@ -253,6 +253,8 @@ class PrepareArgs(CommandArgs):
     """Share of the rows in the validation split."""
     seed: int = 42
     """Random seed of the split."""
+    encoding: str | None = None
+    """Encoding of the file, such as cp1252, by default UTF-8; UTF-16 and UTF-32 are recognized."""
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
@@ -299,16 +301,26 @@ class PrepareLimaArgs(PrepareArgs):
 
 @dataclass(frozen=True)
 class PrepareJsonArgs(PrepareArgs):
-    """Prepare a .json, .jsonl or .csv file of your own for fine-tuning."""
+    """Prepare a JSON, JSONL, CSV, TSV or Parquet file of your own for fine-tuning."""
 
     examples: ClassVar = (
         "litlora prepare_json --source rows.csv --destination_path data/rows",
+        "litlora prepare_json --source rows.csv --destination_path data/rows --columns instruction=Q,output=A",
         "litlora prepare_json --source rows.jsonl --destination_path data/rows --val_split_fraction 0.05",
     )
 
     destination_path: Path
     source: str
     val_split_fraction: float = 0.1
+    columns: str | None = None
+    """Which columns are which key: instruction=Frage,output=Antwort; also for input, system, text, messages, ..."""
+
+    def column_names(self) -> dict[str, str]:
+        """Return the columns by the keys that they stand for."""
+        pairs = [pair.partition("=") for pair in (self.columns or "").split(",") if pair.strip()]
+        is_right = all(name.strip() and column.strip() for name, _, column in pairs)
+        require(is_right, "--columns", self.columns, "pairs such as instruction=Frage,output=Antwort")
+        return {name.strip(): column.strip() for name, _, column in pairs}
 
 
 @dataclass(frozen=True)

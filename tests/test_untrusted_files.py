@@ -367,7 +367,7 @@ def test_rows(data: st.DataObject, suffix: str):
     lines = as_json(rows) if suffix == ".json" else b"\n".join(map(as_json, rows))
     content = data.draw(st.just(lines) | damaged(lines) | damaged(b'instruction,input,output\na,"b\nb",c\nd,,e\n'))
     for shape in (ANY, ALPACA):
-        holds(lambda shape=shape: read_file(RawFile("data", suffix, content), shape))
+        holds(lambda shape=shape: read_file(RawFile.from_bytes("data", suffix, content), shape))
 
 
 @given(content=spoiled(SETTINGS).map(as_json) | damaged(as_json(SETTINGS)) | YAML)

@@ -1,10 +1,11 @@
-"""Prepare a .json, .jsonl or .csv file for fine-tuning."""
+"""Prepare a file of your own for fine-tuning."""
 
 from litlora.args import PrepareJsonArgs
 from litlora.data.prepare import fetch, prepare
-from litlora.data.row_formats import ANY
+from litlora.data.row_formats import ANY, with_columns
 
 
 def prepare_json(args: PrepareJsonArgs) -> None:
     """Turn a file of any known row format into a prepared data set."""
-    prepare(args, fetch(args.source), ANY)
+    columns = args.column_names()
+    prepare(args, fetch(args.source), with_columns(columns) if columns else ANY)

@@ -1,5 +1,6 @@
 """Prepare LIMA for fine-tuning."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def _fetch(args: PrepareLimaArgs) -> RawFile:
         return fetch(args.source)
     token = args.access_token.get_secret_value() if args.access_token else None
     path = fetch_dataset_file(args.source, "train.jsonl", token)
-    return RawFile(f"{args.source}/train.jsonl", path.suffix, path.read_bytes())
+    return replace(RawFile.from_path(path, ""), name=f"{args.source}/train.jsonl")
 
 
 def _names_dataset(source: str) -> bool:

@@ -21,7 +21,7 @@ Location = TypeVar("Location")
 def read_examples(path: Path) -> list[Example]:
     """Read the examples of a prepared split."""
     with open_split(path) as file:
-        raw = RawFile(str(path), path.suffix, file.read())
+        raw = RawFile.from_bytes(str(path), path.suffix, file.read())
     return [row.example for _, row in read_file(raw, ANY)]
 
 

@@ -1,7 +1,8 @@
 """From a source to a prepared data set: the steps that the prepare commands share."""
 
 import re
-from hashlib import sha256
+from dataclasses import replace
+from hashlib import file_digest
 from http.client import HTTPException, IncompleteRead
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError, URLError
@@ -22,13 +23,13 @@ TIMEOUT_SECONDS = 30  # without a byte, not for the whole transfer
 
 def prepare(args: PrepareArgs, file: RawFile, row_format: RowFormat) -> None:
     """Read and check every row of `file`, split them, and only then write them."""
-    rows = read_file(file, row_format)
+    rows = read_file(replace(file, encoding=args.encoding), row_format)
     for finding in run_checks(rows):
         log(str(finding))
     train, val = split([row.example for _, row in rows], args.val_split_fraction, args.seed)
     origin = {
         "source": without_query(args.source) if "://" in args.source else args.source,
-        "sha256": sha256(file.content).hexdigest(),
+        "sha256": _digest(file),
         "val_split_fraction": args.val_split_fraction,
         "seed": args.seed,
     }
@@ -37,11 +38,16 @@ def prepare(args: PrepareArgs, file: RawFile, row_format: RowFormat) -> None:
     log(f"{counts} in {args.destination_path}")
 
 
+def _digest(file: RawFile) -> str:
+    with file.open() as opened:
+        return file_digest(opened, "sha256").hexdigest()
+
+
 def fetch(source: str) -> RawFile:
     """Read the local file, or fetch the http(s) address, that `source` names."""
     if "://" in source:
         content = _download(source)
-        return RawFile(without_query(source), PurePosixPath(urlsplit(source).path).suffix, content)
+        return RawFile.from_bytes(without_query(source), PurePosixPath(urlsplit(source).path).suffix, content)
     return RawFile.from_path(Path(source), f"there is no file {source}; give --source a file or an http(s) address")
 
 

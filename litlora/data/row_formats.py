@@ -7,11 +7,13 @@ import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import cycle
 from typing import Any, Literal, NamedTuple, Self
 
 from litlora.data.examples import Example, Json, Message, Role, ToolCall, assistant
 from litlora.data.readers import RowError, json_type
+from litlora.errors import LitLoraError
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PAIRS = (
@@ -123,7 +125,10 @@ def _checked_text(value: object, name: str) -> str:
 
 
 def _parse_any(row: object) -> ParsedRow:
-    fields = Fields.of(row)
+    return _parse_fields(Fields.of(row))
+
+
+def _parse_fields(fields: Fields) -> ParsedRow:
     if name := fields.find(CONVERSATIONS):
         return parse_conversation(fields, name)
     if pair := _find_pair(fields):
@@ -327,6 +332,44 @@ def _arguments(function: Fields) -> Json | str:
     if arguments is not None and not isinstance(arguments, dict):
         raise RowError(f"the arguments of a tool call are {json_type(arguments)}, not an object")
     return arguments or {}
+
+
+COLUMNS = (
+    "instruction", "input", "output", "system", "history", "reasoning_content", "tools", "text", "messages",
+)  # fmt: skip
+"""Keys that columns of other names can stand for."""
+
+
+def with_columns(columns: Mapping[str, str]) -> RowFormat:
+    """Return the format of rows in which a key has the value of the column that `columns` gives for it."""
+    for name in columns:
+        if name not in COLUMNS:
+            raise LitLoraError(f"--columns {name}=... is none of {', '.join(COLUMNS)}")
+    shape = json.dumps(dict.fromkeys(columns.values(), "..."), ensure_ascii=False)
+    return RowFormat(shape, partial(_parse_columns, columns))
+
+
+def _parse_columns(columns: Mapping[str, str], row: object) -> ParsedRow:
+    """Parse a row by the format that its renamed keys have; their own names would be others."""
+    values = Fields.of(row).values
+    for column in columns.values():
+        if column not in values:
+            raise RowError(f"there is no {json.dumps(column, ensure_ascii=False)}")
+    taken = (*columns.values(), *columns)
+    fields = Fields({**{key: value for key, value in values.items() if key not in taken},
+                     **{name: values[column] for name, column in columns.items()}})  # fmt: skip
+    parsed = _parse_renamed(fields, columns)
+    hidden = [key for key in columns if key in values and key not in columns.values()]
+    return parsed._replace(left_out=(*parsed.left_out, *hidden))
+
+
+def _parse_renamed(fields: Fields, columns: Mapping[str, str]) -> ParsedRow:
+    if "messages" in columns:
+        return parse_conversation(fields, "messages")
+    if "text" in columns:
+        return _parse_text(fields)
+    is_pair = "instruction" in columns or "output" in columns
+    return _parse_pair(fields, "instruction", "output") if is_pair else _parse_fields(fields)
 
 
 _ALPACA_SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'

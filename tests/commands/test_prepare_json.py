@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from litlora import __version__
+from litlora.__main__ import main
 from litlora.args import PrepareJsonArgs
 from litlora.commands.prepare_json import prepare_json
 from litlora.data.dataset import read_examples
@@ -51,11 +53,29 @@ def test_row_formats_may_be_mixed(prepared):
 
 def test_csv_without_known_columns_is_refused(prepared, tmp_path):
     with pytest.raises(LitLoraError) as refused:
-        prepared("rows.csv", "prompt;completion\na;b\n")
+        prepared("rows.csv", "q;a\na;b\n")
     assert str(refused.value).startswith(
-        f"{tmp_path}/rows.csv line 2: the keys ['prompt;completion'] match no row format; a row must look like "
+        f"{tmp_path}/rows.csv line 2: the keys ['q', 'a'] match no row format; a row must look like "
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("columns", ["instruction=Frage,output=Antwort", " instruction = Frage, output = Antwort,"])
+def test_columns_and_encoding_are_flags(columns, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_bytes("Frage;Antwort\nWie geht’s?;Gut!\nUnd – jetzt?;Müde.\n".encode("cp1252"))
+    paths = ["--source", str(tmp_path / "rows.csv"), "--destination_path", str(tmp_path / "out")]
+    flags = ["--val_split_fraction", "0.5", "--columns", columns]
+    assert main(["prepare_json", *paths, *flags]) == 1
+    assert "rows.csv line 2: the byte 0x92 is not valid UTF-8; save" in capsys.readouterr().err
+    assert main(["prepare_json", *paths, *flags, "--encoding", "cp1252"]) == 0
+    examples = {*read_examples(tmp_path / "out/train.jsonl"), *read_examples(tmp_path / "out/val.jsonl")}
+    assert examples == {Example.of(Turn("Wie geht’s?", "Gut!")), Example.of(Turn("Und – jetzt?", "Müde."))}
+
+
+@pytest.mark.parametrize("columns", ["instruction", "instruction=", "=Frage", "instruction:Frage"])
+def test_columns_must_be_pairs(columns):
+    with pytest.raises(LitLoraError, match="must be pairs such as instruction=Frage,output=Antwort"):
+        prepare_json(PrepareJsonArgs(destination_path=Path("out"), source="rows.csv", columns=columns))
 
 
 def test_command_logs_to_stderr(litlora, tmp_path):

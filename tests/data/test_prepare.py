@@ -68,7 +68,8 @@ def refusal(source):
 
 def test_address_is_fetched_and_logged(site, capsys):
     url = f"{site}/rows.jsonl"
-    assert fetch(url) == RawFile(url, ".jsonl", ROWS)
+    file = fetch(url)
+    assert (file.name, file.suffix, file.open().read()) == (url, ".jsonl", ROWS)
     assert capsys.readouterr() == ("", f"fetching {url}\n")
 
 
@@ -132,14 +133,16 @@ def test_local_file_is_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert refusal(str(path)) == f"there is no file {path}; give --source a file or an http(s) address"
     path.write_bytes(ROWS)
-    assert fetch(str(path)) == RawFile(str(path), ".jsonl", ROWS)
+    file = fetch(str(path))
+    with file.open() as opened:
+        assert (file.name, file.suffix, opened.read()) == (str(path), ".jsonl", ROWS)
 
 
 @pytest.fixture
 def prepared(tmp_path):
     def prepared(content, fraction=0.2, seed=42):
         args = PrepareArgs(tmp_path / "out", "somewhere/rows.jsonl", fraction, seed)
-        prepare(args, RawFile(args.source, ".jsonl", content), ANY)
+        prepare(args, RawFile.from_bytes(args.source, ".jsonl", content), ANY)
         return tmp_path / "out"
 
     return prepared

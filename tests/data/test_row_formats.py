@@ -5,7 +5,8 @@ import pytest
 
 from litlora.data.dataset import read_examples
 from litlora.data.examples import Example, Message, ToolCall, Turn
-from litlora.data.row_formats import ANY
+from litlora.data.readers import RowError
+from litlora.data.row_formats import ANY, with_columns
 from litlora.errors import LitLoraError
 
 ROW = '{"instruction": "Say hi.", "input": "", "output": "Hi."}'
@@ -278,3 +279,33 @@ def test_plain_text_is_an_example():
 )  # fmt: skip
 def test_unknown_keys_are_named(row, left_out):
     assert ANY.parse(row).left_out == left_out
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "example", "left_out"),
+    [
+        ({"instruction": "Frage", "output": "Antwort"}, {"Frage": "a", "Antwort": "b"}, Example.of(Turn("a", "b")), ()),
+        ({"instruction": "q", "output": "a", "input": "c", "system": "s"}, {"q": "a", "a": "b", "c": "c", "s": "s"},
+         Example.of(Turn("a", "b", "c"), system="s"), ()),
+        ({"instruction": "b", "output": "instruction"}, {"instruction": "c", "b": "a"}, Example.of(Turn("a", "c")), ()),
+        ({"instruction": "q", "output": "output"}, {"q": "a", "output": "b", "instruction": "c", "prompt": "d"},
+         Example.of(Turn("a", "b")), ("prompt", "instruction")),
+        ({"text": "content"}, {"content": "a", "text": "b"}, Example(text="a"), ("text",)),
+        ({"instruction": "a", "output": "b"}, {"a": "a", "b": "b", "text": "c"}, Example.of(Turn("a", "b")), ("text",)),
+        ({"input": "c"}, {"prompt": "a", "completion": "b", "c": "c"}, Example.of(Turn("a", "b", "c")), ()),
+        ({"messages": "chat"}, {"chat": conversation("a", "b")["messages"]}, Example.of(Turn("a", "b")), ()),
+    ],
+)  # fmt: skip
+def test_columns_of_other_names_are_read(columns, row, example, left_out):
+    assert with_columns(columns).parse(row) == (example, False, left_out)
+
+
+def test_unknown_columns_are_refused():
+    with pytest.raises(RowError, match=r'^there is no "Antwort"$'):
+        with_columns({"instruction": "Frage", "output": "Antwort"}).parse({"Frage": "a", "output": "b"})
+    with pytest.raises(LitLoraError) as refused:
+        with_columns({"answer": "b"})
+    assert str(refused.value) == (
+        "--columns answer=... is none of instruction, input, output, system, history, "
+        "reasoning_content, tools, text, messages"
+    )
