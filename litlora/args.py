@@ -182,7 +182,7 @@ class TrainArgs:
     def sequence_limit(self, positions: int) -> int:
         """Return the maximum number of tokens of an example, given the checkpoint's number of positions."""
         most = self.max_seq_length or positions
-        need = f"at most the checkpoint's max_position_embeddings ({positions})"
+        need = f"at most the checkpoint's number of positions ({positions})"
         require(most <= positions, "--train.max_seq_length", most, need)
         return most
 

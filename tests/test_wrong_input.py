@@ -262,7 +262,7 @@ def test_invalid_data_is_refused(spoil, sentence, capsys):
         ("--train.min_lr 1", "--train.min_lr (1.0) must be between 0 and learning_rate (0.0002)"),
         ("--train.max_norm 0", "--train.max_norm (0.0) must be above 0, or null for no clipping"),
         ("--train.max_seq_length 257",
-         "--train.max_seq_length (257) must be at most the checkpoint's max_position_embeddings (256)"),
+         "--train.max_seq_length (257) must be at most the checkpoint's number of positions (256)"),
         ("--eval.interval 0", "--eval.interval (0) must be at least 1"),
         ("--eval.evaluate_example 3",
          "--eval.evaluate_example (3) must be below the number of rows in val.jsonl (3)"),

@@ -46,7 +46,7 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     start = None if args.resume == AUTO else starting_point(args, lambda _: None, find_truncation)
     base = CheckpointFiles.find(args.checkpoint_dir)
     check_prompt_style(base.dir, args.prompt_style)
-    args.check_model(base.config.hidden_size, base.config.max_position_embeddings)
+    args.check_model(base.config.hidden_size, base.config.positions)
     if start is not None:
         Identity.of(args, {}).check(start)
     _check_rows(args)

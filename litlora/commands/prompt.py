@@ -28,7 +28,7 @@ class Prompt:
         tokenizer = Tokenizer(base.dir, base.hub_config)
         style = tokenizer.prompt_style(args.prompt_style or shared_prompt_style(adapters) or "none")
         ids = tokenizer.encode(style.prompt(read_text(args.prompt)), style.add_special_tokens).ids
-        check_length(len(ids), args.max_new_tokens, base.config.max_position_embeddings)
+        check_length(len(ids), args.max_new_tokens, base.config.positions)
         base.config.check_ids("the prompt", max(ids, default=0))
         return cls(base, adapters, tokenizer, ids)
 

@@ -42,7 +42,7 @@ def generate(
     model: GPT, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int, stop_ids: Collection[int]
 ) -> Iterator[int]:
     """Yield the tokens that follow the prompt, until a stop id (not yielded), the limit, or the last position."""
-    length = min(len(prompt) + max_new_tokens, model.config.max_position_embeddings)
+    length = min(len(prompt) + max_new_tokens, model.config.positions)
     session = Session(model, length)
     tokens = torch.tensor(prompt, device=session.device)
     with evaluating(model):

@@ -112,6 +112,12 @@ class GPTConfig:
         """The rotary embeddings that at least one layer has."""
         return tuple(rope for rope in dict.fromkeys(self.ropes) if rope is not None)
 
+    @property
+    def positions(self) -> int:
+        """The number of positions of a sequence that the model is made for, extended by its rotary embeddings."""
+        extended = (rope.positions(self.max_position_embeddings) for rope in self.distinct_ropes)
+        return min(extended, default=self.max_position_embeddings)
+
     def rope_regimes(self, length: int) -> tuple[int, ...]:
         """Return what is equal for all lengths of a sequence at which it has the same frequencies."""
         return tuple(rope.regime(length) for rope in self.distinct_ropes)

@@ -13,7 +13,16 @@ from types import MappingProxyType
 from typing import Any
 
 from litlora.models.hub_config import boolean, number, refusal, shown, size
-from litlora.models.rope_config import RopeConfig, Ropes, joined, read_rope
+from litlora.models.layer_ropes import (
+    LayerRopes,
+    listed_layers,
+    one_rope,
+    rope_of_listed_layers,
+    rope_of_sliding_layers,
+    rope_of_sliding_layers_or_all,
+    rope_with_query_scaling,
+)
+from litlora.models.rope_config import Ropes, read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}
@@ -40,16 +49,8 @@ Windows = tuple[int | None, ...]
 """The sliding window of each layer, or None for a layer without one."""
 
 
-RopeReader = Callable[[Mapping[str, Any]], RopeConfig]
-"""Reads the parameters of one rotary embedding."""
-
 Flags = Mapping[str, Any]
 """Fields of GPTConfig: the value of each, or a function that reads it from the keys of config.json."""
-
-
-def one_rope(values: Mapping[str, Any], windows: Windows, read: RopeReader) -> Ropes:
-    """Read one rotary embedding for all layers."""
-    return (read(joined(values)),) * len(windows)
 
 
 def flag(key: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -93,7 +94,7 @@ class Family:
     """Values of keys that a config.json may leave out."""
     windows: Callable[[Mapping[str, Any], int], Windows]
     """Reads the sliding window of each of n layers."""
-    layer_ropes: Callable[[Mapping[str, Any], Windows, RopeReader], Ropes] = one_rope
+    layer_ropes: LayerRopes = one_rope
     """Reads the rotary embedding of each layer, given the layers' windows."""
     interleaved_rope: bool = False
     """Whether neighbouring dimensions are rotated together, and not those of the two halves."""
@@ -163,11 +164,16 @@ def one_window(values: Mapping[str, Any], layers: int) -> Windows:
 
 def window_by_layer(values: Mapping[str, Any], layers: int) -> Windows:
     """Read a window for the layers of type sliding_attention: those from max_window_layers on, unless listed."""
+    return _window_if_used(values, layers, partial(_upper_layers, values, layers))
+
+
+def _window_if_used(values: Mapping[str, Any], layers: int, unlisted: Callable[[], list[str]]) -> Windows:
+    """Read a window that use_sliding_window switches on; without layer_types, `unlisted` returns the types."""
     used = boolean(values, "use_sliding_window") and values.get("sliding_window") is not None
-    window = size(values, "sliding_window") if used else None
-    types = layer_types(values, layers) or _upper_layers(values, layers, SLIDING if used else FULL)
-    if window is None and SLIDING in types:
+    types = layer_types(values, layers) or (unlisted() if used else [FULL] * layers)
+    if not used and SLIDING in types:
         raise refusal("layer_types", types, "there is no sliding window without use_sliding_window and sliding_window")
+    window = size(values, "sliding_window") if used else None
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
@@ -179,21 +185,29 @@ def window_by_pattern(pattern: int | str) -> Callable[[Mapping[str, Any], int], 
 
     def read(values: Mapping[str, Any], layers: int) -> Windows:
         window = None if values.get("sliding_window") is None else size(values, "sliding_window")
-        every = size(values, pattern) if isinstance(pattern, str) else pattern
-        types = layer_types(values, layers) or [FULL if n % every == 0 else SLIDING for n in range(1, layers + 1)]
+        types = layer_types(values, layers)
+        if not types and window is not None:
+            every = size(values, pattern) if isinstance(pattern, str) else pattern
+            types = [FULL if n % every == 0 else SLIDING for n in range(1, layers + 1)]
+        types = types or [FULL] * layers
         return tuple(window if kind == SLIDING else None for kind in types)
 
     return read
 
 
-def _upper_layers(values: Mapping[str, Any], layers: int, upper: str) -> list[str]:
-    """Return the type of each layer: full attention below max_window_layers, and `upper` from there on."""
-    if upper == FULL:
-        return [FULL] * layers
+def window_of_layers_without_rope(values: Mapping[str, Any], layers: int) -> Windows:
+    """Read a window for the layers of type sliding_attention: those without rotary embedding, unless listed."""
+    return _window_if_used(
+        values, layers, lambda: [FULL if has_rope else SLIDING for has_rope in listed_layers(values, layers)]
+    )
+
+
+def _upper_layers(values: Mapping[str, Any], layers: int) -> list[str]:
+    """Return the type of each layer: full attention below max_window_layers, and a window from there on."""
     first = values.get("max_window_layers")
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise refusal("max_window_layers", first, "it must be a whole number, 0 or above")
-    return [FULL if layer < first else upper for layer in range(layers)]
+    return [FULL if layer < first else SLIDING for layer in range(layers)]
 
 
 def layer_types(values: Mapping[str, Any], layers: int) -> list[str]:
@@ -220,6 +234,16 @@ POST_NORMS = {
     "post_self_attn_layernorm": "post_attention_layernorm",
     "post_mlp_layernorm": "post_feedforward_layernorm",
 }
+GLM: Flags = {"qkv_bias": flag("attention_bias"), "fused_gate_up": True}
+GLM_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-07,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         defaults={"max_position_embeddings": 2048},
@@ -309,6 +333,90 @@ FAMILIES: dict[str, Family] = {
         },
         windows=one_window,
         flags={"fused_qkv": "rows", "fused_gate_up": True},
+    ),
+    "ministral3": Family(
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+        },
+        windows=one_window,
+        layer_ropes=rope_with_query_scaling,
+    ),
+    "smollm3": Family(
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2000000.0,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
+        windows=window_of_layers_without_rope,
+        layer_ropes=rope_of_listed_layers,
+        flags={**BIASED_ATTENTION, "mlp_bias": flag("mlp_bias")},
+    ),
+    "glm": Family(
+        defaults=GLM_DEFAULTS,
+        windows=no_window,
+        interleaved_rope=True,
+        flags=GLM,
+    ),
+    "glm4": Family(
+        defaults=GLM_DEFAULTS,
+        windows=no_window,
+        interleaved_rope=True,
+        flags={**GLM, "post_norms": True},
+    ),
+    "cohere2": Family(
+        defaults={
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "tie_word_embeddings": True,
+        },
+        windows=window_by_pattern("sliding_window_pattern"),
+        layer_ropes=rope_of_sliding_layers,
+        interleaved_rope=True,
+        flags={
+            **BIASED_ATTENTION,
+            **LAYER_NORM,
+            "norm_bias": False,
+            "parallel_residual": True,
+            "shared_pre_norm": True,
+            "logit_scale": positive("logit_scale"),
+        },
+    ),
+    "exaone4": Family(
+        defaults={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        windows=window_by_pattern("sliding_window_pattern"),
+        layer_ropes=rope_of_sliding_layers_or_all,
+        flags={"qk_norm": "head", "pre_norms": False, "post_norms": True},
+        module_names=POST_NORMS,
+    ),
+    "seed_oss": Family(
+        # Its dropout of attention and residual stream is left out, as that of all bases: it would change what trains.
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+            "attention_dropout": 0.1,
+        },
+        windows=no_window,
+        flags={
+            "qkv_bias": flag("attention_bias"),
+            "o_bias": flag("attention_out_bias"),
+            "mlp_bias": flag("mlp_bias"),
+        },
     ),
 }
 

@@ -150,7 +150,7 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     checkpoint = Checkpoint.open(base or args.checkpoint_dir)
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     style = tokenizer.prompt_style(args.prompt_style)
-    limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.max_position_embeddings)
+    limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
     lora = lora_config(args, checkpoint)
     check_optimizer(args.optimizer, args.train.learning_rate, device, args.lora_plus_ratio)
     if args.quantize:

@@ -112,9 +112,32 @@ class Case:
         shutil.copytree(tokenizer_files, folder, dirs_exist_ok=True)
 
 
-def three(model_type: str, *keys: dict[str, Any]) -> list[Case]:
+def rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    """Return the keys of a rotary embedding."""
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 5000.0, **parameters}}
+
+
+# Sequences are longer than these lengths.
+ORIGINAL = {"original_max_position_embeddings": 16}
+LINEAR = rope("linear", factor=2.0)
+DYNAMIC = {"max_position_embeddings": 16, **rope("dynamic", factor=2.0)}
+LLAMA_3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **ORIGINAL)
+YARN = rope("yarn", factor=4.0, **ORIGINAL)
+HALF_YARN = rope("yarn", factor=4.0, partial_rotary_factor=0.5, **ORIGINAL)
+MINISTRAL = rope("yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5, llama_4_scaling_beta=0.3, **ORIGINAL)
+FACTORS = {"short_factor": [1, 1.1, 1.3, 1.5, 1.5, 2, 2, 3], "long_factor": [1, 1.5, 2, 4, 5, 8, 9, 10]}
+LONGROPE = rope("longrope", **FACTORS, **ORIGINAL)
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+UPPER = {"use_sliding_window": True, "max_window_layers": 1}
+NARROW, WIDE = {"head_dim": 16}, {"head_dim": 32}
+NO_BIASES = {"attention_bias": False}
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+"""bitsandbytes multiplies right in training mode alone, in which transformers would drop."""
+
+
+def three(name: str, *keys: dict[str, Any]) -> list[Case]:
     """Return cases of one family, numbered."""
-    return [Case(f"{model_type}-{number}", model_type, its) for number, its in enumerate(keys)]
+    return [Case(f"{name}-{number}", name.partition("-")[0], its) for number, its in enumerate(keys)]
 
 
 MATRIX = [
@@ -130,5 +153,35 @@ MATRIX = [
     *three("olmo2", {}, {**MHA, **TIED}, {**MQA, **BIASES}),
     *three("starcoder2", WINDOW, {**MHA, **UNTIED}, {**MQA, "use_bias": False, "hidden_act": "gelu"}),
     *three("phi3", {}, {**MHA, **WINDOW}, {**MQA, **TIED}),
+    *three("mistral", WINDOW, {**MHA, **TIED, **YARN, "sliding_window": None}, {**MQA, **WINDOW, **LINEAR, **WIDE}),
+    *three("ministral3", NARROW, {**MHA, **TIED, **WINDOW, **WIDE}, {**MQA, **MINISTRAL, **NARROW}),
+    *three("qwen2", LLAMA_3, {**MHA, **TIED, **WINDOW, **YARN, **UPPER}, {**MQA, **WINDOW, **UPPER, **MIXED}),
+    *three("qwen2-lengths", LINEAR, {**MHA, **DYNAMIC}, {**MQA, **LONGROPE}),
+    *three(
+        "smollm3",
+        {"no_rope_layer_interval": 2},
+        {**MHA, **UNTIED, **BIASES, **YARN, "no_rope_layers": [0, 1], "mlp_bias": True},
+        {**MQA, **WINDOW, "use_sliding_window": True, "no_rope_layer_interval": 2},
+    ),
+    *three("glm", NARROW, {**MHA, **TIED, **NO_BIASES, **WIDE}, {**MQA, **HALF_YARN, **NARROW}),
+    *three("glm4", NARROW, {**MHA, **TIED, **NO_BIASES, **WIDE}, {**MQA, **HALF_YARN, **NARROW}),
+    *three(
+        "cohere2",
+        {**WINDOW, "sliding_window_pattern": 2},
+        {**MHA, **UNTIED, **BIASES, **MIXED, **WINDOW},
+        {**MQA, **YARN, **WINDOW, "logit_scale": 0.5},
+    ),
+    *three(
+        "exaone4",
+        {**WINDOW, "sliding_window_pattern": 2},
+        {**MHA, **TIED, "layer_types": ["full_attention"] * 2, "sliding_window": None},
+        {**MQA, **WINDOW, **LLAMA_3},
+    ),
+    *three(
+        "seed_oss",
+        {**NARROW, **NO_DROPOUT},
+        {**MHA, **TIED, **NO_BIASES, **WIDE, **NO_DROPOUT, "attention_out_bias": True},
+        {**MQA, **YARN, **NARROW, **NO_DROPOUT, "mlp_bias": True},
+    ),
 ]
 """Three or more configs of each family, which together have every flag of it."""

@@ -134,6 +134,14 @@ def test_config_rewritten_by_transformers_is_equal(hub):
     assert GPTConfig.from_hub(rewritten) == GPTConfig.from_hub(hub)
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_default_of_every_key_is_that_of_transformers(model_type):
+    sizes = {"hidden_size": 512, "num_attention_heads": 32, "num_hidden_layers": 8}  # heads of all defaults divide 32
+    hub = TINY | sizes | {"model_type": model_type}
+    rewritten = json.loads(AutoConfig.for_model(**hub).to_json_string(use_diff=False))
+    assert GPTConfig.from_hub(rewritten) == GPTConfig.from_hub(hub)
+
+
 @pytest.mark.parametrize(
     "hub",
     [

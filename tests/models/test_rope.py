@@ -1,7 +1,6 @@
 """Rotary embeddings of every type against transformers."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -80,10 +79,19 @@ def test_query_scale_is_that_of_llama_4():
     torch.testing.assert_close(scale.flatten(), 1 + 0.1 * torch.log(1 + torch.floor(positions / 4)))
 
 
+EXTENDED = {"default": 32, "linear": 128, "dynamic": 64, "llama3": 32, "yarn": 96, "yarn factors": 128, "longrope": 32}
+
+
+@pytest.mark.parametrize(("name", "positions"), EXTENDED.items())
+def test_positions_are_those_that_the_scaling_extends(name, positions):
+    assert GPTConfig.from_hub(HUB | rope_of(name)).positions == positions
+
+
 @pytest.fixture(scope="module", params=[name for name in ROPES if " " not in name])
 def scaled(request, make_checkpoint):
     """Return a checkpoint of each rope type, and its number of key-value heads beside."""
-    sizes = {"hidden_size": 64, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
+    extended = request.param in ("linear", "dynamic", "yarn")
+    sizes = {"hidden_size": 64, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS if extended else 64}
     return make_checkpoint(Family(request.param, LlamaConfig, sizes | rope_of(request.param, "rope_parameters")))
 
 
@@ -105,7 +113,6 @@ def test_each_packed_sequence_is_rotated_by_its_own_length(scaled):
 def test_greedy_tokens_beyond_the_original_length_equal_transformers(scaled):
     """transformers has no cache here: it would keep keys of other frequencies in it."""
     model, prompt = Checkpoint.open(scaled).load(torch.float32, CPU), random_tokens(9)
-    model.config = replace(model.config, max_position_embeddings=64)
     ours = list(generate(model, prompt.tolist(), Sampler(), max_new_tokens=36, stop_ids=[]))
     settings = {"max_new_tokens": 36, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, "use_cache": False}
     theirs = hugging_face(scaled).generate(prompt[None], attention_mask=torch.ones(1, 9), **settings)
