@@ -329,7 +329,7 @@ class FinetuneLoraArgs(CommandArgs):
 
     groups: ClassVar = {
         "data": ("data_dir", "prompt_style", "mask_prompt"),
-        "LoRA": ("lora_*",),
+        "LoRA": ("init_adapter", "lora_*"),
         "quantization": ("precision", "quantize"),
         "training": ("train.*", "optimizer"),
         "evaluation": ("eval.*",),
@@ -357,6 +357,8 @@ class FinetuneLoraArgs(CommandArgs):
     """Number of machines; more than one need torchrun or srun."""
     strategy: Strategy = "auto"
     """ddp replicates the base on every device, fsdp shards it; auto chooses ddp if the base fits."""
+    init_adapter: Path | None = None
+    """Continue from this LoRA adapter of litlora or PEFT, with its ranks, scalings and layers, on its base."""
     lora_r: int = 8
     """Rank of the adapter's matrices."""
     lora_alpha: int = 16
@@ -416,7 +418,7 @@ class FinetuneLoraArgs(CommandArgs):
         if self.quantize and self.precision == "bf16-mixed":
             hint = "choose bf16-true or 32-true, in which the adapter is float32 as well"
             raise LitLoraError(f"--quantize {self.quantize} does not go with --precision bf16-mixed: {hint}")
-        if self.lora_init == "fisher" and not self.quantize:
+        if self.lora_init == "fisher" and not self.quantize and self.init_adapter is None:
             hint = "give --quantize as well, or leave it out"
             raise LitLoraError(f"--lora_init fisher compensates for the error of --quantize, which is not set: {hint}")
         for name in ("devices", "num_nodes"):
@@ -426,6 +428,8 @@ class FinetuneLoraArgs(CommandArgs):
         self._adopt_rate_of_optimizer()
 
     def _check_lora(self) -> None:
+        if self.init_adapter is not None:
+            self._leave_shape_to_adapter()
         require(self.lora_r >= 1, "--lora_r", self.lora_r, "at least 1")
         require(self.lora_alpha >= 1, "--lora_alpha", self.lora_alpha, "at least 1")
         require(0 <= self.lora_dropout < 1, "--lora_dropout", self.lora_dropout, "at least 0 and below 1")
@@ -445,9 +449,18 @@ class FinetuneLoraArgs(CommandArgs):
                 "--lora_value, --lora_projection, --lora_mlp and --lora_head to true"
             )
 
+    def _leave_shape_to_adapter(self) -> None:
+        """Refuse what --init_adapter decides; a flag at its default cannot be told from one that is not given."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            shapes = setting.name.startswith("lora_") and setting.name not in ("lora_dropout", "lora_plus_ratio")
+            if shapes and value != setting.default:
+                fault = f"--{setting.name} ({value}) is for a new adapter, but --init_adapter brings its own"
+                raise LitLoraError(f"{fault}: leave one of them out")
+
     def _take_texts_as_paths(self) -> None:
         """Accept from Python what the command line accepts: a folder as a text."""
-        for name in ("checkpoint_dir", "data_dir", "out_dir", "resume"):
+        for name in ("checkpoint_dir", "data_dir", "out_dir", "init_adapter", "resume"):
             value = getattr(self, name)
             if isinstance(value, str) and (name, value) != ("resume", "auto"):
                 object.__setattr__(self, name, Path(value))

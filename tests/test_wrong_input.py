@@ -552,9 +552,9 @@ def test_generate_refuses_invalid_arguments(flags, sentence, capsys):
         case("base gone", lambda: remove("base"),
              "the base of the adapter adapter is not there (base); say where it is with --base_dir"),
         case("base of other weights", lambda: weigh(model__norm__weight=torch.full((32,), 2.0)),
-             "the adapter in adapter was trained on another base than base; name its own with --base_dir"),
+             "the adapter in adapter was trained on another base than base; name the one that it was trained on"),
         case("base of another shape", lambda: (remove("base"), shutil.copytree("other", "base")),
-             "the adapter in adapter was trained on another base than base; name its own with --base_dir"),
+             "the adapter in adapter was trained on another base than base; name the one that it was trained on"),
         case("cut base", lambda: os.truncate(WEIGHTS, 30_000), f"{WEIGHTS} {CUT}"),
         case("cut matrices", lambda: os.truncate("adapter/adapter_model.safetensors", 2_000),
              f"adapter/adapter_model.safetensors {CUT}"),
@@ -579,6 +579,48 @@ def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentenc
     monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.3)
     spoil()
     check(capsys, command, sentence)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "sentence"),
+    [
+        case("rank", nothing, "--init_adapter adapter --lora_r 4",
+             "--lora_r (4) is for a new adapter, but --init_adapter brings its own: leave one of them out"),
+        case("switch", nothing, "--init_adapter adapter --lora_mlp true",
+             "--lora_mlp (True) is for a new adapter, but --init_adapter brings its own: leave one of them out"),
+        case("initialization", nothing, "--init_adapter adapter --lora_init fisher",
+             "--lora_init (fisher) is for a new adapter, but --init_adapter brings its own: leave one of them out"),
+        case("no adapter", nothing, "--init_adapter base",
+             "no adapter in base (expected adapter_config.json); "
+             "it is a checkpoint: name the folder of an adapter on it"),
+        case("key", lambda: change("adapter/adapter_config.json", bias="all"), "--init_adapter adapter",
+             "adapter/adapter_config.json has \"bias\": 'all', which litlora does not implement"),
+        case("another base", nothing, "--init_adapter adapter --checkpoint_dir other",
+             "the adapter in adapter was trained on another base than other; name the one that it was trained on"),
+        case("shape", lambda: change("adapter/adapter_config.json", r=4), "--init_adapter adapter",
+             "the adapter adapter does not fit the base base: "
+             "model.layers.0.self_attn.q_proj.lora_A.weight is (8, 32), not (4, 32)"),
+        case("adapter as base", nothing, "--checkpoint_dir adapter",
+             "--checkpoint_dir (adapter) is an adapter, not its base; "
+             "to continue from it on new data, pass --init_adapter adapter"),
+        case("run as base", lambda: shutil.move("adapter", "run/final"), "--checkpoint_dir run",
+             "--checkpoint_dir (run) is an adapter, not its base; "
+             "to continue from it on new data, pass --init_adapter run/final"),
+        case("adapter to resume", nothing, "--resume adapter",
+             "--resume: adapter is a finished adapter, not a checkpoint of a run; "
+             "to continue from it on new data, pass --init_adapter adapter"),
+    ],
+)  # fmt: skip
+def test_continuing_from_an_adapter_is_refused(spoil, flags, sentence, capsys):
+    spoil()
+    check(capsys, [*FINETUNE, *flags.split()], sentence)
+
+
+def test_adapter_without_its_base_is_refused(capsys):
+    change("adapter/adapter_config.json", base_model_name_or_path="org/name")
+    hint = "say where it is with --checkpoint_dir"
+    command = ["finetune_lora", "--init_adapter", "adapter", "--data_dir", "data"]
+    check(capsys, command, f"the base of the adapter adapter is not there (org/name); {hint}")
 
 
 def copy_adapter(**keys: object) -> None:
@@ -607,7 +649,7 @@ def copy_adapter(**keys: object) -> None:
         case("bases that differ", lambda: copy_adapter(base_model_name_or_path="other"), "--adapters adapter,second",
              "adapter and second name different bases (base, other): say which it is with --checkpoint_dir"),
         case("another base", copy_adapter, "--checkpoint_dir other --adapters adapter,second",
-             "the adapter in adapter was trained on another base than other; name its own with --base_dir"),
+             "the adapter in adapter was trained on another base than other; name the one that it was trained on"),
         case("variant", lambda: copy_adapter(use_qalora=True), "--adapters adapter,second",
              'second/adapter_config.json has "use_qalora": True, which litlora does not implement'),
     ],
@@ -678,7 +720,7 @@ def test_folder_of_a_run_is_no_adapter(capsys):
              "--dequantized_base true",
              "adapter was trained on a base that litlora cannot make: {'bits': 8}"),
         case("base_dir gone", nothing, "--base_dir nowhere",
-             "the base of the adapter adapter is not there (nowhere); say where it is with --base_dir"),
+             "there is no base at --base_dir (nowhere)"),
         case("out_dir there", lambda: Path("out").mkdir(), "",
              "--out_dir (out) is there already: choose another, or remove it"),
         case("out_dir below a file", lambda: write("file"), "--out_dir file/x",
@@ -700,7 +742,7 @@ def test_merge_lora_refuses_invalid_arguments(spoil, flags, sentence, capsys):
          "--eval.evaluate_example (9) must be below the number of rows in val.jsonl (3)"),
         ([*FINETUNE, "--nonsense", "1"], 2, "unrecognized --nonsense; see litlora finetune_lora --help"),
         ([*ANSWER, "--base_dir", "nowhere"], 1,
-         "the base of the adapter adapter is not there (nowhere); say where it is with --base_dir"),
+         "there is no base at --base_dir (nowhere)"),
         ([*MERGE, "--out_dir", "data"], 1, "--out_dir (data) is there already: choose another, or remove it"),
         (["finetune_lora"], 2,
          "missing --checkpoint_dir and --data_dir; see litlora finetune_lora --help"),

@@ -5,6 +5,7 @@ import re
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from litlora import __version__
@@ -15,6 +16,7 @@ from litlora.cli.litgpt_files import KEYS, translate
 from litlora.cli.settings import Given, Setting, join, missing_from, refusal, sections_of, settings_of
 from litlora.cli.suggestions import near_flag, nearest
 from litlora.errors import LitLoraError, UsageError
+from litlora.lora.adapter_folder import find_named_base
 
 FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 CONFIG, OPTIMIZER = "--config", "--optimizer"
@@ -59,6 +61,7 @@ def _call(command: str, words: Words) -> Call | str:
     kind = COMMANDS[command]
     prints = PRINT_CONFIG in words.switches
     given, notes = translate(_given(command, words, settings_of(kind)), prepared=not prints)
+    given = _with_base(given)
     missing = [f"--{name}" for name in missing_from(kind, given)]
     if missing and not prints:
         raise UsageError(f"missing {join(missing, 'and')}")
@@ -66,6 +69,15 @@ def _call(command: str, words: Words) -> Call | str:
     if prints:
         return "\n".join([*(f"# {note}" for note in notes), str(typed_arguments.as_yaml(kind, given))])
     return Call(command, typed_arguments.build(kind, given), tuple(notes))
+
+
+def _with_base(given: dict[str, Given]) -> dict[str, Given]:
+    """Take the base that the adapter of --init_adapter names, unless one is given."""
+    adapter = given.get("init_adapter")
+    if adapter is None or not isinstance(adapter.value, str) or "checkpoint_dir" in given:
+        return given
+    base = find_named_base(Path(adapter.value), "--checkpoint_dir")
+    return given | {"checkpoint_dir": Given(adapter.source, str(base))}
 
 
 def _find_command(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -5,6 +5,8 @@ from litlora.commands.prompt import Prompt
 from litlora.data.dataset import read_example, read_examples
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
+from litlora.lora.adapter_config import read_settings
+from litlora.lora.adapter_folder import refuse_adapter
 from litlora.lora.selection import Adapters, find_adapters
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.train.optimizer_names import check_name
@@ -44,6 +46,9 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     check_name(args.optimizer)
     # The run itself reports which checkpoint it takes, and with "auto" whether it is finished.
     start = None if args.resume == AUTO else starting_point(args, lambda _: None, find_truncation)
+    refuse_adapter(args.checkpoint_dir)
+    if args.init_adapter is not None:
+        read_settings(args.init_adapter)
     base = CheckpointFiles.find(args.checkpoint_dir)
     check_prompt_style(base.dir, args.prompt_style)
     args.check_model(base.config.hidden_size, base.config.positions)

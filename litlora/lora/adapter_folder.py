@@ -61,6 +61,25 @@ def read_prompt_style(directory: Path) -> str | None:
     return str(content["prompt_style"])
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Refuse an adapter, or the folder of a finished run, where --checkpoint_dir must name a base."""
+    adapter = directory if is_adapter(directory) else directory / FINAL
+    if is_adapter(adapter) and not (directory / BASE_CONFIG).is_file():
+        hint = f"to continue from it on new data, pass --init_adapter {adapter}"
+        raise LitLoraError(f"--checkpoint_dir ({directory}) is an adapter, not its base; {hint}")
+
+
+def find_named_base(adapter_dir: Path, flag: str) -> Path:
+    """Return the base that an adapter names; LitLoraError names the flag that can name it instead."""
+    require_adapter(adapter_dir)
+    config = read_json(adapter_dir / CONFIG)
+    for path in _base_candidates(config):
+        if path.is_dir():
+            return path
+    fault = f"the base of the adapter {adapter_dir} is not there ({config.get('base_model_name_or_path')})"
+    raise LitLoraError(f"{fault}; say where it is with {flag}")
+
+
 def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None]:
     """Tell base and adapter apart: a checkpoint is a base alone, an adapter has the given base or the one it names."""
     if not is_adapter(directory):
@@ -69,14 +88,11 @@ def find_base(directory: Path, base_dir: Path | None) -> tuple[Path, Path | None
         if base_dir is not None:
             raise LitLoraError(f"--base_dir ({base_dir}) goes with an adapter, but {directory} has no {CONFIG}")
         return directory, None
-    config = read_json(directory / CONFIG)
-    named = config.get("base_model_name_or_path") if base_dir is None else str(base_dir)
-    candidates = [base_dir] if base_dir else _base_candidates(config)
-    for path in candidates:
-        if path.is_dir():
-            return path, directory
-    hint = "say where it is with --base_dir"
-    raise LitLoraError(f"the base of the adapter {directory} is not there ({named}); {hint}")
+    if base_dir is None:
+        return find_named_base(directory, "--base_dir"), directory
+    if not base_dir.is_dir():
+        raise LitLoraError(f"there is no base at --base_dir ({base_dir})")
+    return base_dir, directory
 
 
 def _base_candidates(config: dict[str, Any]) -> list[Path]:

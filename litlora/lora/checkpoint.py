@@ -161,7 +161,7 @@ def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, 
     handle = open_safetensors(adapter_dir / WEIGHTS)
     trained_on = (handle.metadata() or {}).get(FINGERPRINT)
     if trained_on is not None and trained_on != base.fingerprint():
-        hint = "name its own with --base_dir"
+        hint = "name the one that it was trained on"
         raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base.dir}; {hint}")
     expected = {PREFIX + name: parameter.shape for name, parameter in lora_parameters(model).items()}
     found = {name for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118

@@ -7,7 +7,7 @@ from pathlib import Path
 from litlora.args import GenerateArgs, MergeLoraArgs
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import read_settings
-from litlora.lora.adapter_folder import find_base, is_adapter, read_prompt_style
+from litlora.lora.adapter_folder import find_base, find_named_base, is_adapter, read_prompt_style
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def _shared_base(directory: Path | None, base_dir: Path | None, adapters: Sequen
     if directory is not None and is_adapter(directory):
         hint = "add it to --adapters, and name their base or leave it out"
         raise LitLoraError(f"--checkpoint_dir ({directory}) is an adapter: {hint}")
-    if directory is not None or base_dir is not None:
-        return find_base(adapters[0], directory or base_dir)[0]
-    first, *others = ((folder, find_base(folder, None)[0]) for folder in adapters)
+    if base := directory or base_dir:
+        return base
+    first, *others = ((folder, find_named_base(folder, "--checkpoint_dir")) for folder in adapters)
     for folder, base in others:
         if base.resolve() != first[1].resolve():
             fault = f"{first[0]} and {folder} name different bases ({first[1]}, {base})"

@@ -2,14 +2,19 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from litlora.args import FinetuneLoraArgs, as_blocks
 from litlora.errors import LitLoraError
+from litlora.lora.adapter_folder import read_prompt_style
+from litlora.lora.checkpoint import read_adapter, read_lora_config, refuse_compensation
 from litlora.lora.config import LoRAConfig, first_match
 from litlora.lora.layer import linear_layers
+from litlora.lora.selection import Weighted
 from litlora.lora.targets import switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
+from litlora.utils.console import log
 
 ALL_LINEAR = ["all-linear"]
 """PEFT's word for all linear layers but the head."""
@@ -18,6 +23,8 @@ HEAD = "lm_head"
 
 def lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
     """Return the configuration of a run's adapter on the model of this checkpoint."""
+    if args.init_adapter is not None:
+        return _continued(args.init_adapter, args, checkpoint)
     layers = linear_layers(checkpoint.outline())
     config = LoRAConfig(
         args.lora_r,
@@ -35,6 +42,17 @@ def lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
     return config
 
 
+def _continued(adapter_dir: Path, args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
+    """Return the configuration of the adapter that a run continues from, which must fit the base."""
+    if not args.quantize:
+        refuse_compensation([Weighted(adapter_dir)], "pass --quantize bnb.nf4")
+    style = read_prompt_style(adapter_dir)
+    if style not in (None, args.prompt_style):
+        log(f"{adapter_dir} was trained on the prompt style {style}, and this run is on {args.prompt_style}")
+    read_adapter(adapter_dir, checkpoint)  # only a check: its tensors are loaded into the model later
+    return replace(read_lora_config(adapter_dir), lora_dropout=args.lora_dropout)
+
+
 def described(args: FinetuneLoraArgs, lora: LoRAConfig) -> str:
     """Return in a few words what a run trains: `DoRA of rank 8 and alpha 16 on q_proj, v_proj, LoRA+ (ratio 16)`."""
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
@@ -42,7 +60,8 @@ def described(args: FinetuneLoraArgs, lora: LoRAConfig) -> str:
     features = {
         "rsLoRA": lora.use_rslora,
         f"LoRA+ (ratio {args.lora_plus_ratio:g})": args.lora_plus_ratio != 1,
-        f"{lora.init} initialization": lora.init != LoRAConfig.init,
+        f"continued from {args.init_adapter}": args.init_adapter is not None,
+        f"{lora.init} initialization": lora.init != LoRAConfig.init and args.init_adapter is None,
         f"ranks {_pairs(lora.rank_pattern)}": bool(lora.rank_pattern),
         f"alphas {_pairs(lora.alpha_pattern)}": bool(lora.alpha_pattern),
         f"blocks {', '.join(map(str, lora.layers_to_transform or ()))} only": lora.layers_to_transform is not None,

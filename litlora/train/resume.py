@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from litlora.args import FinetuneLoraArgs, plain
 from litlora.errors import LitLoraError
-from litlora.lora.adapter_folder import FINAL
+from litlora.lora.adapter_folder import FINAL, is_adapter
 from litlora.utils.console import log
 from litlora.utils.files import read_json
 from litlora.utils.manifest import find_corruption
@@ -18,13 +18,13 @@ METRICS = "metrics.csv"
 AUTO = "auto"  # of --resume
 COUNTERS = "training_state.json"
 """A file that a folder has from which a run can resume."""
-BASE = "the base's weights"
+BASE, START = "the base's weights", "the files of --init_adapter"
 TOKENIZATION = {"ids": "of the tokenizer's file"}
 """How this version tokenizes: an earlier one followed tokenizer_class where transformers does, and recorded nothing."""
 # Settings that say where, how fast or how often, but not what comes out of a step; folders count by their content.
 WITHOUT_EFFECT = {
-    "checkpoint_dir", "data_dir", "out_dir", "devices", "num_nodes", "strategy", "logger_name", "resume", "overwrite",
-    "dry_run",
+    "checkpoint_dir", "data_dir", "out_dir", "init_adapter", "devices", "num_nodes", "strategy", "logger_name",
+    "resume", "overwrite", "dry_run",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.parallel_micro_batches",
     "train.activation_checkpointing", "train.max_time",
     "train.save_interval", "train.save_total_limit", "train.log_interval",
@@ -94,7 +94,10 @@ def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     names = [name for name in now if name not in TOKENIZATION and was.get(name) != now[name]]
     is_older = bool(now.keys() & TOKENIZATION.keys() - was.keys())
     cause = " (an earlier version of litlora tokenized them by tokenizer_class, this one follows the tokenizer's file)"
-    return [f"{name} have changed{cause if is_older and name != BASE else ''}" for name in names]
+    left_out = ["--init_adapter is left out"] if now and START in was.keys() - now.keys() else []
+    return left_out + [
+        f"{name} have changed{cause if is_older and name not in (BASE, START) else ''}" for name in names
+    ]
 
 
 Check = Callable[[Path], str | None]
@@ -156,6 +159,9 @@ def no_checkpoint(folder: Path) -> LitLoraError:
 
 def intact(checkpoint: Path, check: Check) -> Path:
     """Return the checkpoint that --resume names, if it is one and intact."""
+    if is_adapter(checkpoint) and not (checkpoint / COUNTERS).is_file():
+        hint = f"to continue from it on new data, pass --init_adapter {checkpoint}"
+        raise LitLoraError(f"--resume: {checkpoint} is a finished adapter, not a checkpoint of a run; {hint}")
     if not (checkpoint / COUNTERS).is_file():
         raise no_checkpoint(checkpoint)
     if fault := check(checkpoint):

@@ -30,6 +30,7 @@ from litlora.errors import LitLoraError
 from litlora.evaluation.engine import Engine
 from litlora.evaluation.samples import sample_completion
 from litlora.evaluation.validation import validate
+from litlora.lora.adapter_folder import CONFIG, WEIGHTS, refuse_adapter
 from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
@@ -38,6 +39,7 @@ from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT, evaluating
+from litlora.models.weights import fingerprint
 from litlora.nn.backend import backend
 from litlora.nn.nf4 import Quantization, import_bitsandbytes
 from litlora.train.loop import Run, fit, loss_and_gradients
@@ -54,7 +56,7 @@ from litlora.train.memory_estimate import Network, breakdown, table
 from litlora.train.metrics import peak_memory_gb
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
 from litlora.train.report import Report
-from litlora.train.resume import BASE, TOKENIZATION, Identity, no_checkpoint
+from litlora.train.resume import BASE, START, TOKENIZATION, Identity, no_checkpoint
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.schedule import orders, total_steps
 from litlora.train.train_state import Progress, restore_state
@@ -129,6 +131,7 @@ class Inputs:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     style: PromptStyle
+    init_adapter: Path | None
     lora: LoRAConfig
     max_seq_length: int
     encoder: SplitEncoder
@@ -142,11 +145,14 @@ class Inputs:
     def hashes(self) -> dict[str, str]:
         """Hashes of the base's weights and of the tokens of each split, and how this version tokenizes."""
         tokens = {f"the rows or the tokenizer of {split.path.name}": split.name for split in self.splits}
-        return {BASE: self.checkpoint.fingerprint()} | tokens | TOKENIZATION
+        files = [self.init_adapter / WEIGHTS, self.init_adapter / CONFIG] if self.init_adapter else []
+        start = {START: fingerprint(files)} if files else {}
+        return {BASE: self.checkpoint.fingerprint()} | tokens | TOKENIZATION | start
 
 
 def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: torch.device) -> Inputs:
     """Open the base and find the splits; refuse settings that do not fit them."""
+    refuse_adapter(args.checkpoint_dir)
     checkpoint = Checkpoint.open(base or args.checkpoint_dir)
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     style = tokenizer.prompt_style(args.prompt_style)
@@ -157,7 +163,7 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, args.prompt_style, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
-    return Inputs(checkpoint, tokenizer, style, lora, limit, encoder, splits)
+    return Inputs(checkpoint, tokenizer, style, args.init_adapter, lora, limit, encoder, splits)
 
 
 def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolder:
@@ -252,7 +258,10 @@ def carry_out(run: Run, progress: Progress, start: Path | None, checkpoint: Chec
 
 
 def initialize_adapter(run: Run, checkpoint: Checkpoint) -> None:
-    """Initialize a new adapter as --lora_init says."""
+    """Initialize a new adapter as --lora_init says, or with the matrices of --init_adapter."""
+    if (adapter_dir := run.folder.args.init_adapter) is not None:
+        load_matrices(run.engine.gpt, adapter_dir, checkpoint)
+        return
     backward = partial(calibrate, run.engine, run.samples, Batching.of(run.train), run.seed)
     calibration = Calibration(checkpoint, backward, run.engine.ranks.broadcast)
     INITIALIZERS[run.folder.lora.init](lora_layers(run.engine.gpt), calibration)

@@ -112,6 +112,15 @@ def test_variants_train_over_two_ranks_as_on_one_device(runs, alone, few, tmp_pa
     assert_same(alone(*short), tmp_path / "out")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_continue_from_an_adapter_as_one_device(runs, alone, few, tmp_path, strategy):
+    short = ["--train.max_steps", "2", "--optimizer", "SGD", "--train.learning_rate", "0.2"]
+    flags = ["--init_adapter", str(alone(*VARIANTS["dense"].split(), *short) / "final"), *short]
+    runs.start_all(arguments(few, tmp_path / "out", *flags, "--devices", 2, "--strategy", strategy), srun(2))
+    assert runs.wait_all() == [0, 0], runs.stderr.read_text()
+    assert_same(alone(*flags), tmp_path / "out")
+
+
 def assert_reported_once(stderr: str) -> None:
     assert stderr.count("trainable parameters over") == stderr.count("adapter in") == 1
     assert "Warning" not in stderr
