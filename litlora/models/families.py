@@ -384,7 +384,6 @@ FAMILIES: dict[str, Family] = {
             **BIASED_ATTENTION,
             **LAYER_NORM,
             "norm_bias": False,
-            "parallel_residual": True,
             "shared_pre_norm": True,
             "logit_scale": positive("logit_scale"),
         },

@@ -1,5 +1,7 @@
 """Every family against transformers, PEFT and bitsandbytes, on small random checkpoints."""
 
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from litlora.lora.merge import merge_adapters
 from litlora.lora.selection import Weighted
 from litlora.lora.targets import switch_targets
 from litlora.models.checkpoint import Checkpoint
+from litlora.models.config import GPTConfig
+from litlora.models.rope_config import ORIGINAL, RopeConfig
 from litlora.models.transformer import GPT
 from litlora.nn.loss import supervised_loss
 from litlora.nn.nf4 import Quantization
@@ -91,6 +95,47 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
 
 def test_logits_equal_transformers(network):
     close(logits(network.ours), expected_logits(network.theirs))
+
+
+def test_each_flag_matters(network):
+    """A flag whose value could be another one without a difference would be untested."""
+    expected, weights = expected_logits(network.theirs), network.ours.state_dict()
+    for name, mutated in mutations(network.config):
+        model = GPT(mutated)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError:
+            continue  # the weights are those of other layers
+        difference = (logits(model) - expected).abs().max() / expected.abs().max()
+        assert difference > 1e-3, name
+
+
+def mutations(config: GPTConfig) -> Iterator[tuple[str, GPTConfig]]:
+    """Yield the config with each of its flags at the value of Llama's, and each part of its embeddings left out."""
+    for flag in fields(config):
+        if flag.default is not MISSING and flag.name != "module_names" and getattr(config, flag.name) != flag.default:
+            yield flag.name, replace(config, **{flag.name: flag.default})
+    if config.sliding_window:
+        yield "sliding_window", replace(config, sliding_window=None)
+    for rope in config.distinct_ropes:
+        for name, other in rope_mutations(rope, config.head_dim):
+            yield name, replace(config, ropes=tuple(other if its == rope else its for its in config.ropes))
+    if None in config.ropes:
+        rope = next(rope for rope in (*config.ropes, RopeConfig(1e4, config.head_dim)) if rope)
+        yield "layers without rope", replace(config, ropes=(rope,) * len(config.ropes))
+
+
+def rope_mutations(rope: RopeConfig, head_dim: int) -> Iterator[tuple[str, RopeConfig]]:
+    yield "theta", replace(rope, theta=2 * rope.theta)
+    yield "interleaved", replace(rope, interleaved=not rope.interleaved)
+    if rope.dim < head_dim:
+        yield "dim", replace(rope, dim=head_dim, scaling=None)
+    if getattr(rope.scaling, ORIGINAL, 0) < max(LENGTHS) and rope.scaling:
+        yield "scaling", replace(rope, scaling=None)
+    if rope.attention_factor != 1:
+        yield "attention_factor", replace(rope, scaling=replace(rope.scaling, attention_factor=1.0))
+    if rope.query_scaling and rope.query_scaling.original_max_position_embeddings < max(LENGTHS):
+        yield "query_scaling", replace(rope, query_scaling=None)
 
 
 def test_masked_loss_equals_transformers(network):
