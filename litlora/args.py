@@ -12,7 +12,7 @@ from litlora.errors import LitLoraError
 Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq"]
 Strategy = Literal["auto", "ddp", "fsdp"]
-Start = Literal["zero", "fisher"]
+Start = Literal["zero", "fisher", "pissa", "pissa_niter_4", "pissa_niter_16"]
 
 
 NO_PROMPT = "the prompt is empty: give one with --prompt or on standard input"
@@ -368,7 +368,8 @@ class FinetuneLoraArgs(CommandArgs):
     lora_dropout: float = 0.05
     """Dropout probability of the adapter's inputs."""
     lora_init: Start = "zero"
-    """Initialization of the adapter: zero leaves the base unchanged, fisher compensates for the error of --quantize."""
+    """Start of the adapter: zero leaves the base unchanged, fisher compensates for the error of --quantize, pissa takes
+    the leading singular vectors out of the weights; pissa_niter_N finds them approximately, and far faster."""
     lora_use_dora: bool = False
     """Train the magnitudes of the adapted weights apart from their directions (DoRA): slower, better at low rank."""
     lora_plus_ratio: float = 1.0
@@ -492,7 +493,9 @@ class FinetuneLoraArgs(CommandArgs):
         """Refuse a rank or a length beyond the base's, and return the maximum number of tokens of an example."""
         # Every adapted layer reads or writes the residual stream: a higher rank than its width adds nothing.
         need = f"at most the checkpoint's hidden_size ({hidden_size}): a higher rank adds nothing"
-        require(self.lora_r <= hidden_size, "--lora_r", self.lora_r, need)
+        others = {f"--lora_rank_pattern, {key}": rank for key, rank in (self.lora_rank_pattern or {}).items()}
+        for name, rank in {"--lora_r": self.lora_r, **others}.items():
+            require(rank <= hidden_size, name, rank, need)
         return self.train.sequence_limit(positions)
 
     @property

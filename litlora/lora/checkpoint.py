@@ -15,7 +15,7 @@ from litlora.lora.adapter import Adapter, weighted_sum
 from litlora.lora.adapter_config import INIT, of_base, read_settings, settings_as_keys
 from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, PROMPT_STYLE, WEIGHTS
 from litlora.lora.config import LoRAConfig
-from litlora.lora.layer import add_layers, linear_layers, lora_parameters
+from litlora.lora.layer import add_layers, linear_layers, lora_layers, saved_tensors
 from litlora.lora.selection import Weighted
 from litlora.lora.variants import variant_of
 from litlora.models.checkpoint import Checkpoint
@@ -47,10 +47,10 @@ def write_adapter(
         "base_model_name_or_path": source.repo_id if source else str(base_dir.resolve()),
         "inference_mode": True,
         "revision": source.revision if source else None,
-        **settings_as_keys(lora),
+        **settings_as_keys(lora.saved),
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tensors = {PREFIX + name: p.detach().cpu().contiguous() for name, p in lora_parameters(model).items()}
+    tensors = {PREFIX + name: tensor.cpu().contiguous() for name, tensor in saved_tensors(model).items()}
     content = save(tensors, metadata={"format": "pt", FINGERPRINT: base_sha256})
     (directory / WEIGHTS).write_bytes(_in_order(content))
     style = yaml.safe_dump({"prompt_style": prompt_style}, allow_unicode=True)
@@ -150,10 +150,9 @@ def shared_quantization(adapters: Sequence[Weighted], hint: str | None) -> Quant
 
 def load_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:
     """Fill the matrices of a model with LoRA from an adapter's."""
-    matrices = read_matrices(model, adapter_dir, base)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            parameter.copy_(matrices[name])
+    matrices, name_of = read_matrices(model, adapter_dir, base), model.config.hub_name
+    for name, layer in lora_layers(model).items():
+        layer.load_tensors({key: matrices[f"{name_of(name)}.{key}"] for key in layer.adapter_parameters()})
 
 
 def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, Tensor]:
@@ -163,7 +162,7 @@ def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, 
     if trained_on is not None and trained_on != base.fingerprint():
         hint = "name the one that it was trained on"
         raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base.dir}; {hint}")
-    expected = {PREFIX + name: parameter.shape for name, parameter in lora_parameters(model).items()}
+    expected = {PREFIX + name: tensor.shape for name, tensor in saved_tensors(model).items()}
     found = {name for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118
     misfit = f"the adapter {adapter_dir} does not fit the base {base.dir}"
     if found != set(expected) or not found:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from litlora.errors import LitLoraError
@@ -21,6 +21,8 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "head": ("lm_head",),
 }
+PISSA = "pissa"
+"""How the names of initializations begin that take the adapter's start out of the base."""
 LAST_PARTS = r"(.*\.)?({})$"
 """Matches the names whose last parts match an expression."""
 NUMBER_IN = r"(?:.*?\.)??{}\.(\d+)\."
@@ -67,6 +69,25 @@ class LoRAConfig:
     def requires_quantized_base(self) -> bool:
         """Tell whether the adapter compensates for a quantization error, which no other base has."""
         return self.init == "fisher"
+
+    @property
+    def changes_base(self) -> bool:
+        """Tell whether the base holds, in training, what the adapter does not start from."""
+        return self.init.startswith(PISSA)
+
+    @property
+    def saved(self) -> "LoRAConfig":
+        """The configuration of the adapter's file, whose matrices have their start beside them if that is of the base.
+
+        Ranks double then, and alphas grow so that the scaling of each layer stays the same.
+        """
+        if not self.changes_base:
+            return self
+        growth = math.sqrt(2) if self.use_rslora else 2
+        ranks = {key: 2 * rank for key, rank in self.rank_pattern.items()}
+        alphas = {key: growth * alpha for key, alpha in self.alpha_pattern.items()}
+        alpha = growth * self.lora_alpha
+        return replace(self, r=2 * self.r, lora_alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas)
 
     def adapted(self, names: Iterable[str]) -> dict[str, LayerSettings]:
         """Return the settings of each of these layers that is adapted."""

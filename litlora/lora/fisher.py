@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from litlora.errors import CORRUPT_WEIGHTS, LitLoraError
 from litlora.lora.layer import LoRALinear
+from litlora.lora.svd import leading_singular
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import NF4Weight, dequantized
 
@@ -118,10 +119,7 @@ def fit_low_rank(layer: LoRALinear, error: Tensor, inputs: Metric, gradients: Me
     Rows and columns beyond the rank of the error stay as they are.
     """
     weighted = gradients.apply(inputs.apply(error).t()).t()
-    rank = min(layer.lora_A.out_features, *error.shape)
-    u, s, v = (t[..., :rank] for t in torch.svd_lowrank(weighted, min(2 * rank, *error.shape), ITERATIONS))
-    signs = v.gather(0, v.abs().argmax(dim=0, keepdim=True)).sign()
-    u, v = u * signs, v * signs  # or rounding would decide the direction of singular vectors
+    u, s, v = leading_singular(weighted, layer.lora_A.out_features, ITERATIONS)
     root = (s / layer.scaling).sqrt()  # both matrices get the same share of a singular value
-    layer.lora_B.weight[:, :rank] = gradients.invert((u * root).t()).t()
-    layer.lora_A.weight[:rank] = inputs.invert((v * root).t())
+    layer.lora_B.weight[:, : len(s)] = gradients.invert((u * root).t()).t()
+    layer.lora_A.weight[: len(s)] = inputs.invert((v * root).t())

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from litlora.lora.fisher import initialize_from_fisher
 from litlora.lora.layer import LoRALinear
+from litlora.lora.pissa import initialize_from_weights
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import NF4Weight
 
@@ -36,4 +38,15 @@ def fisher(layers: Mapping[str, LoRALinear], calibration: Calibration) -> None:
     initialize_from_fisher(quantized, calibration.base, calibration.backward, calibration.broadcast)
 
 
-INITIALIZERS: dict[str, Initializer] = {"zero": zero, "fisher": fisher}
+def pissa(layers: Mapping[str, LoRALinear], calibration: Calibration, iterations: int | None = None) -> None:
+    """Start from the leading singular values and vectors of the weights, which retain the rest."""
+    initialize_from_weights(layers, calibration.base, calibration.broadcast, iterations)
+
+
+INITIALIZERS: dict[str, Initializer] = {
+    "zero": zero,
+    "fisher": fisher,
+    "pissa": pissa,
+    "pissa_niter_4": partial(pissa, iterations=4),
+    "pissa_niter_16": partial(pissa, iterations=16),
+}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.lora.config import LayerSettings, LoRAConfig
-from litlora.lora.variants import AdapterLayer, LoRA, Variant, variant_of
+from litlora.lora.variants import A, AdapterLayer, B, LoRA, Variant, variant_of
 from litlora.models.transformer import GPT
 from litlora.nn.linear import frozen_linear
 from litlora.nn.nf4 import NF4Linear, NF4Weight
@@ -53,6 +53,29 @@ class LoRALinear(AdapterLayer):
         """Return what this layer trains, by PEFT's names."""
         return self.variant.parameters(self)
 
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return by PEFT's names what a file has of this layer, which fits the base itself.
+
+        Where the base lacks the start A₀, B₀, that is [A; A₀] and [B, -B₀]: their product is B A - B₀ A₀.
+        """
+        tensors: dict[str, Tensor] = {name: p.detach() for name, p in self.adapter_parameters().items()}
+        if self.start is not None:
+            a, b = self.start
+            tensors |= {A: torch.cat([tensors[A], a]), B: torch.cat([tensors[B], -b], dim=1)}
+        return tensors
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo `saved_tensors`."""
+        own, rank = dict(tensors), self.lora_A.out_features
+        if self.start is not None:
+            a, b = self.start
+            a.copy_(own[A][rank:])
+            b.copy_(-own[B][:, rank:])
+            own |= {A: own[A][:rank], B: own[B][:, :rank]}
+        for name, parameter in self.adapter_parameters().items():
+            parameter.copy_(own[name])
+
 
 def add_lora(model: GPT, config: LoRAConfig, device: torch.device | None = None) -> None:
     """Freeze the model and replace each layer that the config targets by a LoRALinear.
@@ -60,6 +83,8 @@ def add_lora(model: GPT, config: LoRAConfig, device: torch.device | None = None)
     The adapter is on its base's device unless another is given, as for a base whose weights are loaded later.
     """
     add_layers(model, config.adapted(linear_layers(model)), variant_of(config), config.lora_dropout, device)
+    for layer in lora_layers(model).values() if config.changes_base else ():
+        layer.start = (torch.zeros_like(layer.lora_A.weight), torch.zeros_like(layer.lora_B.weight))
 
 
 def add_layers(
@@ -98,6 +123,13 @@ def lora_parameters(model: GPT) -> dict[str, nn.Parameter]:
     layers = lora_layers(model).items()
     name_of = model.config.hub_name
     return {f"{name_of(name)}.{key}": p for name, layer in layers for key, p in layer.adapter_parameters().items()}
+
+
+def saved_tensors(model: GPT) -> dict[str, Tensor]:
+    """Return what the adapter's file has, by PEFT's names."""
+    name_of = model.config.hub_name
+    layers = lora_layers(model).items()
+    return {f"{name_of(name)}.{key}": t for name, layer in layers for key, t in layer.saved_tensors().items()}
 
 
 def freeze_adapter(model: nn.Module) -> None:

@@ -32,6 +32,8 @@ class AdapterLayer(nn.Module):
     scaling: float
     dropout: float
     """Probability with which an element of the low-rank product's input is zeroed in training."""
+    start: tuple[Tensor, Tensor] | None = None
+    """A and B at the first step, if the weight is without their product (PiSSA)."""
     frozen: Any = None
     """What the variant has computed in `freeze`, where a layer no longer trains."""
 

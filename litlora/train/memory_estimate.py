@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from litlora.args import Precision
-from litlora.lora.config import LoRAConfig
+from litlora.lora.config import PISSA, LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
+from litlora.lora.svd import decomposition_bytes
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.nn.attention_spec import AttentionSpec
@@ -119,20 +120,36 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
     beyond = max(0, adapters - activations) * load.concurrent
     mlp_bytes = load.tokens * network.product * network.config.intermediate_size
     overheads = network.backend.memory_overheads(activations, mlp_bytes)
-    return {
-        **local_weight_bytes(network, weight_bytes(gpt, network.quantize)),
-        "adapter, float32": adapters,
+    step = {
         "its gradients": adapters + beyond,
         "optimizer state": optimizer_bytes(optimizer, adapter),
         "activations": activations * load.concurrent,
         "temporaries": temporary_bytes(network, load) * load.concurrent,
         **{name: size * load.concurrent for name, size in overheads.items()},
     }
+    return {
+        **local_weight_bytes(network, weight_bytes(gpt, network.quantize)),
+        "adapter, float32": adapters,
+        **_start_bytes(network, sum(step.values())),
+        **step,
+    }
+
+
+def _start_bytes(network: Network, step: int) -> dict[str, int]:
+    """Return the bytes of a start that is taken out of the base, and those by which finding it exceeds a step."""
+    if not network.lora.changes_base:
+        return {}
+    layers = network.adapted.values()
+    starts = sum(matrix.nbytes for layer in layers for matrix in layer.start or ())
+    exact = network.lora.init == PISSA
+    finding = max((decomposition_bytes(*layer.weight.shape, exact=exact) for layer in layers), default=0)
+    return {"its start": starts, "singular vectors, beyond a step": max(0, finding - step)}
 
 
 def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
     """Return the bytes of the frozen weights: embedding, output head, norms, and the linear layers of the blocks."""
-    head = 0 if gpt.config.tie_word_embeddings else gpt.lm_head.weight.nbytes
+    is_tied = gpt.config.tie_word_embeddings and getattr(gpt.lm_head, "start", None) is None
+    head = 0 if is_tied else gpt.lm_head.weight.nbytes
     modules = gpt.model.modules()
     sizes = [module.weight.shape.numel() for module in modules if isinstance(module, Linear | LoRALinear)]
     norms = [module.weight for module in gpt.modules() if isinstance(module, nn.RMSNorm | nn.LayerNorm)]

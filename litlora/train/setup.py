@@ -35,6 +35,7 @@ from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
+from litlora.lora.pissa import parts_head_from_embedding, subtract_starts
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
@@ -290,6 +291,11 @@ def build_model(
     """Load the base, or this device's shard of it, with a new adapter."""
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
+    if sharded and parts_head_from_embedding(lora, checkpoint.config):
+        hint = "pass ddp, leave --lora_head out, or choose another --lora_init"
+        raise LitLoraError(
+            f"--lora_init {lora.init} cannot part a head from its embedding under --strategy fsdp: {hint}"
+        )
     if sharded:
         gpt = load_sharded(checkpoint, dtype, quantization, lora, fabric)
     else:
@@ -322,6 +328,7 @@ def restore(checkpoint: Checkpoint, start: Path | None, gpt: GPT, optimizer: Opt
     if start is None:
         return Progress()
     load_matrices(gpt, start, checkpoint)
+    subtract_starts(lora_layers(gpt), checkpoint)
     return restore_state(start, optimizer)
 
 

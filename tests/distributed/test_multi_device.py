@@ -97,8 +97,9 @@ def test_four_ranks_train_the_adapter_of_one_device(runs, alone, few, tmp_path, 
 
 
 VARIANTS = {
-    "nf4": "--lora_use_dora true --lora_plus_ratio 4 --lora_mlp true --quantize bnb.nf4",
+    "nf4": "--lora_init pissa --lora_use_dora true --lora_plus_ratio 4 --lora_mlp true --quantize bnb.nf4",
     "dense": "--lora_use_dora true --lora_use_rslora true --lora_head true",
+    "pissa": "--lora_init pissa --lora_layers 0-2",
 }
 
 
@@ -106,7 +107,7 @@ VARIANTS = {
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_variants_train_over_two_ranks_as_on_one_device(runs, alone, few, tmp_path, strategy, flags):
     # Adam would divide the rounding of a gradient near zero by its size.
-    short = [*flags.split(), "--train.max_steps", "2", "--optimizer", "SGD", "--train.learning_rate", "0.2"]
+    short = [*flags.split(), "--train.max_steps", "2", "--optimizer", "SGD", "--train.learning_rate", "0.1"]
     runs.start_all(arguments(few, tmp_path / "out", *short, "--devices", 2, "--strategy", strategy), srun(2))
     assert runs.wait_all() == [0, 0], runs.stderr.read_text()
     assert_same(alone(*short), tmp_path / "out")
@@ -119,6 +120,13 @@ def test_two_ranks_continue_from_an_adapter_as_one_device(runs, alone, few, tmp_
     runs.start_all(arguments(few, tmp_path / "out", *flags, "--devices", 2, "--strategy", strategy), srun(2))
     assert runs.wait_all() == [0, 0], runs.stderr.read_text()
     assert_same(alone(*flags), tmp_path / "out")
+
+
+def test_tied_head_cannot_be_parted_from_a_sharded_embedding(runs, few, tmp_path):
+    flags = ["--lora_init", "pissa", *HEAD, "--devices", 2, "--strategy", "fsdp"]
+    runs.start_all(arguments(few, tmp_path / "out", *flags), srun(2))
+    assert runs.wait_all() == [1, 1]
+    assert "litlora: --lora_init pissa cannot part a head from its embedding under --strategy fsdp" in report(runs)
 
 
 def assert_reported_once(stderr: str) -> None:

@@ -129,6 +129,8 @@ def test_a_config_file_chooses_layers(setting, adapted, tiny, data_dir, tmp_path
         (["--lora_alpha_pattern", "{_proj: 4}"], "--lora_alpha_pattern: _proj applies to no adapted layer"),
         (["--lora_rank_pattern", "{.*v_proj: 4, v_proj: 2}"], "--lora_rank_pattern: v_proj applies to no adapted"),
         (["--lora_rank_pattern", "{v_proj: 0}"], "--lora_rank_pattern, v_proj (0) must be at least 1"),
+        (["--lora_rank_pattern", "{v_proj: 33}"],
+         "--lora_rank_pattern, v_proj (33) must be at most the checkpoint's hidden_size (32)"),
         (["--lora_rank_pattern", "{'(': 4}"], "--lora_rank_pattern (() must be a mapping whose keys are layer names"),
         (["--lora_layers", "1-2"], "--lora_layers: there is no block 2, only the blocks 0-1"),
         (["--lora_layers", "1-0"], "--lora_layers (1-0) must be blocks, such as 8-15 or 0,2,5"),

@@ -183,6 +183,20 @@ def test_ranks_by_pattern_and_chosen_blocks_take_their_own_bytes(quantize):
     assert parts["adapter, float32"] == sum(matrix.nbytes for matrix in matrices)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
+def test_start_that_is_taken_out_of_the_base_takes_memory_of_its_own(init):
+    plain = network(targets=ALL, tied=True)
+    described = replace(plain, lora=replace(plain.lora, init=init))
+    load = Load(LENGTHS, SUPERVISED)
+    before, parts = (breakdown(shape, load, "AdamW") for shape in (plain, described))
+    assert parts["its start"] == parts["adapter, float32"] == before["adapter, float32"]
+    assert parts["output head, float32"] == CONFIG.vocab_size * CONFIG.hidden_size * 4  # no longer the embedding
+    assert before["output head, float32"] == 0
+    assert parts["singular vectors, beyond a step"] == 0
+    few = breakdown(described, Load((1,), 1), "SGD")["singular vectors, beyond a step"]
+    assert (few > 0) is (init == "pissa")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointed"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids="-".join)

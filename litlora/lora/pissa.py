@@ -1,0 +1,105 @@
+"""PiSSA: an adapter starts as the leading singular values and vectors of its weight, and the base holds the rest.
+
+W = W_rest + scaling · B₀ A₀ (Meng et al. 2024, arXiv 2404.02948). Training changes A and B; a file that fits the base
+itself has what changed, W + scaling · (B A - B₀ A₀), as matrices of twice the rank: [A; A₀] and [B, -B₀], as PEFT
+converts them. B₀ and A₀ are in the file, so that a run that resumes from it finds the same W_rest.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from litlora.lora.config import LoRAConfig
+from litlora.lora.layer import LoRALinear
+from litlora.lora.svd import leading_singular
+from litlora.models.checkpoint import EMBEDDING, Checkpoint
+from litlora.models.config import GPTConfig
+from litlora.nn.nf4 import NF4Weight
+
+HEAD_LAYER = "lm_head"
+
+
+@torch.no_grad()
+def initialize_from_weights(
+    layers: Mapping[str, LoRALinear],
+    base: Checkpoint,
+    broadcast: Callable[[Tensor], Tensor],
+    iterations: int | None = None,
+) -> None:
+    """Start each layer from its weight; with a number of iterations, the decomposition is approximate and far faster.
+
+    `broadcast` gives all ranks the first rank's tensor. One weight at a time exists in float32.
+    """
+    for name, layer in layers.items():
+        weight = base_weight(name, layer, base)
+        fit_leading(layer, weight, iterations)
+        layer.start = (
+            broadcast(layer.lora_A.weight).detach().clone(),
+            broadcast(layer.lora_B.weight).detach().clone(),
+        )
+        with rest_stored(layer, weight):
+            layer.variant.init(layer)
+        for parameter in layer.adapter_parameters().values():
+            broadcast(parameter)
+
+
+@torch.no_grad()
+def subtract_starts(layers: Mapping[str, LoRALinear], base: Checkpoint) -> None:
+    """Leave in the weights of a run that resumes what its layers did not start from."""
+    for name, layer in layers.items():
+        if layer.start is not None:
+            with rest_stored(layer, base_weight(name, layer, base)):
+                pass
+
+
+def fit_leading(layer: LoRALinear, weight: Tensor, iterations: int | None) -> None:
+    """Set the layer's scaling · B A to the best approximation of a weight (out, in) of its rank."""
+    u, s, v = leading_singular(weight, layer.lora_A.out_features, iterations)
+    root = (s / layer.scaling).sqrt()  # both matrices get the same share of a singular value
+    layer.lora_B.weight[:, : len(s)] = u * root
+    layer.lora_A.weight[: len(s)] = (v * root).t()
+
+
+def base_weight(name: str, layer: LoRALinear, base: Checkpoint) -> Tensor:
+    """Return a layer's weight in the base, rounded as the run's precision has it, in float32 on the layer's device."""
+    is_tied = base.config.tie_word_embeddings and name == HEAD_LAYER
+    weight = base.tensor(EMBEDDING if is_tied else f"{name}.weight").to(layer.lora_A.weight.device)
+    stored = layer.weight.quantization.dtype if isinstance(layer.weight, NF4Weight) else layer.weight.dtype
+    return weight.to(stored).float()
+
+
+def parts_head_from_embedding(lora: LoRAConfig, config: GPTConfig) -> bool:
+    """Tell whether a head that is tied to the embedding needs a weight of its own, which lacks the adapter's start."""
+    return lora.changes_base and config.tie_word_embeddings and lora.targets(config.hub_name(HEAD_LAYER))
+
+
+@contextmanager
+def rest_stored(layer: LoRALinear, weight: Tensor) -> Iterator[None]:
+    """Store what a layer does not start from in the way of its own weight: whole inside the block, then sharded again.
+
+    The old tensor is not changed unless it is sharded: it may be tied to the embedding, or be the checkpoint's file.
+    """
+    assert layer.start is not None
+    a, b = layer.start
+    rest, old = torch.addmm(weight, b, a, alpha=-layer.scaling), layer.weight
+    if isinstance(old, NF4Weight):
+        layer.weight = NF4Weight(rest, old.quantization)
+    else:
+        layer.weight = nn.Parameter(rest.to(old.dtype), requires_grad=False)
+    yield
+    parts = old.state_dict() if isinstance(old, NF4Weight) else {"": old}
+    if any(isinstance(part, DTensor) for part in parts.values()):
+        whole = layer.weight.state_dict() if isinstance(old, NF4Weight) else {"": layer.weight}
+        for name, part in parts.items():
+            copy_whole(whole[name], part)
+        layer.weight = old
+
+
+def copy_whole(source: Tensor, target: Tensor) -> None:
+    """Copy a tensor that each rank has, of which the target may hold this rank's shard."""
+    if isinstance(target, DTensor):
+        source = distribute_tensor(source.detach(), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(source)
