@@ -16,6 +16,8 @@ import torch
 from helpers.families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from litlora.__main__ import main
 from litlora.data import token_cache
@@ -382,3 +384,48 @@ def test_settings(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[
     assert code in (1, 2)
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("litlora: ")
+
+
+def change_adapter(folder: Path, tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]], **config: Any) -> None:
+    """Change the tensors of an adapter, and keys of its adapter_config.json."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors(stored), folder / "adapter_model.safetensors")
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(settings | config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "config"),
+    [
+        (lambda stored: stored, {"lora_alpha": 1e308}),
+        (lambda stored: stored, {"lora_alpha": 1e30}),
+        (lambda stored: {name: tensor * float("nan") for name, tensor in stored.items()}, {}),
+        (lambda stored: {name: tensor + 1e30 for name, tensor in stored.items()}, {}),
+        (lambda stored: {name: tensor + float("inf") for name, tensor in stored.items()}, {}),
+    ],
+    ids=["infinite scaling", "overflow of alpha", "nan", "overflow of weights", "infinity"],
+)
+def test_merging_writes_no_number_that_is_none(tiny, adapter, tmp_path, capsys, change, config):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in weights.items()}, base / "model.safetensors")
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    assert b"base_sha256" in content  # which change_adapter leaves out, since the base is in float16
+    change_adapter(folder, change, **config)
+    merge = ["merge_lora", str(folder), "--base_dir", str(base), "--out_dir", str(tmp_path / "merged")]
+    assert main(merge) == 1
+    expected = "litlora: merging would write NaN or infinity to model.layers.0.self_attn.q_proj.weight: "
+    assert capsys.readouterr().err.startswith(expected)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.lora_A", "model.layers.0.self_attn.q_proj.base_layer"]
+)
+def test_rank_of_an_empty_tensor_takes_no_memory(tiny, adapter, tmp_path, name):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    empty = {f"base_model.model.{name}.weight": torch.zeros(10**9, 0)}
+    change_adapter(folder, lambda stored: stored | empty, r=10**9)
+    with pytest.raises(LitLoraError, match='"r": 1000000000, but no matrix in'):
+        read_adapter(folder, Checkpoint.open(tiny))

@@ -25,6 +25,7 @@ from litlora.data.tokenizer_files import (
     read_chat_template,
     read_optional_json,
     read_settings,
+    reporting_failure,
     special_token_texts,
     token_text,
 )
@@ -63,7 +64,7 @@ class Tokenizer:
 
     def __init__(self, checkpoint_dir: Path, hub_config: dict[str, Any] | None = None) -> None:
         """Read the tokenizer's files, and config.json unless its content is passed."""
-        with _reporting_inconsistency(checkpoint_dir):
+        with _reporting_inconsistency(checkpoint_dir), reporting_failure(f"the tokenizer in {checkpoint_dir}"):
             settings = read_settings(checkpoint_dir)
             config = read_optional_json(checkpoint_dir / "config.json") if hub_config is None else hub_config
             self._backend = read_backend(checkpoint_dir, settings)
@@ -98,6 +99,8 @@ class Tokenizer:
         """Register tokens of the vocabulary as special, so that they are recognised inside a text."""
         known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         vocabulary = self._backend.get_vocab()
+        if max(vocabulary.values(), default=0) >= 2**31:
+            raise ValueError("a token has an id of 2^31 or more")
         missing = [text for text in texts if text in vocabulary and text not in known]
         self._backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
 
@@ -121,7 +124,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> Encodings:
         """Tokenize many texts on all cores."""
         try:
-            encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+            with reporting_failure("the tokenizer"):
+                encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         except TypeError as error:
             raise LitLoraError("a text contains an unpaired surrogate, which is not a character") from error
         lengths = np.array([len(encoding) for encoding in encodings], np.int32)

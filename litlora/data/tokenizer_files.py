@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,21 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LitLoraError(f"{path} cannot be read ({error}); download the checkpoint again") from error
+
+
+@contextmanager
+def reporting_failure(what: str) -> Iterator[None]:
+    """Turn what tokenizers raises where its file asks for the impossible into a LitLoraError.
+
+    That is a plain Exception, or a panic of Rust, which does not even derive from Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).partition("\n")[0]
+        raise LitLoraError(f"{what} fails ({reason}): download the checkpoint again, or choose another") from error
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
@@ -44,11 +45,14 @@ from litlora.hub.filenames import (
 )
 from litlora.hub.origin import Origin, origin, write_origin
 from litlora.utils.console import log
-from litlora.utils.files import read_json, sync
+from litlora.utils.files import open_own, read_json, refuse_link, sync
 
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
 TERMS = ("README.md", *LICENCES)
 REPO_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's rules
+NAME = re.compile(r"[\w][\w.+ -]{0,200}", re.ASCII)  # of a file; others are left alone
+COMMIT = re.compile("[0-9a-f]{1,64}")
+LICENSE = re.compile(r"[\w.+ -]{1,80}", re.ASCII)
 STAGING = ".download"  # folder of partial files inside a checkpoint folder
 TRANSIENT = {429, 500, 502, 503, 504}
 WAITS = (1.0, 2.0, 4.0)  # seconds before a retry, unless the Hub sends Retry-After
@@ -93,7 +97,7 @@ class Repo:
     @property
     def page(self) -> str:
         """The repository's web page."""
-        return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+        return f"{_endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
 
 
 Response = TypeVar("Response")
@@ -125,12 +129,17 @@ class Snapshot:
     def request(cls, repo: Repo) -> "Snapshot":
         """Request the list of files once, so that all fetched files are of one commit."""
         timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = with_retries(
-            lambda: repo.api.model_info(repo.id, revision=repo.revision, files_metadata=True, timeout=timeout)
-        )
-        files = {file.rfilename: file for file in info.siblings or () if "/" not in file.rfilename}
+        try:
+            info = with_retries(
+                lambda: repo.api.model_info(repo.id, revision=repo.revision, files_metadata=True, timeout=timeout)
+            )
+            files = {file.rfilename: file for file in info.siblings or () if _is_usable(file)}
+        except (AttributeError, KeyError, TypeError) as error:  # huggingface_hub takes what a server sends as it is
+            raise _malformed_listing(repo) from error
+        if not COMMIT.fullmatch(str(info.sha)):
+            raise _malformed_listing(repo)
         license = getattr(info.card_data, "license", None)
-        return cls(repo, str(info.sha), license if isinstance(license, str) else None, files)
+        return cls(repo, str(info.sha), license if LICENSE.fullmatch(str(license)) else None, files)
 
     def matches(self, name: str, path: Path) -> bool:
         """Return whether a local file has the size and hash that the Hub lists for this name."""
@@ -151,7 +160,8 @@ class Snapshot:
     def fetch(self, name: str, staging: Path) -> Path:
         """Fetch a file into `staging`, resuming an earlier transfer, and verify its hash."""
         path = staging / self._content_name(name)
-        with_retries(lambda: self._resume(name, path))
+        with suppress(_TooLongError):
+            with_retries(lambda: self._resume(name, path))
         if not self.matches(name, path):
             path.unlink()
             raise LitLoraError(
@@ -165,8 +175,9 @@ class Snapshot:
         return hashlib.sha256(f"{listed.blob_id} {listed.lfs and listed.lfs.sha256}".encode()).hexdigest()
 
     def _resume(self, name: str, path: Path) -> None:
-        with path.open("ab") as file:
-            if file.tell() >= (self.files[name].size or 0):
+        size = self.files[name].size or 0
+        with _BoundedWriter(io.FileIO(path, "ab", opener=open_own), size) as file:
+            if file.tell() >= size:
                 return
             # Not hf_hub_download, which does not resume the transfer of a killed process
             http_get(
@@ -176,6 +187,39 @@ class Snapshot:
                 headers=self.repo.headers | {"Accept-Encoding": "identity"},
                 displayed_filename=name,
             )
+
+
+class _TooLongError(Exception):
+    """A server sends more of a file than it lists."""
+
+
+class _BoundedWriter(io.BufferedWriter):
+    """A file that takes no more bytes than the Hub has listed for it."""
+
+    def __init__(self, raw: io.FileIO, limit: int) -> None:
+        super().__init__(raw)
+        self.limit = limit
+
+    def write(self, content: Any) -> int:
+        if self.tell() + len(content) > self.limit:
+            raise _TooLongError
+        return super().write(content)
+
+
+def _is_usable(file: RepoSibling) -> bool:
+    """Tell whether a listed file is one of the top level with a harmless name; TypeError for a listing that is none."""
+    if not isinstance(file.rfilename, str) or not isinstance(file.size, int | None):
+        raise TypeError("names are texts and sizes are numbers")
+    return NAME.fullmatch(file.rfilename) is not None
+
+
+def _malformed_listing(repo: Repo) -> LitLoraError:
+    return LitLoraError(f"the server at {_endpoint()} lists the files of {repo} as no Hub does: check HF_ENDPOINT")
+
+
+def _endpoint() -> str:
+    """Return the Hub's address without the password that HF_ENDPOINT may have."""
+    return re.sub("//[^/@]*@", "//...@", constants.ENDPOINT)
 
 
 @dataclass(frozen=True)
@@ -241,9 +285,10 @@ def _staging(folder: Path, repo: Repo) -> Iterator[Path]:
 def _lock(folder: Path, repo: Repo) -> int:
     """Create and lock a folder, waiting for other processes; return the descriptor that holds the lock."""
     while True:
+        refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError), ExitStack() as closing:  # its previous owner may have removed it
-            lock = os.open(folder, os.O_RDONLY)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             closing.callback(os.close, lock)
             _acquire(lock, repo)
             if os.path.samestat(os.fstat(lock), folder.stat()):
@@ -351,9 +396,9 @@ def _explain(error: BaseException, repo: Repo) -> str:
         case OfflineModeIsEnabled():
             return f"{repo} cannot be fetched while HF_HUB_OFFLINE is set: unset it"
         case FileMetadataError() | json.JSONDecodeError():
-            return f"the server at {constants.ENDPOINT} is not a Hub: check HF_ENDPOINT and the proxy"
+            return f"the server at {_endpoint()} is not a Hub: check HF_ENDPOINT and the proxy"
     # Not only errors of httpx2: hf_xet, which transfers large files of data sets, raises RuntimeError
-    fault = f"{repo} could not be fetched from {constants.ENDPOINT} ({str(error).partition(chr(10))[0]})"
+    fault = f"{repo} could not be fetched from {_endpoint()} ({str(error).partition(chr(10))[0]})"
     return f"{fault}: check the connection, and run the same command again to resume"
 
 
@@ -375,4 +420,4 @@ def _explain_response(error: HfHubHTTPError, repo: Repo) -> str:
     if isinstance(error, RemoteEntryNotFoundError):
         return f"{repo} has no file {Path(error.response.url.path).name}: see {repo.page}/tree/main"
     phrase = f"{status} {error.response.reason_phrase}"
-    return f"{constants.ENDPOINT} returned {phrase} for {repo}: run the same command again later"
+    return f"{_endpoint()} returned {phrase} for {repo}: run the same command again later"

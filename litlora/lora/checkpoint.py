@@ -75,7 +75,8 @@ def read_lora_config(adapter_dir: Path) -> LoRAConfig:
 def _check_ranks(path: Path, ranks: Mapping[str, int]) -> None:
     """Refuse a rank that no matrix of the adapter has, before layers of it take memory."""
     handle = open_safetensors(path.with_name(WEIGHTS))
-    longest = max((max(handle.get_slice(name).get_shape(), default=0) for name in handle.keys()), default=0)  # noqa: SIM118
+    shapes = [handle.get_slice(name).get_shape() for name in handle.keys() if not name.endswith(BASE_COPY)]  # noqa: SIM118
+    longest = max((max(shape) for shape in shapes if shape and 0 not in shape), default=0)
     for key, rank in ranks.items():
         if rank > longest:
             raise LitLoraError(f'{path} has "{key}": {rank}, but no matrix in {WEIGHTS} has that many rows or columns')

@@ -1,7 +1,6 @@
 """Merging adapters into their base, file by file, into a new checkpoint."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from litlora.lora.checkpoint import read_adapters, refuse_compensation, shared_q
 from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint, block_linears
 from litlora.nn.nf4 import Quantization, dequantized
-from litlora.utils.files import atomic_directory
+from litlora.utils.files import atomic_directory, copy_own
 
 
 def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path, *, dequantized: bool) -> None:
@@ -30,9 +29,9 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
     merge = Merge(read_adapters(adapters, base), quantized)
     untie = base.config.tie_word_embeddings and merge.changes(base.hub_name(HEAD))
     with atomic_directory(out_dir) as folder:
+        copy_other_files(folder, base)
         write_weights(folder, base, merge, untie)
         write_config(folder, base, untie)
-        copy_other_files(folder, base)
 
 
 def copy_other_files(folder: Path, base: Checkpoint) -> None:
@@ -40,7 +39,7 @@ def copy_other_files(folder: Path, base: Checkpoint) -> None:
     others = (base.dir / name for name in (GENERATION_CONFIG, *LICENCES))
     for path in (*others, *Tokenizer(base.dir, base.hub_config).files):
         if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+            copy_own(path, folder)
 
 
 def quantized_weights(base: Checkpoint, adapters: Sequence[Weighted]) -> dict[str, Quantization]:
@@ -70,7 +69,11 @@ class Merge:
         if not self.changes(weight):
             return base
         name = weight.removesuffix(".weight")
-        return self.adapter.variant.merge(base, self.adapter.of(name), self.adapter.layers[name].scaling)
+        merged = self.adapter.variant.merge(base, self.adapter.of(name), self.adapter.layers[name].scaling)
+        if not merged.isfinite().all():
+            cause = f"lora_alpha or the adapter's weights are too large for {merged.dtype}, or not numbers themselves"
+            raise LitLoraError(f"merging would write NaN or infinity to {weight}: {cause}")
+        return merged
 
 
 def write_weights(folder: Path, base: Checkpoint, merge: Merge, untie: bool) -> None:

@@ -10,7 +10,7 @@ from litlora.args import FinetuneLoraArgs, plain
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import FINAL, is_adapter
 from litlora.utils.console import log
-from litlora.utils.files import read_json
+from litlora.utils.files import read_json, refuse_link
 from litlora.utils.manifest import find_corruption
 
 RUN = "run.json"
@@ -111,6 +111,8 @@ def starting_point(
 
     Refuses an output folder that holds another run, or no intact checkpoint of this one to resume from.
     """
+    for path in (args.out_dir / FINAL, *checkpoints_in(args.out_dir)):
+        refuse_link(path)  # before one of them is removed or replaced
     out_dir, start = args.out_dir, _requested_checkpoint(args, report, check)
     if (out_dir / FINAL).exists() and not args.overwrite:
         hint = "choose another, or replace it by --overwrite true"

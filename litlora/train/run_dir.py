@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from litlora.train.resume import (
     step_of,
 )
 from litlora.train.train_state import Progress, write_state
-from litlora.utils.files import YAML_ERRORS, atomic_directory, reporting_write_errors, write_atomically
+from litlora.utils.files import YAML_ERRORS, atomic_directory, copy_own, reporting_write_errors, write_atomically
 from litlora.utils.manifest import write_manifest
 
 HYPERPARAMETERS = "hyperparameters.yaml"
@@ -170,7 +171,7 @@ class RunFolder:
         base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]
         write_adapter(folder, model, self.lora, base_dir, base_sha256, self.args.prompt_style)
         for path in self.tokenizer_files:
-            shutil.copyfile(path, folder / path.name)
+            copy_own(path, folder)
 
 
 class ReadOnlyRunFolder(RunFolder):
@@ -213,9 +214,9 @@ def rows_until(start: Path | None, step: int) -> list[str]:
 
 def remove(path: Path) -> None:
     """Remove a file or folder, if it exists, so that no partial folder is ever visible."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     with reporting_write_errors(path):
         doomed = path.with_name(f".{path.name.strip('.')}.{token_hex(4)}.partial")
         path.rename(doomed)
-        shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+        shutil.rmtree(doomed) if doomed.is_dir() and not doomed.is_symlink() else doomed.unlink()

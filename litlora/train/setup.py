@@ -62,6 +62,7 @@ from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.schedule import orders, total_steps
 from litlora.train.train_state import Progress, restore_state
 from litlora.utils.console import log
+from litlora.utils.files import refuse_foreign_link
 from litlora.utils.locks import locked
 from litlora.utils.signals import StopRequest
 
@@ -156,6 +157,8 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     refuse_adapter(args.checkpoint_dir)
     checkpoint = Checkpoint.open(base or args.checkpoint_dir)
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
+    for path in tokenizer.files:  # which are copied beside the adapter
+        refuse_foreign_link(path)
     style = tokenizer.prompt_style(args.prompt_style)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
     lora = lora_config(args, checkpoint)

@@ -4,6 +4,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -59,15 +60,41 @@ def write_atomically(contents: Mapping[Path, bytes]) -> None:
 
 def _stage(path: Path, content: bytes, cleanup: ExitStack) -> Path:
     """Write and sync `content` beside `path`, under a temporary name that `cleanup` removes."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")
     with reporting_write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with reporting_write_errors(path), partial.open("wb") as file:
+    with reporting_write_errors(path), partial.open("xb") as file:
         cleanup.callback(partial.unlink, missing_ok=True)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     return partial
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a file that litlora has made itself, for the `opener` of `open`: not what a symbolic link leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a symbolic link where litlora moves or removes an entry of its own."""
+    if path.is_symlink():
+        raise LitLoraError(f"{path} is a symbolic link, where litlora expects an entry of its own: remove it")
+
+
+def copy_own(path: Path, folder: Path) -> None:
+    """Copy a file of a checkpoint into a folder, but nothing from elsewhere: a user may publish the copy."""
+    refuse_foreign_link(path)
+    shutil.copyfile(path, folder / path.name)
+
+
+def refuse_foreign_link(path: Path) -> None:
+    """Refuse a link out of the folder of a checkpoint and the Hub cache that it may be part of."""
+    home, target = path.parent.resolve(), path.resolve()
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(root) for root in roots):
+        hint = "replace it by the file itself"
+        raise LitLoraError(f"{path} is a link out of its folder, to {target}, and would be copied: {hint}")
 
 
 def write_transaction(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -79,8 +106,6 @@ def write_transaction(folder: Path, contents: Mapping[str, bytes]) -> None:
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     complete_transaction(folder)
-    for orphan in folder.glob(f".{PENDING}.*"):  # of a killed process
-        shutil.rmtree(orphan, ignore_errors=True)
     with atomic_directory(folder / PENDING) as staging:
         for name, content in contents.items():
             with reporting_write_errors(folder / name):
@@ -91,6 +116,7 @@ def write_transaction(folder: Path, contents: Mapping[str, bytes]) -> None:
 def complete_transaction(folder: Path) -> None:
     """Move files to their final names that an interrupted `write_transaction` committed but did not move."""
     staging = folder / PENDING
+    refuse_link(staging)
     if not staging.is_dir():
         return
     for path in [folder / staged.name for staged in staging.iterdir()]:
@@ -108,15 +134,28 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Leftovers of a killed process are removed by the next attempt. Raises LitLoraError if the folder cannot be written,
     or if `path` exists and is not empty.
     """
+    refuse_link(path)
     _remove_leftovers(path)
     with reporting_write_errors(path), ExitStack() as cleanup:
         partial = _temporary_folder(path, cleanup)
         yield partial
         for file in partial.iterdir():
             sync(file)
+        partial.chmod(0o777 & ~_umask())
         sync(partial)
         partial.replace(path)
         sync(path.parent)
+
+
+def _umask() -> int:
+    """Return the permissions that new files lack."""
+    status = Path("/proc/self/status")
+    if status.exists() and (
+        found := re.search(r"^Umask:\s*([0-7]+)$", status.read_text(encoding="utf-8"), re.MULTILINE)
+    ):
+        return int(found[1], 8)
+    os.umask(umask := os.umask(0o077))  # which other threads would notice
+    return umask
 
 
 def _temporary_folder(path: Path, cleanup: ExitStack) -> Path:
@@ -126,7 +165,8 @@ def _temporary_folder(path: Path, cleanup: ExitStack) -> Path:
     """
     while True:
         folder = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # process ids repeat in containers
-        folder.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
         cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         with suppress(FileNotFoundError):
             cleanup.enter_context(_folder_lock(folder, wait=True))
@@ -148,7 +188,7 @@ def _folder_lock(folder: Path, *, wait: bool = False) -> Iterator[bool]:
 
     It fails if another process holds the lock and `wait` is false, and on some network file systems.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         yield _flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:

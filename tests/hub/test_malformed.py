@@ -1,0 +1,91 @@
+"""What a server may send that is no Hub, or a hostile one: one sentence, and nothing outside the folder."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.hub_server import Fault, HubServer, reachable_hub
+from huggingface_hub import constants
+
+from litlora.__main__ import main
+from litlora.errors import LitLoraError
+from litlora.hub import download as hub_download
+from litlora.hub.download import Repo, fetch_checkpoint
+
+FILES = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"weights"}
+LISTING = "/revision/main"  # where the list of a repository's files is
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with reachable_hub(monkeypatch, tmp_path) as server:
+        monkeypatch.setattr(hub_download, "WAITS", ())
+        server.add("org/name", FILES)
+        yield server
+
+
+def refusal(tmp_path: Path) -> str:
+    with pytest.raises(LitLoraError) as refused:
+        fetch_checkpoint(Repo("org/name", "model", "main", None), tmp_path / "root", tokenizer_only=False)
+    assert not list((tmp_path / "root").rglob("*"))
+    return str(refused.value)
+
+
+def listing(**keys: Any) -> bytes:
+    entry = {"rfilename": "config.json", "size": 2, "blobId": "0"}
+    return json.dumps({"id": "org/name", "sha": "abc", "siblings": [entry | keys.pop("file", {})]} | keys).encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]",
+        b"null",
+        b"{}",
+        b"5",
+        b'{"id": "org/name", "sha": "abc", "siblings": 5}',
+        b'{"id": "org/name", "sha": "abc", "siblings": [5]}',
+        b'{"id": "org/name", "sha": "abc", "siblings": [{}]}',
+        listing(file={"size": "2"}),
+        listing(file={"rfilename": 5}),
+        listing(file={"lfs": 5}),
+        listing(sha="\x1b[31mabc"),
+        listing(sha="../.."),
+    ],
+)
+def test_malformed_listing_is_one_sentence(hub, tmp_path, body):
+    hub.fail(Fault(LISTING, body=body))
+    assert "lists the files of model org/name as no Hub does: check HF_ENDPOINT" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "\ud800", "\x1b]0;x\x07\n", "../x", "a/b", ".hidden", "x" * 300, "\u202egpj"], ids=ascii
+)
+def test_shard_with_a_strange_name_is_refused_and_not_printed_raw(hub, tmp_path, name, capsys):
+    name += ".safetensors"
+    index = json.dumps({"weight_map": {"x": name}}).encode()
+    hub.add("org/name", {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": index})
+    hub.repositories["org/name"].revisions["main"][name] = hub.repositories["org/name"].revisions["main"]["config.json"]
+    assert main(["download", "org/name", "--checkpoint_root", str(tmp_path / "root")]) == 1
+    sentence = capsys.readouterr().err.removesuffix("\n")
+    assert "which is not one of its safetensors files" in sentence
+    assert sentence.isprintable()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_body_longer_than_listed_ends_at_its_listed_size(hub, tmp_path, name, monkeypatch):
+    hub.fail(Fault(name, body=b"x" * 50_000_000, times=9))
+    sizes = []
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: sizes.append(path.stat().st_size))
+    with pytest.raises(LitLoraError, match=f"^{name} of model org/name does not have the size and hash that the Hub "):
+        fetch_checkpoint(Repo("org/name", "model", "main", None), tmp_path / "root", tokenizer_only=False)
+    assert max(sizes) <= len(FILES[name])
+
+
+def test_password_of_the_endpoint_is_not_printed(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://user:s3cret@127.0.0.1:9")
+    sentence = refusal(tmp_path)
+    assert "s3cret" not in sentence
+    assert "http://...@127.0.0.1:9" in sentence
