@@ -27,7 +27,7 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
         refuse_compensation(adapters, "pass --dequantized_base true")
     quantized = quantized_weights(base, adapters) if dequantized else {}
     merge = Merge(read_adapters(adapters, base), quantized)
-    untie = base.config.tie_word_embeddings and merge.changes(base.hub_name(HEAD))
+    untie = base.config.tie_word_embeddings and merge.changes(base.config.hub_name(HEAD))
     with atomic_directory(out_dir) as folder:
         copy_other_files(folder, base)
         write_weights(folder, base, merge, untie)
@@ -49,7 +49,7 @@ def quantized_weights(base: Checkpoint, adapters: Sequence[Weighted]) -> dict[st
         names = " and ".join(str(adapter.folder) for adapter in adapters)
         hint = "leave the flag out"
         raise LitLoraError(f"--dequantized_base: {names} was not trained on a quantized base; {hint}")
-    return {base.hub_name(f"{name}.weight"): quantization for name in block_linears(base.outline())}
+    return {base.config.hub_name(f"{name}.weight"): quantization for name in block_linears(base.outline())}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Merge:
         return weight.removesuffix(".weight") in self.adapter.layers
 
     def merged(self, weight: str, base: Tensor) -> Tensor:
-        """Return the base's tensor of that name, merged with the adapter's where a layer of it is adapted."""
+        """Return a tensor of the base, named as in transformers, merged with the adapter's where a layer is adapted."""
         if weight in self.quantized:
             base = dequantized(base, self.quantized[weight])
         if not self.changes(weight):
@@ -83,9 +83,9 @@ def write_weights(folder: Path, base: Checkpoint, merge: Merge, untie: bool) -> 
     head, embedding = base.hub_name(HEAD), base.hub_name(EMBEDDING)
     for path in base.weights.files:
         contents = base.weights.in_file(path)
-        tensors = {name: merge.merged(name, content) for name, content in contents.items()}
+        tensors = {name: merge.merged(base.module_name(name), content) for name, content in contents.items()}
         if untie and embedding in contents and head not in base.weights:
-            tensors[head] = merge.merged(head, contents[embedding])
+            tensors[head] = merge.merged(base.config.hub_name(HEAD), contents[embedding])
         save_tensors(tensors, folder / path.name)
         weight_map |= dict.fromkeys(tensors, path.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())

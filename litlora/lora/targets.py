@@ -19,3 +19,8 @@ def switch_targets(switches: Iterable[str], config: GPTConfig) -> tuple[str, ...
     names = [fused.get(name, name) for switch in switches for name in TARGET_MODULES[switch]]
     own = dict.fromkeys(name for name in names if config.gated_mlp or name != "gate_proj")
     return tuple(config.hub_name(name).rpartition(".")[2] for name in own)
+
+
+def excluded_modules(config: GPTConfig) -> tuple[str, ...] | str:
+    """Return an expression for the layers of PEFT's model that litlora does not load, or an empty tuple."""
+    return rf"(.*\.)?({'|'.join(config.left_out)})\..*" if config.left_out else ()

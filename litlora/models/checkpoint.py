@@ -14,8 +14,9 @@ from litlora.models.checkpoint_files import CheckpointFiles, first_three
 from litlora.models.config import GPTConfig
 from litlora.models.families import family_of
 from litlora.models.transformer import GPT
-from litlora.models.weights import Weights, fingerprint
+from litlora.models.weights import Weights, fingerprint, unsupported_dtype
 from litlora.nn.nf4 import NF4Linear, Quantization
+from litlora.utils.console import log
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DERIVED = r"\.rotary_emb\.inv_freq$"  # old Llama checkpoints store it, but it follows from the config
@@ -31,7 +32,7 @@ class Checkpoint:
         self.config = config
         self.weights = weights
         """The tensors under the Hub's names."""
-        self.family = family_of(hub_config)
+        self.family, _ = family_of(hub_config)
         self._model_names: dict[str, str] = {}
         """The model's names of tensors by the checkpoint's."""
         self._fingerprint: str | None = None
@@ -42,6 +43,8 @@ class Checkpoint:
         files = folder if isinstance(folder, CheckpointFiles) else CheckpointFiles.find(folder)
         checkpoint = cls(files.dir, files.hub_config, files.config, Weights(files.dir, files.weights))
         checkpoint._check_weights()
+        if left_out := " and ".join(files.config.left_out):
+            log(f"{files.dir} is multi-modal: its text model is loaded, {left_out} are left out")
         return checkpoint
 
     def fingerprint(self) -> str:
@@ -81,7 +84,7 @@ class Checkpoint:
         needed = model.state_dict().keys() - shards.keys()
         for path in self.weights.files:
             for hub_name, content in self.weights.in_file(path).items():
-                if (name := self.model_name(hub_name)) in needed:
+                if (name := self._model_names.get(hub_name)) in needed:
                     # A tensor to be cast is read by a map of its own, so that its pages leave memory with it.
                     source = content if content.dtype is dtype else self.weights[hub_name]
                     shards[name] = shard(source).to(device, dtype)
@@ -113,9 +116,9 @@ class Checkpoint:
     def _hub_names(self) -> dict[str, str]:
         return {name: hub_name for hub_name, name in self._model_names.items()}
 
-    def model_name(self, hub_name: str) -> str | None:
-        """Return the model's name of a tensor of the checkpoint, or None where the model does without it."""
-        return self._model_names.get(hub_name)
+    def module_name(self, hub_name: str) -> str:
+        """Return the name that a tensor of the checkpoint has in transformers, and for PEFT."""
+        return self.family.module_name(hub_name)
 
     def _check_weights(self) -> None:
         """Refuse weights whose names or shapes are not exactly the model's."""
@@ -131,6 +134,8 @@ class Checkpoint:
             name: by_module[module] for name in stored if (module := self.family.module_name(name)) in by_module
         }
         for hub_name, name in self._model_names.items():
+            if not stored[hub_name].dtype.is_floating_point:
+                raise unsupported_dtype(self.dir, hub_name, stored[hub_name].dtype)
             if stored[hub_name].shape != shapes[name]:
                 actual = tuple(stored[hub_name].shape)
                 self._refuse(f"{hub_name} has the shape {actual}, but config.json implies {shapes[name]}")
@@ -154,7 +159,8 @@ class Checkpoint:
     def is_unused(self, hub_name: str) -> bool:
         """Tell whether the model does without a tensor that a checkpoint of its family may have."""
         patterns = filter(None, (DERIVED, self.family.unused))
-        return any(re.search(pattern, hub_name) for pattern in patterns)
+        derived = any(re.search(pattern, hub_name) for pattern in patterns)
+        return derived or hub_name.removeprefix("model.").startswith(tuple(f"{m}." for m in self.family.left_out))
 
     def _refuse(self, fault: str) -> NoReturn:
         hint = "use config.json and weights of the same model"

@@ -1,12 +1,13 @@
 """The shape of a model, read from the checkpoint's own config.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from litlora.errors import LitLoraError
-from litlora.models.families import Windows, family_of, renamed
+from litlora.models.families import family_of
+from litlora.models.family import Windows, renamed
 from litlora.models.hub_config import boolean, refusal, size
 from litlora.models.rope_config import RopeConfig, Ropes
 from litlora.nn.attention_spec import AttentionSpec
@@ -57,9 +58,9 @@ class GPTConfig:
     post_norms: bool = False
     """Whether they have one after them, before the sum with the residual stream."""
     parallel_residual: bool = False
-    """Whether the MLP reads what attention reads, and not its result."""
+    """Whether the MLP reads what attention reads, and not its result, each by a norm of its own."""
     shared_pre_norm: bool = False
-    """Whether parallel attention and MLP share one norm."""
+    """Whether both read the same output of one norm."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     """What the outputs of attention and MLP are multiplied by."""
@@ -67,6 +68,10 @@ class GPTConfig:
     logit_softcap: float | None = None
     module_names: tuple[tuple[str, str], ...] = ()
     """Parts of module names that differ from Llama's, which are used here, each with that of the Hub's model."""
+    left_out: tuple[str, ...] = ()
+    """Modules of a multi-modal checkpoint that are not loaded."""
+    unapplied_dropouts: tuple[str, ...] = field(default=(), compare=False)
+    """Dropouts of the base's own training, as config.json has them."""
 
     @classmethod
     def from_hub(cls, hub: dict[str, Any]) -> "GPTConfig":
@@ -74,9 +79,9 @@ class GPTConfig:
 
         Raises LitLoraError for a key or value that would change the result and is not implemented.
         """
-        family = family_of(hub)
-        family.check_keys(hub)
-        values = dict(family.defaults) | hub
+        family, text = family_of(hub)
+        family.check_keys(text)
+        values = family.values(text)
         shape: dict[str, Any] = {key: size(values, key) for key in SIZES} | _heads(values)
         windows = family.windows(values, shape["num_hidden_layers"])
         return cls(
@@ -86,6 +91,8 @@ class GPTConfig:
             **_window(windows),
             **family.read_flags(values),
             module_names=tuple(family.module_names.items()),
+            left_out=family.left_out,
+            unapplied_dropouts=family.unapplied_dropouts(values),
         )
 
     def window(self, layer: int) -> int | None:

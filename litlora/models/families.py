@@ -5,222 +5,34 @@ transformers reads and that litlora implements for one value only, and the check
 transformers does not read for a family has no effect there, and is ignored here. Nothing here needs torch.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from litlora.models.hub_config import boolean, number, refusal, shown, size
+from litlora.models.family import (
+    Family,
+    Flags,
+    activation,
+    flag,
+    no_window,
+    one_window,
+    optional,
+    positive,
+    window_by_layer,
+    window_by_pattern,
+    window_of_layers_without_rope,
+)
+from litlora.models.hub_config import boolean, number, refusal, size
 from litlora.models.layer_ropes import (
-    LayerRopes,
-    listed_layers,
-    one_rope,
+    neox_rope,
+    phi3_rope,
+    rope_by_layer_type,
     rope_of_listed_layers,
     rope_of_sliding_layers,
     rope_of_sliding_layers_or_all,
     rope_with_query_scaling,
 )
-from litlora.models.rope_config import Ropes, read_rope
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}
-PARTIAL_ROTARY = "partial_rotary_factor"
-# What transformers reads for every family, and the one value that is implemented; null is as good as absent.
-SINGLE_VALUES: dict[str, Any] = {
-    "attention_chunk_size": None,
-    "attention_dropout": 0,
-    "is_causal": True,
-    "kv_sharing_modes": None,
-    PARTIAL_ROTARY: 1,
-    "per_layer_config": {},
-    "quantization_config": None,
-    "transformers_weights": None,
-}
-# Names of activations in config.json, with those of nn/activation.py.
-ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu",
-    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-}  # fmt: skip
-REASONS = {"quantization_config": "use the checkpoint that it was made from, which --quantize can quantize"}
-
-Windows = tuple[int | None, ...]
-"""The sliding window of each layer, or None for a layer without one."""
-
-
-Flags = Mapping[str, Any]
-"""Fields of GPTConfig: the value of each, or a function that reads it from the keys of config.json."""
-
-
-def flag(key: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Return a function that reads true or false."""
-    return lambda values: boolean(values, key)
-
-
-def positive(key: str) -> Callable[[Mapping[str, Any]], float]:
-    """Return a function that reads a number above 0."""
-    return lambda values: number(values, key)
-
-
-def optional(key: str) -> Callable[[Mapping[str, Any]], float | None]:
-    """Return a function that reads a number above 0, or null."""
-    return lambda values: None if values.get(key) is None else number(values, key)
-
-
-def activation(key: str, own: Mapping[str, str] = MappingProxyType({})) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that reads the name of an activation, some of which may have a meaning of their own."""
-    meanings = ACTIVATIONS | dict(own)
-
-    def read(values: Mapping[str, Any]) -> str:
-        name = values.get(key)
-        if not isinstance(name, str) or name not in meanings:
-            raise refusal(key, name, f"implemented are {', '.join(meanings)}")
-        return meanings[name]
-
-    return read
-
-
-LLAMA: Flags = {"norm_eps": positive("rms_norm_eps"), "activation": activation("hidden_act")}
-"""Flags of a family that does not set them."""
-DEFAULTS: Mapping[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """What distinguishes the models of one model_type."""
-
-    defaults: Mapping[str, Any]
-    """Values of keys that a config.json may leave out."""
-    windows: Callable[[Mapping[str, Any], int], Windows]
-    """Reads the sliding window of each of n layers."""
-    layer_ropes: LayerRopes = one_rope
-    """Reads the rotary embedding of each layer, given the layers' windows."""
-    interleaved_rope: bool = False
-    """Whether neighbouring dimensions are rotated together, and not those of the two halves."""
-    flags: Flags = field(default_factory=dict)
-    """The flags of the transformer that differ from Llama's."""
-    single_values: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that only this family's implementation reads, with the one value that litlora implements."""
-    module_names: Mapping[str, str] = field(default_factory=dict)
-    """Parts of the names of modules that differ from Llama's, with what transformers calls them."""
-    file_names: tuple[tuple[str, str], ...] = ()
-    """Starts of the names of tensors in files that differ from those of modules, with the start of these."""
-    unused: str = ""
-    """A pattern of names of tensors that a checkpoint may have and the model does without."""
-
-    def check_keys(self, hub: Mapping[str, Any]) -> None:
-        """Refuse a key that has an effect in transformers and is not implemented for its value.
-
-        A key with a default is implemented.
-        """
-        for key, only in (SINGLE_VALUES | dict(self.single_values)).items():
-            if key not in self.defaults and hub.get(key) is not None and hub[key] != only:
-                reason = f"only {shown(only)} is implemented"
-                raise refusal(key, hub[key], REASONS.get(key, reason))
-
-    def read_flags(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the flags for a config."""
-        known = dict(DEFAULTS) | dict(values)
-        return {
-            name: value(known) if callable(value) else value for name, value in (dict(LLAMA) | dict(self.flags)).items()
-        }
-
-    def module_name(self, file_name: str) -> str:
-        """Return the name that a tensor of a file has in transformers' model."""
-        for start, own in self.file_names:
-            if file_name.startswith(start):
-                return own + file_name.removeprefix(start)
-        return file_name
-
-    def ropes(self, values: Mapping[str, Any], head_dim: int, windows: Windows) -> Ropes:
-        """Return the rotary embedding of each layer."""
-        read = partial(read_rope, values=values, head_dim=head_dim, partial_rotary=PARTIAL_ROTARY in self.defaults)
-        ropes = self.layer_ropes(values, windows, read)
-        return tuple(rope and replace(rope, interleaved=self.interleaved_rope) for rope in ropes)
-
-
-def renamed(name: str, parts: Mapping[str, str]) -> str:
-    """Replace parts of a dotted name, all at once."""
-    if not parts:
-        return name
-    pattern = "|".join(re.escape(part) for part in sorted(parts, key=len, reverse=True))
-    return re.sub(rf"(?<![^.])(?:{pattern})(?![^.])", lambda match: parts[match[0]], name)
-
-
-def no_window(values: Mapping[str, Any], layers: int) -> Windows:
-    """Refuse windows, which transformers would apply in generation alone."""
-    if (window := values.get("sliding_window")) is not None:
-        raise refusal("sliding_window", window, f"a model of the type {values['model_type']} has none")
-    if SLIDING in (types := layer_types(values, layers)):
-        raise refusal("layer_types", types, f"a model of the type {values['model_type']} has no sliding window")
-    return (None,) * layers
-
-
-def one_window(values: Mapping[str, Any], layers: int) -> Windows:
-    """Read one window for all layers."""
-    return (None if values.get("sliding_window") is None else size(values, "sliding_window"),) * layers
-
-
-def window_by_layer(values: Mapping[str, Any], layers: int) -> Windows:
-    """Read a window for the layers of type sliding_attention: those from max_window_layers on, unless listed."""
-    return _window_if_used(values, layers, partial(_upper_layers, values, layers))
-
-
-def _window_if_used(values: Mapping[str, Any], layers: int, unlisted: Callable[[], list[str]]) -> Windows:
-    """Read a window that use_sliding_window switches on; without layer_types, `unlisted` returns the types."""
-    used = boolean(values, "use_sliding_window") and values.get("sliding_window") is not None
-    types = layer_types(values, layers) or (unlisted() if used else [FULL] * layers)
-    if not used and SLIDING in types:
-        raise refusal("layer_types", types, "there is no sliding window without use_sliding_window and sliding_window")
-    window = size(values, "sliding_window") if used else None
-    return tuple(window if kind == SLIDING else None for kind in types)
-
-
-def window_by_pattern(pattern: int | str) -> Callable[[Mapping[str, Any], int], Windows]:
-    """Return a function that reads the window of the layers of type sliding_attention.
-
-    Unless their types are listed, every n-th layer has full attention, where n is a number or the value of a key.
-    """
-
-    def read(values: Mapping[str, Any], layers: int) -> Windows:
-        window = None if values.get("sliding_window") is None else size(values, "sliding_window")
-        types = layer_types(values, layers)
-        if not types and window is not None:
-            every = size(values, pattern) if isinstance(pattern, str) else pattern
-            types = [FULL if n % every == 0 else SLIDING for n in range(1, layers + 1)]
-        types = types or [FULL] * layers
-        return tuple(window if kind == SLIDING else None for kind in types)
-
-    return read
-
-
-def window_of_layers_without_rope(values: Mapping[str, Any], layers: int) -> Windows:
-    """Read a window for the layers of type sliding_attention: those without rotary embedding, unless listed."""
-    return _window_if_used(
-        values, layers, lambda: [FULL if has_rope else SLIDING for has_rope in listed_layers(values, layers)]
-    )
-
-
-def _upper_layers(values: Mapping[str, Any], layers: int) -> list[str]:
-    """Return the type of each layer: full attention below max_window_layers, and a window from there on."""
-    first = values.get("max_window_layers")
-    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise refusal("max_window_layers", first, "it must be a whole number, 0 or above")
-    return [FULL if layer < first else SLIDING for layer in range(layers)]
-
-
-def layer_types(values: Mapping[str, Any], layers: int) -> list[str]:
-    """Read the type of each layer, or an empty list where config.json does not list them."""
-    types = values.get("layer_types")
-    if types is None:
-        return []
-    if not isinstance(types, list) or not all(isinstance(kind, str) and kind in LAYER_TYPES for kind in types):
-        raise refusal("layer_types", types, f"it must be a list of {FULL} and {SLIDING}")
-    if len(types) != layers:
-        raise refusal("layer_types", types, f"it must have num_hidden_layers ({layers}) entries")
-    return [LAYER_TYPES[kind] for kind in types]
-
+from litlora.models.unsupported import kind_of
 
 BIASED_ATTENTION: Flags = {"qkv_bias": flag("attention_bias"), "o_bias": flag("attention_bias")}
 LAYER_NORM: Flags = {"norm": "layer_norm", "norm_bias": True, "norm_eps": positive("layer_norm_eps")}
@@ -229,11 +41,28 @@ GEMMA: Flags = {
     "norm": "rms_plus_one",
     "embedding_scale": lambda values: size(values, "hidden_size") ** 0.5,
 }
+GEMMA_2: Flags = {
+    **GEMMA,
+    "activation": activation("hidden_activation"),
+    "post_norms": True,
+    "attention_scale": lambda values: number(values, "query_pre_attn_scalar") ** -0.5,
+    "logit_softcap": optional("final_logit_softcapping"),
+}
+GEMMA_DEFAULTS: dict[str, Any] = {
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 OLMO_2: Flags = {**BIASED_ATTENTION, "qk_norm": "full", "pre_norms": False, "post_norms": True}
 POST_NORMS = {
     "post_self_attn_layernorm": "post_attention_layernorm",
     "post_mlp_layernorm": "post_feedforward_layernorm",
 }
+PRE_AND_POST_NORMS = {**POST_NORMS, "post_attention_layernorm": "pre_feedforward_layernorm"}
+
 GLM: Flags = {"qkv_bias": flag("attention_bias"), "fused_gate_up": True}
 GLM_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 2,
@@ -287,6 +116,33 @@ FAMILIES: dict[str, Family] = {
         flags={**GEMMA, "activation": activation("hidden_act", {"gelu": "gelu_tanh"})},
         single_values={"use_bidirectional_attention": False},
     ),
+    "gemma2": Family(
+        defaults={
+            **GEMMA_DEFAULTS,
+            "num_key_value_heads": 4,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        windows=window_by_pattern(2),
+        flags={**GEMMA_2, "attention_softcap": optional("attn_logit_softcapping")},
+        single_values={"use_bidirectional_attention": False},
+        module_names=PRE_AND_POST_NORMS,
+    ),
+    "gemma3_text": Family(
+        defaults={
+            **GEMMA_DEFAULTS,
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "sliding_window_pattern": 6,
+        },
+        windows=window_by_pattern("sliding_window_pattern"),
+        layer_ropes=rope_by_layer_type(1e6, 1e4, "rope_local_base_freq"),
+        flags={**GEMMA_2, "qk_norm": "head"},
+        single_values={"use_bidirectional_attention": False},
+        module_names=PRE_AND_POST_NORMS,
+    ),
     "olmo": Family(
         defaults={"max_position_embeddings": 2048},
         windows=no_window,
@@ -304,6 +160,49 @@ FAMILIES: dict[str, Family] = {
         flags=OLMO_2,
         module_names=POST_NORMS,
     ),
+    "olmo3": Family(
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096},
+        windows=window_by_pattern(4),
+        layer_ropes=rope_by_layer_type(5e5, 5e5),
+        flags=OLMO_2,
+        module_names=POST_NORMS,
+    ),
+    "granite": Family(
+        defaults={
+            "max_position_embeddings": 2048,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        windows=no_window,
+        flags={
+            **BIASED_ATTENTION,
+            "mlp_bias": flag("mlp_bias"),
+            "embedding_scale": positive("embedding_multiplier"),
+            "residual_scale": positive("residual_multiplier"),
+            "attention_scale": positive("attention_multiplier"),
+            "logit_scale": lambda values: 1 / number(values, "logits_scaling"),
+        },
+    ),
+    "stablelm": Family(
+        defaults={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "layer_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.25,
+        },
+        windows=no_window,
+        dropouts=("hidden_dropout",),
+        flags={
+            **LAYER_NORM,
+            "qkv_bias": flag("use_qkv_bias"),
+            "qk_norm": lambda values: "each_head" if boolean(values, "qk_layernorm") else None,
+            "shared_pre_norm": flag("use_parallel_residual"),
+        },
+        unread=("head_dim",),
+        module_names={"q_norm": "q_layernorm", "k_norm": "k_layernorm"},
+    ),
     "starcoder2": Family(
         defaults={
             "num_key_value_heads": 2,
@@ -314,6 +213,7 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
         },
         windows=one_window,
+        dropouts=("residual_dropout", "embedding_dropout"),
         flags={
             **LAYER_NORM,
             "norm_eps": positive("norm_epsilon"),
@@ -324,6 +224,34 @@ FAMILIES: dict[str, Family] = {
         },
         module_names={"up_proj": "c_fc", "down_proj": "c_proj"},
     ),
+    "phi": Family(
+        defaults={
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "gelu_new",
+            "partial_rotary_factor": 0.5,
+        },
+        windows=no_window,
+        dropouts=("resid_pdrop", "embd_pdrop"),
+        flags={
+            **LAYER_NORM,
+            "gated_mlp": False,
+            "qkv_bias": True,
+            "o_bias": True,
+            "mlp_bias": True,
+            "head_bias": True,
+            "qk_norm": lambda values: "head" if boolean(values, "qk_layernorm") else None,
+            "shared_pre_norm": True,
+        },
+        module_names={
+            "o_proj": "dense",
+            "up_proj": "fc1",
+            "down_proj": "fc2",
+            "norm": "final_layernorm",
+            "q_norm": "q_layernorm",
+            "k_norm": "k_layernorm",
+        },
+    ),
     "phi3": Family(
         defaults={
             "max_position_embeddings": 4096,
@@ -332,7 +260,45 @@ FAMILIES: dict[str, Family] = {
             "partial_rotary_factor": 1.0,
         },
         windows=one_window,
+        layer_ropes=phi3_rope,
+        dropouts=("resid_pdrop",),
         flags={"fused_qkv": "rows", "fused_gate_up": True},
+    ),
+    "gpt_neox": Family(
+        defaults={
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "gelu",
+            "partial_rotary_factor": 0.25,
+            "rotary_pct": 0.25,
+            "rotary_emb_base": 10000,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+        },
+        windows=no_window,
+        layer_ropes=neox_rope,
+        dropouts=("hidden_dropout",),
+        flags={
+            **LAYER_NORM,
+            **BIASED_ATTENTION,
+            "fused_qkv": "heads",
+            "gated_mlp": False,
+            "mlp_bias": True,
+            "parallel_residual": flag("use_parallel_residual"),
+        },
+        unread=("head_dim", "num_key_value_heads"),
+        module_names={
+            "model": "gpt_neox",
+            "embed_tokens": "embed_in",
+            "norm": "final_layer_norm",
+            "self_attn": "attention",
+            "qkv_proj": "query_key_value",
+            "o_proj": "dense",
+            "up_proj": "dense_h_to_4h",
+            "down_proj": "dense_4h_to_h",
+        },
+        file_names=(("embed_out.", "lm_head."),),
+        unused=r"\.attention\.(bias|masked_bias)$",
     ),
     "ministral3": Family(
         defaults={
@@ -402,15 +368,16 @@ FAMILIES: dict[str, Family] = {
         module_names=POST_NORMS,
     ),
     "seed_oss": Family(
-        # Its dropout of attention and residual stream is left out, as that of all bases: it would change what trains.
         defaults={
             "num_key_value_heads": 8,
             "head_dim": 128,
             "max_position_embeddings": 524288,
             "attention_bias": True,
             "attention_dropout": 0.1,
+            "residual_dropout": 0.1,
         },
         windows=no_window,
+        dropouts=("residual_dropout",),
         flags={
             "qkv_bias": flag("attention_bias"),
             "o_bias": flag("attention_out_bias"),
@@ -420,9 +387,49 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(hub: Mapping[str, Any]) -> Family:
-    """Return the family of a config.json."""
+LLAVA_FILES = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("language_model.", "model.language_model."),
+)
+VISION = "vision_tower", "multi_modal_projector"
+
+
+@dataclass(frozen=True)
+class MultiModal:
+    """A model_type whose text model is nested in the config, and is loaded alone."""
+
+    text_type: str
+    """The model_type of a text_config that has none."""
+    tie_word_embeddings: bool
+    """What a config.json without the key means."""
+
+
+MULTI_MODAL = {"gemma3": MultiModal("gemma3_text", True), "mistral3": MultiModal("mistral", False)}
+
+
+def family_of(hub: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
+    """Return the family of a config.json, and the keys of its text model."""
     model_type = hub.get("model_type")
+    if isinstance(model_type, str) and model_type in MULTI_MODAL:
+        return _text_family(hub, MULTI_MODAL[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise refusal("model_type", model_type, f"supported are {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+        kind = kind_of(hub)
+        reason = f"it is {kind}, and only dense decoders are" if kind else f"supported are {', '.join(SUPPORTED)}"
+        raise refusal("model_type", model_type, reason)
+    return FAMILIES[model_type], hub
+
+
+SUPPORTED = (*FAMILIES, *MULTI_MODAL)
+
+
+def _text_family(hub: Mapping[str, Any], multi_modal: MultiModal) -> tuple[Family, Mapping[str, Any]]:
+    """Return the family of a nested text_config, under the names that a multi-modal model has for its modules."""
+    text = hub.get("text_config")
+    if not isinstance(text, dict):
+        raise refusal("text_config", text, "it must be an object")
+    tied = {"tie_word_embeddings": multi_modal.tie_word_embeddings}
+    outer = {key: hub[key] for key in ("tie_word_embeddings", "quantization_config") if hub.get(key) is not None}
+    family, values = family_of({"model_type": multi_modal.text_type} | tied | text | outer)
+    names = dict(family.module_names) | {"model": "model.language_model"}
+    return replace(family, module_names=names, file_names=LLAVA_FILES, left_out=VISION), values

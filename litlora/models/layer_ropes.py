@@ -94,3 +94,16 @@ def rope_with_query_scaling(values: Mapping[str, Any], windows: Windows, read: R
     own = {"llama_4_scaling_beta", "max_position_embeddings"}
     config = read({key: value for key, value in rope.items() if key not in own})
     return (replace(config, query_scaling=scaling),) * len(windows)
+
+
+def phi3_rope(values: Mapping[str, Any], windows: Windows, read: RopeReader) -> Ropes:
+    """Read one embedding for all layers, whose type longrope has two older names."""
+    rope = joined(values)
+    older = rope.get("rope_type", rope.get("type")) in ("su", "yarn")
+    return (read(rope | {"rope_type": "longrope"} if older else rope),) * len(windows)
+
+
+def neox_rope(values: Mapping[str, Any], windows: Windows, read: RopeReader) -> Ropes:
+    """Read one embedding for all layers, whose base and rotated part have names of their own."""
+    own = {"rope_theta": values["rotary_emb_base"], "partial_rotary_factor": values["rotary_pct"]}
+    return one_rope(dict(values) | own, windows, read)

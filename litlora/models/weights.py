@@ -15,6 +15,7 @@ from litlora.models.checkpoint_files import weight_files
 
 SAMPLES, SAMPLE = 64, 1 << 16  # of a file that go into a fingerprint, and the bytes of each
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MASKS = {"BOOL": torch.bool, "U8": torch.uint8}  # as which old checkpoints store causal masks
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,26 @@ class Weights(Mapping[str, Tensor]):
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Read where the tensors of a safetensors file are; only floating-point tensors are accepted."""
+    """Read where the tensors of a safetensors file are; only floating-point tensors and masks are accepted."""
     handle = open_safetensors(path)
     names = handle.offset_keys()
     kinds = [(handle.get_slice(name).get_dtype(), torch.Size(handle.get_slice(name).get_shape())) for name in names]
     for name, (dtype, _) in zip(names, kinds, strict=True):
-        if dtype not in DTYPES:
-            fault = f"{name} is stored as {dtype}, but only {', '.join(DTYPES)} are supported"
-            raise LitLoraError(f"{path.parent}: {fault}; use a checkpoint that is not quantized")
+        if dtype not in DTYPES | MASKS:
+            raise unsupported_dtype(path.parent, name, dtype)
     header: dict[str, StoredTensor] = {}
     end = path.stat().st_size  # safetensors has checked that the tensors leave no gaps up to here
     for name, (dtype, shape) in reversed(list(zip(names, kinds, strict=True))):
-        end -= shape.numel() * DTYPES[dtype].itemsize
-        header[name] = StoredTensor(path, end, DTYPES[dtype], shape)
+        stored_as = (DTYPES | MASKS)[dtype]
+        end -= shape.numel() * stored_as.itemsize
+        header[name] = StoredTensor(path, end, stored_as, shape)
     return dict(reversed(header.items()))
+
+
+def unsupported_dtype(checkpoint_dir: Path, name: str, dtype: object) -> LitLoraError:
+    """Return the error that refuses a tensor for its dtype."""
+    fault = f"{name} is stored as {dtype}, but only {', '.join(DTYPES)} are supported"
+    return LitLoraError(f"{checkpoint_dir}: {fault}; use a checkpoint that is not quantized")
 
 
 def map_file(path: Path) -> Tensor:

@@ -11,7 +11,7 @@ from litlora.lora.checkpoint import read_adapter, read_lora_config, refuse_compe
 from litlora.lora.config import LoRAConfig, first_match
 from litlora.lora.layer import linear_layers
 from litlora.lora.selection import Weighted
-from litlora.lora.targets import switch_targets
+from litlora.lora.targets import excluded_modules, switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.utils.console import log
@@ -37,6 +37,7 @@ def lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
         rank_pattern=args.lora_rank_pattern or {},
         alpha_pattern=args.lora_alpha_pattern or {},
         layers_to_transform=None if args.lora_layers is None else tuple(as_blocks(args.lora_layers)),
+        exclude_modules=excluded_modules(checkpoint.config),
     )
     _refuse_unmatched(config, layers)
     return config

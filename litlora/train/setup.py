@@ -357,6 +357,8 @@ def log_plan(run: Run) -> None:
         devices = f"{how} {engine.ranks.world_size} devices, the first of them {engine.fabric.device}"
     log(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, {devices}")
     log(run.folder.adapter)
+    if dropouts := ", ".join(engine.gpt.config.unapplied_dropouts):
+        log(f"config.json has {dropouts}, which is not applied: the dropout of fine-tuning is --lora_dropout")
     log(f"{len(run.samples):,} examples with {tokens:,} tokens, {total_steps(len(run.samples), run.train):,} steps")
 
 

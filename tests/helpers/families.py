@@ -1,12 +1,14 @@
 """The model families that litlora supports, each as a few small configs."""
 
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from helpers.reference import auto_class
+from transformers import AutoConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 SMALL = {
     "vocab_size": 300,
@@ -86,6 +88,13 @@ MHA, MQA, TIED, UNTIED = (
 )
 WINDOW = {"sliding_window": 7}
 BIASES = {"attention_bias": True}
+IMAGES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+IMAGES |= {"image_size": 28, "patch_size": 14}
+VISION = {
+    "gemma3": {"model_type": "siglip_vision_model", **IMAGES},
+    "mistral3": {"model_type": "pixtral", "head_dim": 16, **IMAGES},
+}
+"""The vision_config of multi-modal model types."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +106,17 @@ class Case:
     keys: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> PretrainedConfig:
-        return AutoConfig.for_model(self.model_type, **WHOLE | self.keys)
+        text = WHOLE | deepcopy(self.keys)  # transformers completes the objects in it
+        if self.model_type in VISION:
+            text_type = text.pop("model_type")
+            nested = {"text_config": {"model_type": text_type, **text}, "vision_config": VISION[self.model_type]}
+            return AutoConfig.for_model(self.model_type, **nested, image_token_index=299, mm_tokens_per_image=4)
+        return AutoConfig.for_model(self.model_type, **text)
 
     def write(self, folder: Path, tokenizer_files: Path) -> None:
         """Have transformers write a random checkpoint, in which norms and biases are random as well."""
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32)
+        model = auto_class(config := self.config()).from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += torch.empty_like(parameter).normal_(std=0.3)
@@ -140,6 +154,21 @@ def three(name: str, *keys: dict[str, Any]) -> list[Case]:
     return [Case(f"{name}-{number}", name.partition("-")[0], its) for number, its in enumerate(keys)]
 
 
+def by_layer_type(full: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of this embedding for the layers with full attention, and a plain one for the others."""
+    local = {"rope_type": "default", "rope_theta": 1000.0}
+    return {"rope_parameters": {"full_attention": full["rope_parameters"], "sliding_attention": local}}
+
+
+SHORT_LONGROPE = LONGROPE["rope_parameters"] | {key: factors[:6] for key, factors in FACTORS.items()}
+MULTIPLIERS = {
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.3,
+    "attention_multiplier": 0.9,
+    "logits_scaling": 2.0,
+}
+GEMMA_2 = {"query_pre_attn_scalar": 24, "head_dim": 16, **WINDOW}
+
 MATRIX = [
     *three("llama", {}, {**MHA, **TIED, **BIASES}, {**MQA, "mlp_bias": True, "head_dim": 32}),
     *three(
@@ -149,10 +178,55 @@ MATRIX = [
         {**MQA, **WINDOW, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 16},
     ),
     *three("gemma", {"head_dim": 32}, {**MQA, "head_dim": 16}, {**MHA, **UNTIED, **BIASES, "head_dim": 16}),
+    *three(
+        "gemma2",
+        {**GEMMA_2, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
+        {**GEMMA_2, **MHA, **UNTIED, "attn_logit_softcapping": 1.0, "final_logit_softcapping": None},
+        {**GEMMA_2, **MQA, **BIASES, "attn_logit_softcapping": None, "layer_types": MIXED["layer_types"][::-1]},
+    ),
+    *three(
+        "gemma3_text",
+        {**GEMMA_2, "sliding_window_pattern": 2, "num_hidden_layers": 3},
+        {**GEMMA_2, **MIXED, **by_layer_type(LINEAR), **MHA, **UNTIED, "final_logit_softcapping": 2.0},
+        {**GEMMA_2, **MIXED, **MQA, **BIASES},
+    ),
     *three("olmo", {"clip_qkv": 0.5}, {**MHA, **TIED}, {**MQA, **BIASES}),
     *three("olmo2", {}, {**MHA, **TIED}, {**MQA, **BIASES}),
+    *three(
+        "olmo3",
+        {**WINDOW, "num_hidden_layers": 4},
+        {**WINDOW, **MIXED, **by_layer_type(YARN), **MHA, **TIED},
+        {**WINDOW, **MIXED, **MQA, **BIASES},
+    ),
+    *three("granite", MULTIPLIERS, {**MULTIPLIERS, **MHA, **TIED, **BIASES}, {**MULTIPLIERS, **MQA, "mlp_bias": True}),
+    *three(
+        "stablelm",
+        {"qk_layernorm": True},
+        {**MHA, **TIED, "use_qkv_bias": True, "use_parallel_residual": True},
+        {**MQA, "partial_rotary_factor": 0.5, "use_parallel_residual": True, "qk_layernorm": True},
+    ),
     *three("starcoder2", WINDOW, {**MHA, **UNTIED}, {**MQA, "use_bias": False, "hidden_act": "gelu"}),
-    *three("phi3", {}, {**MHA, **WINDOW}, {**MQA, **TIED}),
+    *three("phi", {}, {**MHA, "qk_layernorm": True, "partial_rotary_factor": 0.25}, {**MQA, **LINEAR}),
+    *three(
+        "phi3",
+        {**LONGROPE, **ORIGINAL},
+        {**MHA, **WINDOW},
+        {
+            **MQA,
+            **TIED,
+            "head_dim": 16,
+            "rope_parameters": {**SHORT_LONGROPE, "partial_rotary_factor": 0.75},
+            **ORIGINAL,
+        },
+    ),
+    *three(
+        "gpt_neox",
+        {},
+        {"use_parallel_residual": False, **TIED, "rotary_pct": 0.5},
+        {"attention_bias": False, "hidden_act": "gelu_new", "rotary_pct": 1.0, "rotary_emb_base": 1000},
+    ),
+    Case("gemma3", "gemma3", {**GEMMA_2, **MIXED, "model_type": "gemma3_text"}),
+    Case("mistral3", "mistral3", {**WINDOW, "head_dim": 16, "model_type": "mistral"}),
     *three("mistral", WINDOW, {**MHA, **TIED, **YARN, "sliding_window": None}, {**MQA, **WINDOW, **LINEAR, **WIDE}),
     *three("ministral3", NARROW, {**MHA, **TIED, **WINDOW, **WIDE}, {**MQA, **MINISTRAL, **NARROW}),
     *three("qwen2", LLAMA_3, {**MHA, **TIED, **WINDOW, **YARN, **UPPER}, {**MQA, **WINDOW, **UPPER, **MIXED}),
@@ -184,4 +258,4 @@ MATRIX = [
         {**MQA, **YARN, **NARROW, **NO_DROPOUT, "mlp_bias": True},
     ),
 ]
-"""Three or more configs of each family, which together have every flag of it."""
+"""Configs of each family, which together have every flag of it."""

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from litlora.errors import LitLoraError
 from litlora.models.config import GPTConfig
-from litlora.models.families import ACTIVATIONS, FAMILIES
+from litlora.models.families import FAMILIES, SUPPORTED
+from litlora.models.family import ACTIVATIONS
 from litlora.models.rope_config import Llama3Scaling, RopeConfig
 
 TINY = {
@@ -186,7 +187,7 @@ def test_absent_keys_have_the_values_of_transformers(hub):
 IGNORED = {
     "license": "mit",
     "auto_map": {"AutoConfig": "x.Y"},
-    "hidden_dropout": 0.1,
+    "classifier_dropout": 0.1,
     "use_sdpa": True,
     "gradient_checkpointing": True,
     "model_max_length": 4096,
@@ -215,16 +216,15 @@ NUMBER = "it must be a number above 0"
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("model_type", "gpt2", f"supported are {', '.join(FAMILIES)}"),
-        ("model_type", None, f"supported are {', '.join(FAMILIES)}"),
-        ("model_type", ["llama"], f"supported are {', '.join(FAMILIES)}"),
+        ("model_type", "gpt2", f"supported are {', '.join(SUPPORTED)}"),
+        ("model_type", None, f"supported are {', '.join(SUPPORTED)}"),
+        ("model_type", ["llama"], f"supported are {', '.join(SUPPORTED)}"),
         ("hidden_act", "relu", f"implemented are {', '.join(ACTIVATIONS)}"),
         ("attention_bias", "yes", "it must be true or false"),
         ("mlp_bias", 1, "it must be true or false"),
         ("is_causal", False, "only true is implemented"),
         ("per_layer_config", {"0": {"head_dim": 4}}, "only {} is implemented"),
         ("attention_chunk_size", 8, "only null is implemented"),
-        ("attention_dropout", 0.1, "only 0 is implemented"),
         ("partial_rotary_factor", 0.5, "only 1 is implemented"),
         ("layer_types", ["sliding_attention"] * 2, "a model of the type llama has no sliding window"),
         ("layer_types", ["full_attention"], "it must have num_hidden_layers (2) entries"),

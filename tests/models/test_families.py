@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.families import MATRIX, Case
+from helpers.families import MATRIX, WHOLE, Case
 from helpers.reference import hugging_face, in_4_bits, with_peft
 from torch import Tensor
 
+from litlora.errors import LitLoraError
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
 from litlora.lora.checkpoint import load_matrices, read_lora_config, write_adapter
@@ -18,7 +19,7 @@ from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
 from litlora.lora.merge import merge_adapters
 from litlora.lora.selection import Weighted
-from litlora.lora.targets import switch_targets
+from litlora.lora.targets import excluded_modules, switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.rope_config import ORIGINAL, RopeConfig
@@ -28,10 +29,13 @@ from litlora.nn.nf4 import Quantization
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 1, 24]
+NAMES = "module_names", "left_out", "unapplied_dropouts"
+"""Fields of a config that are no flags of the transformer."""
 PROMPT = 6
 """Tokens of the longest sequence that are not supervised."""
 GENERATED = 20
 NF4 = Quantization("bnb.nf4", torch.float32)
+QUANTIZED = "use the checkpoint that it was made from, which --quantize can quantize"
 BLOCK_SWITCHES = [switch for switch in TARGET_MODULES if switch != "head"]
 
 
@@ -50,7 +54,8 @@ class Network:
     def adapter(self) -> Path:
         """An adapter of all linear layers of the blocks, with random matrices, which litlora writes."""
         model, folder = self.load(), self.folder / "adapter"
-        lora = LoRAConfig(4, 6, 0.0, switch_targets(BLOCK_SWITCHES, self.config))
+        targets, excluded = switch_targets(BLOCK_SWITCHES, self.config), excluded_modules(self.config)
+        lora = LoRAConfig(4, 6, 0.0, targets, exclude_modules=excluded)
         add_lora(model, lora)
         for parameter in lora_parameters(model).values():
             torch.nn.init.normal_(parameter, std=0.05)
@@ -113,7 +118,8 @@ def test_each_flag_matters(network):
 def mutations(config: GPTConfig) -> Iterator[tuple[str, GPTConfig]]:
     """Yield the config with each of its flags at the value of Llama's, and each part of its embeddings left out."""
     for flag in fields(config):
-        if flag.default is not MISSING and flag.name != "module_names" and getattr(config, flag.name) != flag.default:
+        is_flag = flag.default is not MISSING and flag.name not in NAMES
+        if is_flag and getattr(config, flag.name) != flag.default:
             yield flag.name, replace(config, **{flag.name: flag.default})
     if config.sliding_window:
         yield "sliding_window", replace(config, sliding_window=None)
@@ -184,3 +190,43 @@ def test_merged_checkpoint_equals_peft_in_transformers(network, tmp_path):
 def test_nf4_logits_equal_bitsandbytes(network):
     ours = network.checkpoint.load(torch.float32, CPU, NF4)
     close(logits(ours), expected_logits(in_4_bits(network.folder, NF4, CPU)), atol=1e-4)
+
+
+def refusal(hub: dict[str, object]) -> str:
+    """Return the sentence with which a config.json is refused, without the key and its value."""
+    with pytest.raises(LitLoraError) as refused:
+        GPTConfig.from_hub(WHOLE | hub)
+    return str(refused.value).partition("which litlora does not support: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("hub", "kind"),
+    [
+        ({"model_type": "mixtral"}, "a mixture of experts"),
+        ({"model_type": "of_the_future", "num_local_experts": 8}, "a mixture of experts"),
+        ({"model_type": "mamba2"}, "a model with state-space, recurrent or linear-attention layers"),
+        ({"model_type": "bert"}, "an encoder, or an encoder with a decoder"),
+        ({"model_type": "of_the_future", "is_encoder_decoder": True}, "an encoder, or an encoder with a decoder"),
+        ({"model_type": "siglip"}, "a model of images, sound or video"),
+        ({"model_type": "of_the_future", "vision_config": {}}, "a model of images, sound or video"),
+    ],
+)
+def test_model_that_is_not_a_dense_decoder_is_refused_by_its_kind(hub, kind):
+    assert refusal(hub) == f"it is {kind}, and only dense decoders are"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "it must be an object"),
+        ({"model_type": "mixtral"}, "it is a mixture of experts, and only dense decoders are"),
+        ({"quantization_config": {"quant_method": "fp8"}}, QUANTIZED),
+    ],
+)
+def test_text_model_of_a_multi_modal_config_is_checked(text, reason):
+    assert refusal({"model_type": "mistral3", "text_config": text if text is None else {**WHOLE, **text}}) == reason
+
+
+def test_quantized_multi_modal_checkpoint_is_refused():
+    hub = {"model_type": "mistral3", "text_config": WHOLE, "quantization_config": {"quant_method": "fp8"}}
+    assert refusal(hub) == QUANTIZED
