@@ -512,7 +512,6 @@ class GenerateArgs(CommandArgs):
     examples: ClassVar = (
         'litlora generate checkpoints/ORG/NAME --prompt "Once upon a time"',
         'litlora generate out/alpaca/final --prompt "Name three primary colors." --temperature 0',
-        'litlora generate --adapters out/a/final,out/b/final --adapter_weights 0.7,0.3 --prompt "Name a color."',
     )
 
     checkpoint_dir: Path | None = None
@@ -564,7 +563,6 @@ class MergeLoraArgs(CommandArgs):
 
     examples: ClassVar = (
         "litlora merge_lora out/alpaca/final --out_dir out/merged",
-        "litlora merge_lora out/alpaca/final --base_dir checkpoints/ORG/NAME --out_dir out/merged",
         "litlora merge_lora --adapters out/a/final,out/b/final --adapter_weights 0.7,0.3 --out_dir out/merged",
     )
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -17,8 +18,8 @@ from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, PROMPT_STYLE, 
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_layers, linear_layers, lora_layers, saved_tensors
 from litlora.lora.selection import Weighted
-from litlora.lora.variants import variant_of
-from litlora.models.checkpoint import Checkpoint
+from litlora.lora.variants import ROWS, variant_of
+from litlora.models.checkpoint import EMBEDDING, Checkpoint
 from litlora.models.checkpoint_files import first_three
 from litlora.models.transformer import GPT
 from litlora.models.weights import DTYPES, open_safetensors
@@ -133,7 +134,8 @@ def read_adapter(adapter_dir: Path, base: Checkpoint) -> Adapter:
     """Read an adapter, which must fit the base: nothing is allocated but the tensors that it has."""
     lora, outline = read_lora_config(adapter_dir), base.outline()
     layers = lora.adapted(linear_layers(outline))
-    add_layers(outline, layers, variant_of(lora))
+    with torch.device("meta"):
+        add_layers(outline, layers, variant_of(lora))
     return Adapter(layers, variant_of(lora), read_matrices(outline, adapter_dir, base))
 
 
@@ -163,18 +165,33 @@ def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, 
     if trained_on is not None and trained_on != base.fingerprint():
         hint = "name the one that it was trained on"
         raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base.dir}; {hint}")
-    expected = {PREFIX + name: tensor.shape for name, tensor in saved_tensors(model).items()}
-    found = {name for name in handle.keys() if not name.endswith(BASE_COPY)}  # noqa: SIM118
-    misfit = f"the adapter {adapter_dir} does not fit the base {base.dir}"
-    if found != set(expected) or not found:
-        others = sorted(name.removeprefix(PREFIX) for name in found ^ set(expected))
-        raise LitLoraError(f"{misfit}: they differ in {first_three(others) or 'every layer'}")
+    expected = {name: tuple(parameter.shape) for name, parameter in saved_tensors(model).items()}
+    stored = {name.removeprefix(PREFIX): handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    if fault := _misfit(stored, expected, base):
+        raise LitLoraError(f"the adapter {adapter_dir} does not fit the base {base.dir}: {fault}")
+    return {name: handle.get_tensor(PREFIX + name) for name in expected}
+
+
+def _misfit(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], base: Checkpoint) -> str | None:
+    """Return the first fault of safetensors slices by name, or None if they are those that are expected."""
+    copies = {name for name in stored if name.endswith(BASE_COPY)}
+    own = stored.keys() - copies
+    if own != expected.keys() or not own:
+        return f"they differ in {first_three(sorted(own ^ expected.keys())) or 'every layer'}"
     for name, shape in expected.items():
-        stored, short = handle.get_slice(name), name.removeprefix(PREFIX)
-        if tuple(stored.get_shape()) != shape:
-            raise LitLoraError(f"{misfit}: {short} is {tuple(stored.get_shape())}, not {tuple(shape)}")
-        if stored.get_dtype() not in DTYPES:
-            raise LitLoraError(
-                f"{misfit}: {short} is stored as {stored.get_dtype()}, not as one of {', '.join(DTYPES)}"
-            )
-    return {name.removeprefix(PREFIX): handle.get_tensor(name) for name in expected}
+        if tuple(stored[name].get_shape()) != shape:
+            return f"{name} is {tuple(stored[name].get_shape())}, not {shape}"
+        if (dtype := stored[name].get_dtype()) not in DTYPES:
+            return f"{name} is stored as {dtype}, not as one of {', '.join(DTYPES)}"
+    others = (name for name in copies if not _is_weight_of(base, name.replace(BASE_COPY, ".weight"), stored[name]))
+    return next((f"its {name} is another than the base's" for name in others), None)
+
+
+def _is_weight_of(base: Checkpoint, name: str, copy: Any) -> bool:
+    """Tell whether a safetensors slice is the base's weight of that name, up to rounding to 16 bits."""
+    tied = base.config.tie_word_embeddings and name not in base.weights
+    own = base.weights.get(base.hub_name(EMBEDDING) if tied else name)
+    if own is None or tuple(copy.get_shape()) != tuple(own.shape) or copy.get_dtype() not in DTYPES:
+        return False
+    rows = (slice(start, start + ROWS) for start in range(0, len(own), ROWS))
+    return all(torch.allclose(copy[some].float(), own[some].float(), rtol=2**-7, atol=1e-6) for some in rows)

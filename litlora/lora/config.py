@@ -4,9 +4,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TypeVar
 
 from litlora.errors import LitLoraError
+from litlora.models.checkpoint_files import first_three
 from litlora.utils.resource_limits import limited_resources
 
 Number = TypeVar("Number", int, float)
@@ -98,7 +100,7 @@ class LoRAConfig:
                 }
         except (MemoryError, TimeoutError) as error:
             expressions = [self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern]
-            shown = ", ".join(filter(None, (text for text in expressions if isinstance(text, str))))
+            shown = first_three([text for text in expressions if isinstance(text, str) and text])
             raise LitLoraError(f"the layers that match {shown} cannot be looked for: {error}") from error
 
     def targets(self, name: str) -> bool:
@@ -135,7 +137,13 @@ def _matches(modules: tuple[str, ...] | str, name: str) -> bool:
 
 def first_match(pattern: Mapping[str, Number], name: str) -> str | None:
     """Return the first key that matches the last parts of a layer's name, as PEFT does."""
-    return next((key for key in pattern if re.match(LAST_PARTS.format(key), name)), None)
+    return next((key for key in pattern if _compiled(LAST_PARTS.format(key)).match(name)), None)
+
+
+@cache
+def _compiled(expression: str) -> re.Pattern[str]:
+    """Return an expression compiled: an adapter may have more of them, one a layer, than re remembers."""
+    return re.compile(expression)
 
 
 def _by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:

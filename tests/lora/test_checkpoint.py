@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import read_prompt_style
-from litlora.lora.checkpoint import read_adapter, read_lora_config, write_adapter
+from litlora.lora.checkpoint import load_with_adapters, read_adapter, read_lora_config, write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
+from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import Checkpoint
 
 TOKENS = torch.arange(7, 30)
@@ -234,6 +235,29 @@ def test_rank_of_a_pattern_beyond_any_matrix_is_refused(copy):
     change_config(copy, rank_pattern={"v_proj": 10**12})
     with pytest.raises(LitLoraError, match=r'"v_proj": 1000000000000, but no matrix in adapter_model\.safetensors'):
         read_lora_config(copy)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_copy_of_the_head_must_be_that_of_the_base(tiny, tmp_path):
+    """PEFT stores the frozen head beside its adapter, and puts it into the model when it loads the adapter."""
+    made_by_peft(tiny, tmp_path, target_modules=["q_proj", "lm_head"])
+    path, name = tmp_path / "adapter_model.safetensors", "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].half()}, path)
+    open_on(tiny, tmp_path)
+    for other in (tensors[name] + 0.01, tensors[name][:-1].clone()):
+        save_file(tensors | {name: other}, path)
+        with pytest.raises(LitLoraError, match=r"its lm_head\.base_layer\.weight is another than the base's"):
+            open_on(tiny, tmp_path)
+
+
+def test_rank_of_a_lie_allocates_nothing(copy, tiny):
+    """The longest dimension of any matrix is the least absurd rank that a config can have."""
+    change_config(copy, r=32, target_modules="all-linear")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "load", None)
+        with pytest.raises(LitLoraError, match="does not fit the base"):
+            load_with_adapters(Checkpoint.open(tiny), [Weighted(copy)], torch.float32, torch.device("cpu"))
 
 
 def test_a_matrix_of_another_shape_is_refused(copy, tiny):

@@ -75,3 +75,11 @@ def test_pattern_that_takes_years_is_refused_by_name(monkeypatch):
     config = LoRAConfig(4, 8, 0.0, ("q_proj",), rank_pattern={"(.|.)*!": 2})
     with pytest.raises(LitLoraError, match=r"\(\.\|\.\)\*! .*more than 0\.2 seconds"):
         config.adapted(LAYERS)
+
+
+def test_a_pattern_for_each_layer_of_a_large_model_is_quick():
+    """EVA writes them. PEFT's expressions compiled again for each layer would take a minute."""
+    names = [f"model.layers.{block}.{layer}" for block in range(80) for layer in "abcdefg"]
+    pattern = {name: number for number, name in enumerate(names, 1)}
+    config = LoRAConfig(4, 8, 0.0, tuple(names), rank_pattern=pattern)
+    assert [settings.rank for settings in config.adapted(names).values()] == list(pattern.values())
