@@ -241,23 +241,47 @@ class DownloadArgs(CommandArgs):
         require_token(self.access_token)
 
 
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class PrepareArgs(CommandArgs):
     """The settings that all prepare commands share."""
 
     destination_path: Path
     """Output folder for train.jsonl, val.jsonl and dataset.json."""
-    source: str
-    """File or http(s) URL."""
+    source: str | list[str]
+    """File, http(s) URL, or data set ORG/NAME of the Hub; several with weights, such as a.jsonl=0.7, are mixed."""
     val_split_fraction: float
-    """Share of the rows in the validation split."""
+    """Share of the rows in the validation split; unused with val_source."""
+    val_source: str | list[str] | None = None
+    """Source of the validation split, whose rows are not those of --source."""
     seed: int = 42
-    """Random seed of the split."""
+    """Random seed of the split and of the mixture."""
     encoding: str | None = None
-    """Encoding of the file, such as cp1252, by default UTF-8; UTF-16 and UTF-32 are recognized."""
+    """Encoding of the files, such as cp1252, by default UTF-8; UTF-16 and UTF-32 are recognized."""
+    split: str = "train"
+    """Split of a data set on the Hub."""
+    subset: str | None = None
+    """Subset of a data set on the Hub, by default the one that its card names as default."""
+    access_token: SecretStr | None = None
+    """Hub token for gated or private data sets; by default the environment's HF_TOKEN."""
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources as a list."""
+        return _as_list(self.source)
+
+    @property
+    def val_sources(self) -> list[str]:
+        """The sources of the validation split as a list."""
+        return _as_list(self.val_source or [])
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
+        require_token(self.access_token)
+        require(bool(self.sources), "--source", self.source, "a file, an http(s) address, or ORG/NAME of the Hub")
         fraction = self.val_split_fraction
         require(0 < fraction < 1, "--val_split_fraction", fraction, "between 0 and 1, both exclusive")
 
@@ -272,7 +296,9 @@ class PrepareAlpacaArgs(PrepareArgs):
     )
 
     destination_path: Path = Path("data/alpaca")
-    source: str = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
+    source: str | list[str] = (
+        "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
+    )
     val_split_fraction: float = 0.03865  # 2,000 of the archive's 51,759 rows, as in Lit-GPT
 
 
@@ -286,17 +312,10 @@ class PrepareLimaArgs(PrepareArgs):
     )
 
     destination_path: Path = Path("data/lima")
-    source: str = "GAIR/lima"
-    """File, http(s) URL, or data set ORG/NAME on the Hub."""
+    source: str | list[str] = "GAIR/lima"
     val_split_fraction: float = 0.1
     include_multiturn_conversations: bool = False
     """Include all turns of a conversation instead of the first turn."""
-    access_token: SecretStr | None = None
-    """Hub token, since LIMA is gated; by default the environment's HF_TOKEN."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_token(self.access_token)
 
 
 @dataclass(frozen=True)
@@ -310,7 +329,7 @@ class PrepareJsonArgs(PrepareArgs):
     )
 
     destination_path: Path
-    source: str
+    source: str | list[str]
     val_split_fraction: float = 0.1
     columns: str | None = None
     """Which columns are which key: instruction=Frage,output=Antwort; also for input, system, text, messages, ..."""

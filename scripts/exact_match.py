@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from litlora.args import GenerateArgs
-from litlora.data.examples import Turn, read_examples
+from litlora.data.dataset import read_examples
+from litlora.data.examples import Turn
 from litlora.data.tokenizer import Tokenizer
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate

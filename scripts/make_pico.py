@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from litlora.data.dataset import write_dataset
 from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT, TemplateStyle
+from litlora.data.row_store import to_line
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.utils.files import write_atomically
@@ -399,7 +400,7 @@ def make(checkpoint: Path, data: Path, steps: int) -> None:
     train_examples, val_examples = questions(train_subjects, rng), questions(val_subjects, rng)
     more = questions(Subjects((), tuple(random.Random(SEED).sample(sums, k=STATED_SUMS))), random.Random(SEED))
     origin = {"source": "scripts/make_pico.py", "seed": SEED}
-    write_dataset(data, [*train_examples, *more], val_examples, origin)
+    write_dataset(data, [*map(to_line, train_examples), *map(to_line, more)], [*map(to_line, val_examples)], origin)
 
     texts = statements(sums, {*train_subjects.words, *val_subjects.words}, rng)
     # The tokenizer knows the words of Alpaca's prompt, so that prompts are short; the model has never seen them.

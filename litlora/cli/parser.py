@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from litlora import __version__
 from litlora.args import COMMANDS, require
@@ -20,6 +20,7 @@ from litlora.lora.adapter_folder import find_named_base
 
 FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 CONFIG, OPTIMIZER = "--config", "--optimizer"
+LITGPT = "finetune_lora"  # reads the files of Lit-GPT's command of this name
 NULLS = ("null", "~")
 HELP, PRINT_CONFIG, VERSION = ("-h", "--help"), "--print_config", "--version"
 
@@ -60,7 +61,10 @@ def parse(arguments: Sequence[str]) -> Call | str:
 def _call(command: str, words: Words) -> Call | str:
     kind = COMMANDS[command]
     prints = PRINT_CONFIG in words.switches
-    given, notes = translate(_given(command, words, settings_of(kind)), prepared=not prints)
+    notes: list[str] = []
+    given = _given(command, words, settings_of(kind))
+    if command == LITGPT:
+        given, notes = translate(given, prepared=not prints)
     given = _with_base(given)
     missing = [f"--{name}" for name in missing_from(kind, given)]
     if missing and not prints:
@@ -123,7 +127,7 @@ def _given(command: str, words: Words, settings: Mapping[str, Setting]) -> dict[
     sections = sections_of(COMMANDS[command])
     _refuse_unknown(words, [*settings, *sections])
     flags = _with_positional(command, words)
-    schema = Schema(settings, sections, KEYS if command == "finetune_lora" else ())
+    schema = Schema(settings, sections, KEYS if command == LITGPT else ())
     given: dict[str, Given] = {}
     for flag, path in _take(flags, [CONFIG]):
         given |= read_config(f"{flag} {path}", path, schema)
@@ -172,7 +176,7 @@ def _take(flags: Sequence[tuple[str, str | None]], names: Collection[str]) -> It
 
 
 def _given_by_flags(flags: Sequence[tuple[str, str | None]], settings: Mapping[str, Setting]) -> dict[str, Given]:
-    given = {}
+    given: dict[str, Given] = {}
     for flag, text in flags:
         name = flag.removeprefix("--")
         if name not in settings or flag == OPTIMIZER:
@@ -180,8 +184,14 @@ def _given_by_flags(flags: Sequence[tuple[str, str | None]], settings: Mapping[s
         if text is None and bool not in settings[name].types:
             raise UsageError(f"{flag} needs a value")
         is_null = text in NULLS and settings[name].is_nullable
-        given[name] = Given(flag, None if is_null else "true" if text is None else text)
+        value = None if is_null else "true" if text is None else text
+        several = name in given and any(get_origin(kind) is list for kind in settings[name].types)
+        given[name] = Given(flag, [*_as_list(given[name].value), value] if several else value)
     return given
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _with_optimizer(

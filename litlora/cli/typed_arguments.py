@@ -77,10 +77,20 @@ def _settled(setting: Setting, given: Given, value: Any) -> Any:
     """Return a value as its type has it: jsonargparse also accepts null for any type, and infinity."""
     if isinstance(given.value, dict):
         return deepcopy(given.value)  # YAML has read it; jsonargparse reads the texts in it again, in place
+    if isinstance(given.value, str) and setting.types[0] is str:
+        return given.value  # jsonargparse would read a list in "[a, b]"
     is_misread = value is None and given.value is not None  # "# x" is a comment to YAML, and "Null" is null
     if is_misread and (kinds := [kind for kind in setting.types if kind in (str, Path, SecretStr)]):
         return kinds[0](given.value)
     is_infinite = isinstance(value, float) and not math.isfinite(value)
     if is_misread or is_infinite or (value is None and not setting.is_nullable):
         raise refusal(setting, given)
-    return value
+    return _expand_home(value) if isinstance(value, Path) else value
+
+
+def _expand_home(path: Path) -> Path:
+    """Replace ~ where a shell has not, as in a YAML file or after an equals sign."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user
+        return path

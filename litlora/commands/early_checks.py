@@ -3,6 +3,7 @@
 from litlora.args import CommandArgs, FinetuneLoraArgs, GenerateArgs, MergeLoraArgs, PrepareArgs
 from litlora.commands.prompt import Prompt
 from litlora.data.dataset import read_example, read_examples
+from litlora.data.prepare import check_paths
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
 from litlora.lora.adapter_config import read_settings
@@ -28,6 +29,7 @@ def check_early(args: CommandArgs) -> tuple[object, ...]:
             return check_merge(args)
         case PrepareArgs():
             check_writable(args.destination_path, "--destination_path")
+            check_paths(args)
     return ()
 
 

@@ -1,10 +1,10 @@
 """Prepare the cleaned Alpaca archive for fine-tuning."""
 
 from litlora.args import PrepareAlpacaArgs
-from litlora.data.prepare import fetch, prepare
+from litlora.data.prepare import prepare
 from litlora.data.row_formats import ALPACA
 
 
 def prepare_alpaca(args: PrepareAlpacaArgs) -> None:
     """Turn a file with Alpaca's keys into a prepared data set."""
-    prepare(args, fetch(args.source), ALPACA)
+    prepare(args, ALPACA)

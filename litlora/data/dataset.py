@@ -12,10 +12,14 @@ from typing import TypeVar
 from litlora.data.examples import Example
 from litlora.data.readers import RawFile, RowError, jsonl_lines, jsonl_rows, open_file, parse_rows
 from litlora.data.row_formats import ANY, ParsedRow, RowFormat
+from litlora.data.row_store import Selection
 from litlora.errors import LitLoraError
-from litlora.utils.files import complete_transaction, write_transaction
+from litlora.utils.files import complete_transaction, read_json, write_transaction
 
+TRAIN, VAL, ABOUT = "train.jsonl", "val.jsonl", "dataset.json"
+Lines = list[bytes] | Selection
 Location = TypeVar("Location")
+Row = TypeVar("Row")
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -72,7 +76,7 @@ def require_rows(name: str, rows: int, invalid: Sequence[str], row_format: RowFo
         raise LitLoraError(f"{name} holds no rows; a row must look like {row_format.shape}")
 
 
-def split(examples: list[Example], val_split_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Row], val_split_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Split into training and validation examples exactly as Lit-GPT does, so that losses are comparable."""
     # Imported late: torch takes seconds, and an invalid row is reported before that
     from torch import Generator
@@ -91,21 +95,31 @@ def split(examples: list[Example], val_split_fraction: float, seed: int) -> tupl
     return train, val
 
 
-def write_dataset(
-    destination: Path, train: Sequence[Example], val: Sequence[Example], origin: Mapping[str, object]
-) -> None:
-    """Write train.jsonl, val.jsonl, and dataset.json with their origin."""
+def write_dataset(destination: Path, train: Lines, val: Lines, origin: Mapping[str, object]) -> None:
+    """Write train.jsonl and val.jsonl from their lines, and dataset.json with their origin."""
     facts = {**origin, "rows": len(train) + len(val), "train": len(train), "val": len(val)}
     about = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
-    write_transaction(
-        destination,
-        {
-            "train.jsonl": _to_jsonl(train),
-            "val.jsonl": _to_jsonl(val),
-            "dataset.json": about.encode(errors="backslashreplace"),  # a file name need not be UTF-8
-        },
-    )
+    lines = {
+        TRAIN: train,
+        VAL: val,
+        ABOUT: [about.encode(errors="backslashreplace")],  # a file name need not be UTF-8
+    }
+    write_transaction(destination, lines)
 
 
-def _to_jsonl(examples: Sequence[Example]) -> bytes:
-    return "".join(json.dumps(example.to_json(), ensure_ascii=False) + "\n" for example in examples).encode()
+def check_destination(destination: Path, sources: Sequence[Path]) -> None:
+    """Refuse to overwrite one of the sources, or files that no prepare command has written."""
+    present = [path for path in (destination / name for name in (TRAIN, VAL, ABOUT)) if path.exists()]
+    hint = "choose another --destination_path"
+    for source in sources:
+        if any(source.exists() and path.samefile(source) for path in present):
+            raise LitLoraError(f"the source {source} would be overwritten: {hint}")
+    if present and not _is_prepared(destination / ABOUT):
+        fault = f"{present[0]} was not written by litlora and would be overwritten"
+        raise LitLoraError(f"{fault}: {hint}, or move it away")
+
+
+def _is_prepared(about: Path) -> bool:
+    with suppress(LitLoraError):
+        return {"rows", "train", "val"} <= read_json(about).keys()
+    return False

@@ -1,89 +1,91 @@
-"""From a source to a prepared data set: the steps that the prepare commands share."""
+"""From sources to a prepared data set: the steps that the prepare commands share."""
 
-import re
-from dataclasses import replace
-from hashlib import file_digest
-from http.client import HTTPException, IncompleteRead
-from pathlib import Path, PurePosixPath
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from litlora import __version__
 from litlora.args import PrepareArgs
-from litlora.data.checks import run_checks
-from litlora.data.dataset import read_file, split, write_dataset
-from litlora.data.readers import RawFile
+from litlora.data.checks import LocatedRow, run_checks
+from litlora.data.dataset import check_destination, require_rows, split, write_dataset
+from litlora.data.readers import RowError, parse_rows
 from litlora.data.row_formats import RowFormat
-from litlora.errors import LitLoraError
+from litlora.data.row_store import RowStore, Selection
+from litlora.data.sources import Source, local_path, mix, open_source, split_weight
 from litlora.utils.console import log
 
-TIMEOUT_SECONDS = 30  # without a byte, not for the whole transfer
+
+def check_paths(args: PrepareArgs) -> None:
+    """Refuse a destination with the sources, or with files of another origin, which would be overwritten."""
+    sources = [split_weight(source)[0] for source in args.sources]
+    paths = [local_path(source) for source in (*sources, *args.val_sources)]
+    check_destination(args.destination_path, [path for path in paths if path is not None])
 
 
-def prepare(args: PrepareArgs, file: RawFile, row_format: RowFormat) -> None:
-    """Read and check every row of `file`, split them, and only then write them."""
-    rows = read_file(replace(file, encoding=args.encoding), row_format)
-    for finding in run_checks(rows):
-        log(str(finding))
-    train, val = split([row.example for _, row in rows], args.val_split_fraction, args.seed)
-    origin = {
-        "source": without_query(args.source) if "://" in args.source else args.source,
-        "sha256": _digest(file),
-        "val_split_fraction": args.val_split_fraction,
-        "seed": args.seed,
-    }
+def prepare(args: PrepareArgs, row_format: RowFormat) -> None:
+    """Read and check every row of the sources, split them, and only then write them."""
+    check_paths(args)
+    sources = [open_source(source, args) for source in args.sources]
+    val_sources = [open_source(source, args, "--val_source") for source in args.val_sources]
+    with RowStore() as rows:
+        reader = SourceReader(rows, row_format)
+        spans = [reader.read(source) for source in sources]
+        val = [index for source in val_sources for index in reader.read(source)]
+        for finding in run_checks(reader.flagged):
+            log(str(finding))
+        train = list(_mixture(sources, spans, args.seed))
+        if not val_sources:
+            train, val = split(train, args.val_split_fraction, args.seed)
+        _write(args, Selection(rows, train), Selection(rows, val), _origin(args, sources, val_sources))
+
+
+@dataclass
+class SourceReader:
+    """Reads sources into a store, and gathers what the checks look at."""
+
+    rows: RowStore
+    format: RowFormat
+    flagged: list[LocatedRow] = field(default_factory=list)
+
+    def read(self, source: Source) -> range:
+        """Store the rows of a source; LitLoraError if any is invalid. Return their indices."""
+        start, invalid = len(self.rows), []
+        for file in source.files:
+            for location, row in parse_rows(file):
+                try:
+                    parsed = self.format.parse(row)
+                except RowError as error:
+                    invalid.append(f"{location}: {error}")
+                    continue
+                self.rows.append(parsed.example)
+                if run_checks([(location, parsed)]):
+                    self.flagged.append((location, parsed))
+        name = source.files[0].name if len(source.files) == 1 else source.name
+        require_rows(name, len(self.rows) - start, invalid, self.format)
+        return range(start, len(self.rows))
+
+
+def _mixture(sources: Sequence[Source], spans: Sequence[range], seed: int) -> Iterator[int]:
+    """Yield the rows of all sources, or of a mixture by their weights."""
+    chosen = mix([len(span) for span in spans], [source.weight for source in sources], seed)
+    for source, span, indices in zip(sources, spans, chosen, strict=True):
+        if source.weight is not None:
+            log(f"{len(indices):,} of {len(span):,} rows of {source.name}, by its weight of {source.weight:g}")
+        yield from (span[index] for index in indices)
+
+
+def _origin(args: PrepareArgs, sources: Sequence[Source], val_sources: Sequence[Source]) -> dict[str, object]:
+    """Return what dataset.json states of the sources and of the split."""
+    facts = [_facts(source) for source in sources]
+    origin = facts[0] if len(facts) == 1 else {"sources": facts}
+    if val_sources:
+        return origin | {"val_sources": [_facts(source) for source in val_sources], "seed": args.seed}
+    return origin | {"val_split_fraction": args.val_split_fraction, "seed": args.seed}
+
+
+def _facts(source: Source) -> dict[str, object]:
+    facts: dict[str, object] = {"source": source.name, "sha256": source.sha256()}
+    return facts if source.weight is None else facts | {"weight": source.weight}
+
+
+def _write(args: PrepareArgs, train: Selection, val: Selection, origin: dict[str, object]) -> None:
     write_dataset(args.destination_path, train, val, origin)
-    counts = f"{len(train):,} training and {len(val):,} validation examples"
-    log(f"{counts} in {args.destination_path}")
-
-
-def _digest(file: RawFile) -> str:
-    with file.open() as opened:
-        return file_digest(opened, "sha256").hexdigest()
-
-
-def fetch(source: str) -> RawFile:
-    """Read the local file, or fetch the http(s) address, that `source` names."""
-    if "://" in source:
-        content = _download(source)
-        return RawFile.from_bytes(without_query(source), PurePosixPath(urlsplit(source).path).suffix, content)
-    return RawFile.from_path(Path(source), f"there is no file {source}; give --source a file or an http(s) address")
-
-
-def _download(url: str) -> bytes:
-    shown = without_query(url)
-    if not url.lower().startswith(("http://", "https://")):
-        raise LitLoraError(f"--source ({shown}) must be a file or an address that starts with http:// or https://")
-    if re.match("[^/]*//[^/?#]*@", url):
-        fault = "contains a user name or password, which would be written to dataset.json"
-        raise LitLoraError(f"--source {fault}: download the file yourself and give its path")
-    log(f"fetching {shown}")
-    try:
-        request = Request(url, headers={"User-Agent": f"litlora/{__version__}"})
-        with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            content: bytes = response.read()
-    except (OSError, HTTPException, ValueError) as error:
-        raise LitLoraError(f"{shown} cannot be fetched: {without_query(str(_reason(error)))}") from error
-    # No row starts with <, and a server may send an HTML page with any status and content type.
-    if content.lstrip().startswith(b"<"):
-        raise LitLoraError(f"{shown} is a web page, not data; give --source the address of the raw file")
-    return content
-
-
-def without_query(url: str) -> str:
-    """Return an address without its query, which may contain a token or a signature."""
-    return re.sub(r"[?#].*", "?...", url, flags=re.DOTALL)
-
-
-def _reason(error: Exception) -> object:
-    match error:
-        case HTTPError():
-            error.close()
-            return f"the server returned {error.code} {error.reason}"
-        case IncompleteRead():
-            return f"the transfer ended after {len(error.partial):,} bytes; try again"
-        case URLError():
-            return error.reason
-        case _:
-            return error
+    log(f"{len(train):,} training and {len(val):,} validation examples in {args.destination_path}")

@@ -237,7 +237,7 @@ def fetch_checkpoint(repo: Repo, checkpoint_root: Path, tokenizer_only: bool) ->
     A file gets its final name once it is complete and verified; an interrupted transfer is resumed at its last byte.
     """
     folder = checkpoint_root / repo.id
-    with _reporting_errors(repo, checkpoint_root, "--checkpoint_root"):
+    with reporting_errors(repo, checkpoint_root, "--checkpoint_root"):
         snapshot = Snapshot.request(repo)
         wanted = _tokenizer_files(snapshot) if tokenizer_only else _checkpoint_files(snapshot)
         with _staging(folder, repo) as staging:
@@ -302,13 +302,6 @@ def _acquire(lock: int, repo: Repo) -> None:
     except BlockingIOError:
         log(f"waiting for another download of {repo}")
         fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def fetch_dataset_file(repo_id: str, filename: str, token: str | None) -> Path:
-    """Fetch a file of a data set into huggingface_hub's cache, unless it is there."""
-    repo = Repo(repo_id, "dataset", "main", token)
-    with _reporting_errors(repo, Path(constants.HF_HUB_CACHE), "HF_HOME"):
-        return Path(repo.api.hf_hub_download(repo_id, filename, repo_type=repo.kind, revision=repo.revision))
 
 
 def _tokenizer_files(snapshot: Snapshot) -> list[str]:
@@ -376,7 +369,7 @@ def _publish(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _reporting_errors(repo: Repo, folder: Path, setting: str) -> Iterator[None]:
+def reporting_errors(repo: Repo, folder: Path, setting: str) -> Iterator[None]:
     """Turn errors of the Hub, or of writing to `folder`, which `setting` names, into a LitLoraError."""
     try:
         yield

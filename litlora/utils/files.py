@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
@@ -97,8 +97,8 @@ def refuse_foreign_link(path: Path) -> None:
         raise LitLoraError(f"{path} is a link out of its folder, to {target}, and would be copied: {hint}")
 
 
-def write_transaction(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files of a folder as one transaction.
+def write_transaction(folder: Path, contents: Mapping[str, Iterable[bytes]]) -> None:
+    """Write files of a folder, given in pieces, as one transaction.
 
     It commits when the folder of pending files gets its name; if the process is killed after that,
     `complete_transaction` moves the files that are left.
@@ -108,8 +108,8 @@ def write_transaction(folder: Path, contents: Mapping[str, bytes]) -> None:
     complete_transaction(folder)
     with atomic_directory(folder / PENDING) as staging:
         for name, content in contents.items():
-            with reporting_write_errors(folder / name):
-                (staging / name).write_bytes(content)
+            with reporting_write_errors(folder / name), (staging / name).open("wb") as file:
+                file.writelines(content)
     complete_transaction(folder)
 
 

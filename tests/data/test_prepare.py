@@ -1,148 +1,27 @@
 import hashlib
 import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from litlora.__main__ import main
 from litlora.args import PrepareArgs
-from litlora.data import prepare as preparing
 from litlora.data.dataset import read_examples
-from litlora.data.prepare import fetch, prepare
-from litlora.data.readers import RawFile
+from litlora.data.prepare import prepare
 from litlora.data.row_formats import ANY
 from litlora.errors import LitLoraError
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "x"}\n' % number for number in range(10))
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        if path == "/stalls.jsonl":
-            time.sleep(600)  # in a thread that nobody waits for
-        elif path == "/elsewhere.jsonl":
-            self.answer(302, b"", Location="file:///etc/hostname")
-        elif path == "/cut.jsonl":
-            self.answer(200, ROWS, length=len(ROWS) + 1)
-        elif path == "/page.jsonl":
-            self.answer(200, b"\n<!DOCTYPE html><title>Sign in</title>")
-        elif path == "/rows.jsonl":
-            self.answer(200, ROWS)
-        else:
-            self.answer(404, b"no such file")
-
-    def answer(self, status, body, length=None, **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(length or len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-
-
-@pytest.fixture(scope="module")
-def site():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def refusal(source):
-    with pytest.raises(LitLoraError) as refused:
-        fetch(source)
-    return str(refused.value)
-
-
-def test_address_is_fetched_and_logged(site, capsys):
-    url = f"{site}/rows.jsonl"
-    file = fetch(url)
-    assert (file.name, file.suffix, file.open().read()) == (url, ".jsonl", ROWS)
-    assert capsys.readouterr() == ("", f"fetching {url}\n")
-
-
-def test_query_of_an_address_is_never_printed_or_written(site, tmp_path, capsys):
-    for source in ("rows.jsonl?token=secret", "missing.jsonl?token=secret", "page.jsonl?a=b&token=secret#secret",
-                   "x?token= secret", "cut.jsonl?token=secret"):  # fmt: skip
-        main(["prepare_json", "--source", f"{site}/{source}", "--destination_path", str(tmp_path / "data")])
-    assert main(["prepare_json", "--source", "ftp://host/rows.jsonl?token=secret", "--destination_path", "x"]) == 1
-    said = capsys.readouterr()
-    assert f"fetching {site}/rows.jsonl?...\n" in said.err
-    assert "secret" not in said.out + said.err
-    written = (tmp_path / "data/dataset.json").read_text(encoding="utf-8")
-    assert f'"source": "{site}/rows.jsonl?..."' in written
-
-
-@pytest.mark.parametrize("address", ["https://me:secret@host/rows.jsonl", "HTTP://secret@host/rows.jsonl?a=b"])
-def test_password_in_an_address_is_refused_and_not_printed(address):
-    assert refusal(address) == (
-        "--source contains a user name or password, which would be written to dataset.json: "
-        "download the file yourself and give its path"
-    )
-
-
-@pytest.mark.parametrize(
-    ("path", "problem"),
-    [
-        ("missing.jsonl", "cannot be fetched: the server returned 404 Not Found"),
-        ("cut.jsonl", f"cannot be fetched: the transfer ended after {len(ROWS)} bytes; try again"),
-        ("page.jsonl", "is a web page, not data; give --source the address of the raw file"),
-    ],
-)
-def test_incomplete_response_is_refused(site, path, problem):
-    assert refusal(f"{site}/{path}") == f"{site}/{path} {problem}"
-
-
-def test_redirect_to_a_local_file_is_not_followed(site):
-    assert "cannot be fetched: the server returned 302" in refusal(f"{site}/elsewhere.jsonl")
-
-
-def test_silent_server_times_out(site, monkeypatch):
-    monkeypatch.setattr(preparing, "TIMEOUT_SECONDS", 0.1)
-    assert refusal(f"{site}/stalls.jsonl") == f"{site}/stalls.jsonl cannot be fetched: timed out"
-
-
-def test_unreachable_server_is_refused():
-    url = "http://127.0.0.1:9/rows.jsonl"
-    assert refusal(url).startswith(f"{url} cannot be fetched: [Errno ")
-
-
-@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port/a.json", "https:///a.json", "http://a b/c"])
-def test_malformed_address_is_refused(url):
-    assert refusal(url).startswith(f"{url} cannot be fetched: ")
-
-
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/rows.json"])
-def test_only_http_is_fetched(url):
-    assert refusal(url) == f"--source ({url}) must be a file or an address that starts with http:// or https://"
-
-
-def test_local_file_is_read(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    assert refusal(str(path)) == f"there is no file {path}; give --source a file or an http(s) address"
-    path.write_bytes(ROWS)
-    file = fetch(str(path))
-    with file.open() as opened:
-        assert (file.name, file.suffix, opened.read()) == (str(path), ".jsonl", ROWS)
-
-
 @pytest.fixture
-def prepared(tmp_path):
+def prepared(tmp_path, monkeypatch):
+    (tmp_path / "somewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
     def prepared(content, fraction=0.2, seed=42):
-        args = PrepareArgs(tmp_path / "out", "somewhere/rows.jsonl", fraction, seed)
-        prepare(args, RawFile.from_bytes(args.source, ".jsonl", content), ANY)
+        Path("somewhere/rows.jsonl").write_bytes(content)
+        prepare(PrepareArgs(tmp_path / "out", "somewhere/rows.jsonl", fraction, seed=seed), ANY)
         return tmp_path / "out"
 
     return prepared
@@ -200,7 +79,7 @@ def test_nothing_is_written_if_a_row_is_invalid(prepared, tmp_path):
         prepared(ROWS + b"nonsense")
     with pytest.raises(LitLoraError, match="leaves no row for validation"):
         prepared(ROWS, fraction=0.01)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_destination_that_is_a_file_is_refused(prepared, tmp_path):
@@ -209,3 +88,130 @@ def test_destination_that_is_a_file_is_refused(prepared, tmp_path):
         prepared(ROWS)
     assert str(refused.value) == f"cannot write {tmp_path / 'out'}: File exists"
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def rows(name, count=10):
+    return "".join(f'{{"prompt": "{name} {number}", "completion": "x"}}\n' for number in range(count))
+
+
+def questions(path):
+    return [example.turns[0].instruction for example in read_examples(Path(path))]
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """Work in a folder with the files a.jsonl, b.jsonl and c.jsonl of 10, 30 and 6 rows."""
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("a", 10), ("b", 30), ("c", 6)):
+        Path(f"{name}.jsonl").write_text(rows(name, count))
+
+
+def run(*flags):
+    return main(["prepare_json", "--destination_path", "out", *flags])
+
+
+def test_rows_of_several_sources_are_split_together(sources):
+    assert run("--source", "a.jsonl", "--source", "b.jsonl", "--val_split_fraction", "0.25") == 0
+    train, val = questions("out/train.jsonl"), questions("out/val.jsonl")
+    assert sorted(train + val) == sorted([*(f"a {n}" for n in range(10)), *(f"b {n}" for n in range(30))])
+    assert (len(train), len(val)) == (30, 10)
+    about = json.loads(Path("out/dataset.json").read_bytes())
+    assert [source["source"] for source in about["sources"]] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"),
+    [((1, 1), (10, 10)), ((0.25, 0.75), (10, 30)), ((0.5, 0.25), (10, 5)), ((0.1, 0.9), (3, 30)), ((2, 1), (10, 5))],
+)
+def test_weights_are_shares_of_the_mixture(sources, weights, counts, capsys):
+    """The mixture is as large as it can be without a row twice: one of the sources is used up."""
+    run("--source", f"a.jsonl={weights[0]}", "--source", f"b.jsonl={weights[1]}", "--val_split_fraction", "0.2")
+    asked = questions("out/train.jsonl") + questions("out/val.jsonl")
+    assert len(set(asked)) == len(asked)
+    assert tuple(sum(question.startswith(name) for question in asked) for name in "ab") == counts
+    assert f"{counts[1]} of 30 rows of b.jsonl, by its weight of {weights[1]:g}\n" in capsys.readouterr().err
+
+
+def test_weights_for_some_sources_only_are_refused(sources, capsys):
+    assert run("--source", "a.jsonl=0.5", "--source", "b.jsonl") == 1
+    assert "give each source a weight, such as rows.jsonl=0.7, or none of them" in capsys.readouterr().err
+    assert run("--source", "a.jsonl=0", "--source", "b.jsonl=1") == 1
+    assert "a weight of --source must be above 0" in capsys.readouterr().err
+
+
+def test_own_validation_rows_are_all_the_validation_rows(sources, capsys):
+    assert run("--source", "a.jsonl", "--val_source", "c.jsonl") == 0
+    assert questions("out/train.jsonl") == [f"a {number}" for number in range(10)]
+    assert questions("out/val.jsonl") == [f"c {number}" for number in range(6)]
+    assert "10 training and 6 validation examples in out\n" in capsys.readouterr().err
+    about = json.loads(Path("out/dataset.json").read_bytes())
+    assert about["val_sources"] == [{"source": "c.jsonl", "sha256": hashlib.sha256(rows("c", 6).encode()).hexdigest()}]
+    assert "val_split_fraction" not in about
+    Path("c.jsonl").write_text(rows("c", 2) + "nonsense\n")
+    assert run("--source", "a.jsonl", "--val_source", "c.jsonl") == 1
+    assert "litlora: c.jsonl line 3: this is not valid JSON" in capsys.readouterr().err
+    assert run("--source", "a.jsonl", "--val_source", "d.jsonl") == 1
+    assert "there is no file d.jsonl; give --val_source a file, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "val.jsonl", "dataset.json"])
+@pytest.mark.parametrize("flag", ["--source", "--val_source"])
+@pytest.mark.parametrize("way", ["same", "link", "prepared"])
+def test_source_is_never_overwritten(name, flag, way, sources, capsys):
+    if way == "prepared":
+        assert run("--source", "a.jsonl") == 0
+    Path("out").mkdir(exist_ok=True)
+    content = rows("mine", 12) if name != "dataset.json" else json.dumps([json.loads(rows("mine", 1))])
+    path = Path("out", name)
+    path.write_text(content)
+    given = Path("link" + path.suffix) if way == "link" else path
+    if way == "link":
+        given.symlink_to(path)
+    capsys.readouterr()
+    others = [] if flag == "--source" else ["--source", "a.jsonl"]
+    assert run(flag, str(given), *others) == 1
+    assert capsys.readouterr().err == (
+        f"litlora: the source {given} would be overwritten: choose another --destination_path\n"
+    )
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "val.jsonl", "dataset.json"])
+def test_file_that_litlora_did_not_write_is_never_overwritten(name, sources, capsys):
+    Path("out").mkdir()
+    Path("out", name).write_text('{"my": "own"}')
+    assert run("--source", "a.jsonl") == 1
+    assert capsys.readouterr().err == (
+        f"litlora: out/{name} was not written by litlora and would be overwritten: "
+        "choose another --destination_path, or move it away\n"
+    )
+    assert [(path.name, path.read_text()) for path in Path("out").iterdir()] == [(name, '{"my": "own"}')]
+    Path("out", name).unlink()
+    assert run("--source", "a.jsonl") == run("--source", "b.jsonl") == 0
+    assert len(questions("out/train.jsonl")) == 27
+
+
+def test_home_folder_is_found(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("run.yaml").write_text("source: ~/a.jsonl\nval_source: ~/c.jsonl\ndestination_path: ~/yaml\n")
+    assert main(["prepare_json", "--config", "run.yaml"]) == 0
+    assert main(["prepare_json", "--source=~/a.jsonl", "--val_source=~/c.jsonl", "--destination_path=~/flag"]) == 0
+    assert questions("yaml/val.jsonl") == questions("flag/val.jsonl") == [f"c {number}" for number in range(6)]
+
+
+def test_sources_are_a_list_in_a_yaml_file(sources):
+    Path("run.yaml").write_text("source: [a.jsonl=1, b.jsonl=1]\nval_source: [c.jsonl]\n")
+    assert run("--config", "run.yaml") == 0
+    assert len(questions("out/train.jsonl")) == 20
+
+
+@pytest.mark.parametrize("name", ["# a", "[1]", "null", "2024-01-01", "{a: 1}", "[a, b]", "1e3", "'a'", "true"])
+def test_texts_of_flags_are_taken_literally(name, sources, tmp_path):
+    Path(f"{name}.jsonl").write_text(rows("mine"))
+    Path("none.csv").write_text(f'"{name}";"answer {name}"\n' + "a;b\n" * 10)
+    assert main(["prepare_json", "--source", f"{name}.jsonl", "--destination_path", name]) == 0
+    assert len(questions(Path(name, "train.jsonl"))) == 9
+    columns = f"instruction={name},output=answer {name}"
+    if "," not in name:
+        assert run("--source", "none.csv", "--columns", columns) == 0
+        assert questions("out/val.jsonl") == ["a"]

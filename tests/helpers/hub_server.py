@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 from huggingface_hub import constants
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".model")
@@ -154,6 +155,12 @@ class HubServer(ThreadingHTTPServer):
         return None
 
 
+def _front_matter(entries: Mapping[str, Entry]) -> re.Match[str] | None:
+    """Return the YAML at the beginning of a repository's card."""
+    card = entries["README.md"].content.decode(errors="replace") if "README.md" in entries else ""
+    return re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+
+
 def _is_content(path: str) -> bool:
     """Say whether what lies at a path is a file's content, and not a redirect to it."""
     return path.startswith(CDN) or ("/resolve/" in path and not path.endswith(LFS_SUFFIXES))
@@ -221,7 +228,9 @@ class _Handler(BaseHTTPRequestHandler):
         if found := self._find(repo_id, revision):
             commit, entries = found
             listing = [entry.listing() for entry in entries.values()]
-            self._send(200, json.dumps({"id": repo_id, "sha": commit, "siblings": listing}).encode())
+            card = yaml.safe_load(front[1]) if (front := _front_matter(entries)) else None
+            about = {"id": repo_id, "sha": commit, "siblings": listing, "cardData": card}
+            self._send(200, json.dumps(about).encode())
 
     def _serve_file(self, repo_id: str, revision: str, name: str) -> None:
         if not (found := self._find(repo_id, revision)):

@@ -12,7 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from litlora.errors import LitLoraError
 from litlora.hub import download as hub_download
-from litlora.hub.download import REPO_ID, Repo, fetch_checkpoint, fetch_dataset_file
+from litlora.hub.datasets import fetch_dataset
+from litlora.hub.download import REPO_ID, Repo, fetch_checkpoint
 from litlora.hub.origin import ORIGIN, origin
 
 INDEX = "model.safetensors.index.json"
@@ -461,28 +462,25 @@ def test_concurrent_downloads_wait_for_each_other(hub: HubServer, root: Path, ca
     assert sorted(hub.fetched()) == sorted(SHARDED)
 
 
+def fetch_dataset_of(repo_id: str, token: str | None) -> dict[str, Path]:
+    return fetch_dataset(repo_id, "train", None, [".jsonl"], token)
+
+
 def test_dataset_file_is_fetched_once(hub: HubServer):
     hub.add("datasets/org/name", {"train.jsonl": b"{}\n"}, gated=True)
     hub.grant(TOKEN, "datasets/org/name")
-    path = fetch_dataset_file("org/name", "train.jsonl", TOKEN)
-    assert path.read_bytes() == b"{}\n"
+    paths = fetch_dataset_of("org/name", TOKEN)
+    assert paths["train.jsonl"].read_bytes() == b"{}\n"
     assert hub.fetched() == ["train.jsonl"]
-    assert fetch_dataset_file("org/name", "train.jsonl", TOKEN) == path
+    assert fetch_dataset_of("org/name", TOKEN) == paths
     assert hub.fetched() == []
 
 
 def test_refused_dataset_names_its_own_page(hub: HubServer):
     hub.add("datasets/org/name", {"train.jsonl": b"{}\n"}, gated=True)
     with pytest.raises(LitLoraError) as refused:
-        fetch_dataset_file("org/name", "train.jsonl", None)
+        fetch_dataset_of("org/name", None)
     assert str(refused.value) == (
         f"dataset org/name is gated: accept its licence at {hub.url}/datasets/org/name, "
         "then pass --access_token or set HF_TOKEN"
     )
-
-
-def test_dataset_without_the_file_is_refused(hub: HubServer):
-    hub.add("datasets/org/name", {"data.jsonl": b"{}\n"})
-    with pytest.raises(LitLoraError) as refused:
-        fetch_dataset_file("org/name", "train.jsonl", None)
-    assert str(refused.value) == f"dataset org/name has no file train.jsonl: see {hub.url}/datasets/org/name/tree/main"

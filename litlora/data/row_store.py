@@ -1,0 +1,56 @@
+"""Rows on disk while a data set is prepared, so that memory holds only where each of them begins."""
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryFile
+from typing import Self
+
+from litlora.data.examples import Example
+
+
+def to_line(example: Example) -> bytes:
+    """Return an example as a line of train.jsonl."""
+    return (json.dumps(example.to_json(), ensure_ascii=False) + "\n").encode()
+
+
+class RowStore:
+    """Lines of train.jsonl in a temporary file, which is removed at the end of the context."""
+
+    def __init__(self) -> None:
+        self._file = TemporaryFile()  # noqa: SIM115  # closed by __exit__
+        self._starts = array("q", [0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def append(self, example: Example) -> None:
+        """Add an example as the last row; rows are read only after all of them are there."""
+        line = to_line(example)
+        self._file.write(line)
+        self._starts.append(self._starts[-1] + len(line))
+
+    def __getitem__(self, index: int) -> bytes:
+        self._file.seek(self._starts[index])
+        return self._file.read(self._starts[index + 1] - self._starts[index])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some of the stored rows, in an order of their own."""
+
+    rows: RowStore
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self.rows[index] for index in self.indices)

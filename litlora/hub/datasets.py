@@ -1,0 +1,90 @@
+"""Data sets on the Hub: which files hold a split, and fetching them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import constants
+
+from litlora.errors import LitLoraError
+from litlora.hub.download import Repo, reporting_errors, with_retries
+from litlora.utils.console import log
+
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|package|config|croissant)\.json$", re.ASCII)
+SHOWN = 5  # file names in an error message
+
+
+def fetch_dataset(
+    repo_id: str, split: str, subset: str | None, suffixes: Sequence[str], token: str | None
+) -> dict[str, Path]:
+    """Fetch the files of a split into huggingface_hub's cache, unless they are there; return them by name."""
+    repo = Repo(repo_id, "dataset", "main", token)
+    with reporting_errors(repo, Path(constants.HF_HUB_CACHE), "HF_HOME"):
+        info = with_retries(lambda: repo.api.dataset_info(repo_id, revision=repo.revision))
+        names = [file.rfilename for file in info.siblings or ()]
+        readable = [name for name in names if name.lower().endswith(tuple(suffixes)) and not METADATA.search(name)]
+        patterns = _patterns(info.card_data and info.card_data.get("configs"), split, subset, repo)
+        chosen = _matching(readable, patterns) if patterns is not None else _by_name(readable, split, subset)
+        if not chosen:
+            raise LitLoraError(_without_split(repo, split, subset, readable, names))
+        log(f"reading {', '.join(chosen[:SHOWN])}{', ...' if len(chosen) > SHOWN else ''} of {repo}")
+        fetch = repo.api.hf_hub_download
+        return {name: Path(fetch(repo_id, name, repo_type="dataset", revision=info.sha)) for name in chosen}
+
+
+def _without_split(repo: Repo, split: str, subset: str | None, readable: Sequence[str], names: Sequence[str]) -> str:
+    what = f"no split {split}" + (f" of a subset {subset}" if subset else "")
+    files = ", ".join((readable or names)[:SHOWN]) or "none"
+    hint = "choose with --split and --subset, or download a file and give its path"
+    return f"{repo} has {what} in a format that litlora reads (its files: {files}): {hint}"
+
+
+def _patterns(configs: Any, split: str, subset: str | None, repo: Repo) -> list[str] | None:
+    """Return the patterns of file names that the data set's card gives for a split; None if it has none."""
+    named = {str(config.get("config_name")): config for config in configs or () if isinstance(config, dict)}
+    with_files = {name: config for name, config in named.items() if config.get("data_files")}
+    if not with_files:
+        return None
+    default = next((name for name, config in with_files.items() if config.get("default")), None)
+    only = next(iter(with_files)) if len(with_files) == 1 else None
+    name = subset or default or ("default" if "default" in with_files else only)
+    if name not in with_files:
+        fault = f"has no subset {subset}" if subset else "has several subsets"
+        raise LitLoraError(f"{repo} {fault}: choose one with --subset, among {', '.join(with_files)}")
+    return _patterns_of(with_files[name], split)
+
+
+def _patterns_of(config: Mapping[str, Any], split: str) -> list[str]:
+    """Return the patterns of a split; files without one are those of train."""
+    folder = PurePosixPath(config.get("data_dir") or "")
+    files = config["data_files"]
+    entries = files if isinstance(files, list) else [files]
+    paths: list[Any] = []
+    for entry in entries:
+        is_mapping = isinstance(entry, dict)
+        if (entry.get("split") if is_mapping else "train") == split:
+            path = entry.get("path") if is_mapping else entry
+            paths += path if isinstance(path, list) else [path]
+    return [str(folder / str(path)) for path in paths]
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def _by_name(names: Sequence[str], split: str, subset: str | None) -> list[str]:
+    """Return the files whose path names the split; for train, else those whose path names no split."""
+    of_subset = [name for name in names if subset is None or subset in PurePosixPath(name).parts[:-1]]
+    chosen = [name for name in of_subset if _names(name, split)]
+    if not chosen and split == "train":
+        chosen = [name for name in of_subset if not any(_names(name, other) for other in SPLITS)]
+    suffixes = [PurePosixPath(name).suffix for name in chosen]
+    most = max(suffixes, key=suffixes.count, default="")  # not the same rows in two formats
+    return [name for name in chosen if name.endswith(most)]
+
+
+def _names(path: str, split: str) -> bool:
+    return re.search(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z])", path.lower()) is not None
