@@ -22,6 +22,17 @@ class Adapter:
     tensors: Mapping[str, Tensor]
     """What the layers have trained, by the layer's name and PEFT's: `<layer>.lora_A.weight` and so on."""
 
+    has_starts: bool = False
+    """Whether training began with the second half of each matrix (PiSSA), on a base that was quantized without it."""
+
+    def start_of(self, layer: str) -> Tensor | None:
+        """Return what the quantized weight (out, in) of a layer was without in training, if anything."""
+        if not self.has_starts or layer not in self.layers:
+            return None
+        own, settings = self.of(layer), self.layers[layer]
+        rank = settings.rank // 2
+        return -settings.scaling * (own[B].float()[:, rank:] @ own[A].float()[rank:])
+
     def of(self, layer: str) -> dict[str, Tensor]:
         """Return the tensors of one layer by PEFT's names."""
         return {name: self.tensors[f"{layer}.{name}"] for name in self.variant.names}

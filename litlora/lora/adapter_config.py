@@ -38,20 +38,20 @@ def read_settings(adapter_dir: Path) -> LoRAConfig:
     config = read_json(path)
     _refuse_what_is_not_implemented(path, config)
     keys = _Keys(path, config)
-    return LoRAConfig(
+    saved = LoRAConfig(
         r=keys.number("r", int),
         lora_alpha=keys.number("lora_alpha", int | float),
         lora_dropout=0.0,  # acts in training only
         target_modules=keys.target_modules(),
         use_rslora=config.get("use_rslora") is True,
         use_dora=config.get("use_dora") is True,
-        init=str(of_base(config, INIT) or LoRAConfig.init),
         rank_pattern=keys.pattern("rank_pattern", int),
         alpha_pattern=keys.pattern("alpha_pattern", int | float),
         layers_to_transform=keys.blocks() or None,
         layers_pattern=keys.texts("layers_pattern"),
         exclude_modules=keys.modules("exclude_modules"),
     )
+    return saved.of_file(str(of_base(config, INIT) or LoRAConfig.init))
 
 
 def settings_as_keys(lora: LoRAConfig) -> dict[str, Any]:

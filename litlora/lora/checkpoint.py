@@ -16,7 +16,8 @@ from litlora.lora.adapter import Adapter, weighted_sum
 from litlora.lora.adapter_config import INIT, of_base, read_settings, settings_as_keys
 from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, PROMPT_STYLE, WEIGHTS
 from litlora.lora.config import LoRAConfig
-from litlora.lora.layer import add_layers, linear_layers, lora_layers, saved_tensors
+from litlora.lora.layer import add_layers, add_lora, freeze_adapter, linear_layers, lora_layers, saved_tensors
+from litlora.lora.pissa import subtract_starts
 from litlora.lora.selection import Weighted
 from litlora.lora.variants import ROWS, variant_of
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
@@ -40,7 +41,7 @@ def write_adapter(
     `base_sha256` is the fingerprint of the base.
     """
     quantization, source = quantization_of(model), origin(base_dir)
-    init = {INIT: lora.init} if lora.requires_quantized_base else {}
+    init = {INIT: lora.init} if lora.requires_quantized_base or lora.changes_base else {}
     quantized = {QUANTIZATION: quantization.hub, **init} if quantization else {}
     downloaded = {LOCAL_PATH: str(base_dir.resolve())} if source else {}
     config = {
@@ -106,9 +107,18 @@ def load_with_adapters(
         refuse_compensation(adapters, "pass --quantize bnb.nf4, or leave the flag out")
     adapter = read_adapters(adapters, base) if adapters else None  # a misfit is found before the base is loaded
     model = base.load(dtype, device, quantization)
-    if adapter is not None:
+    if adapter is not None and adapter.has_starts and quantization is not None:
+        add_as_trained(model, adapters[0].folder, base)
+    elif adapter is not None:
         adapter.add_to(model)
     return model
+
+
+def add_as_trained(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:
+    """Add an adapter, for inference, to a base from which its start is taken again before it is quantized."""
+    add_lora(model, read_lora_config(adapter_dir))
+    load_matrices(model, adapter_dir, base)
+    freeze_adapter(model)
 
 
 def refuse_compensation(adapters: Sequence[Weighted], hint: str) -> None:
@@ -133,10 +143,10 @@ def read_adapters(adapters: Sequence[Weighted], base: Checkpoint) -> Adapter:
 def read_adapter(adapter_dir: Path, base: Checkpoint) -> Adapter:
     """Read an adapter, which must fit the base: nothing is allocated but the tensors that it has."""
     lora, outline = read_lora_config(adapter_dir), base.outline()
-    layers = lora.adapted(linear_layers(outline))
+    layers = lora.saved.adapted(linear_layers(outline))
     with torch.device("meta"):
         add_layers(outline, layers, variant_of(lora))
-    return Adapter(layers, variant_of(lora), read_matrices(outline, adapter_dir, base))
+    return Adapter(layers, variant_of(lora), read_matrices(outline, adapter_dir, base), lora.changes_base)
 
 
 def shared_quantization(adapters: Sequence[Weighted], hint: str | None) -> Quantization | None:
@@ -152,10 +162,11 @@ def shared_quantization(adapters: Sequence[Weighted], hint: str | None) -> Quant
 
 
 def load_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:
-    """Fill the matrices of a model with LoRA from an adapter's."""
+    """Fill the matrices of a model with LoRA from an adapter's, and take their start out of its weights if need be."""
     matrices, name_of = read_matrices(model, adapter_dir, base), model.config.hub_name
     for name, layer in lora_layers(model).items():
         layer.load_tensors({key: matrices[f"{name_of(name)}.{key}"] for key in layer.adapter_parameters()})
+    subtract_starts(lora_layers(model), base)
 
 
 def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from litlora.errors import LitLoraError
 from litlora.models.checkpoint_files import first_three
@@ -83,13 +83,19 @@ class LoRAConfig:
 
         Ranks double then, and alphas grow so that the scaling of each layer stays the same.
         """
-        if not self.changes_base:
-            return self
-        growth = math.sqrt(2) if self.use_rslora else 2
-        ranks = {key: 2 * rank for key, rank in self.rank_pattern.items()}
+        return replace(self._resized(2), init=LoRAConfig.init) if self.changes_base else self
+
+    def of_file(self, init: str) -> "LoRAConfig":
+        """Return the configuration of which this one is `saved`, given its initialization."""
+        config = replace(self, init=init)
+        return config._resized(0.5) if config.changes_base else config
+
+    def _resized(self, factor: float) -> "LoRAConfig":
+        growth = math.sqrt(factor) if self.use_rslora else factor
+        ranks = {key: int(factor * rank) for key, rank in self.rank_pattern.items()}
         alphas = {key: growth * alpha for key, alpha in self.alpha_pattern.items()}
-        alpha = growth * self.lora_alpha
-        return replace(self, r=2 * self.r, lora_alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas)
+        sizes: dict[str, Any] = {"r": int(factor * self.r), "lora_alpha": growth * self.lora_alpha}
+        return replace(self, **sizes, rank_pattern=ranks, alpha_pattern=alphas)
 
     def adapted(self, names: Iterable[str]) -> dict[str, LayerSettings]:
         """Return the settings of each of these layers that is adapted."""

@@ -64,16 +64,22 @@ class Merge:
 
     def merged(self, weight: str, base: Tensor) -> Tensor:
         """Return a tensor of the base, named as in transformers, merged with the adapter's where a layer is adapted."""
+        name, dtype = weight.removesuffix(".weight"), base.dtype
         if weight in self.quantized:
-            base = dequantized(base, self.quantized[weight])
+            base = self._dequantized(name, base, self.quantized[weight])
         if not self.changes(weight):
             return base
-        name = weight.removesuffix(".weight")
-        merged = self.adapter.variant.merge(base, self.adapter.of(name), self.adapter.layers[name].scaling)
+        merged = self.adapter.variant.merge(base, self.adapter.of(name), self.adapter.layers[name].scaling).to(dtype)
         if not merged.isfinite().all():
             cause = f"lora_alpha or the adapter's weights are too large for {merged.dtype}, or not numbers themselves"
             raise LitLoraError(f"merging would write NaN or infinity to {weight}: {cause}")
         return merged
+
+    def _dequantized(self, layer: str, weight: Tensor, quantization: Quantization) -> Tensor:
+        """Return a weight as it was in training, with what was taken out of it before it was quantized."""
+        if (start := self.adapter.start_of(layer)) is None:
+            return dequantized(weight, quantization)
+        return dequantized(weight.to(quantization.dtype).float() - start, quantization) + start
 
 
 def write_weights(folder: Path, base: Checkpoint, merge: Merge, untie: bool) -> None:

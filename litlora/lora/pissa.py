@@ -99,7 +99,7 @@ def rest_stored(layer: LoRALinear, weight: Tensor) -> Iterator[None]:
 
 
 def copy_whole(source: Tensor, target: Tensor) -> None:
-    """Copy a tensor that each rank has, of which the target may hold this rank's shard."""
+    """Copy a tensor that each rank has into a target that may hold this rank's shard alone."""
     if isinstance(target, DTensor):
         source = distribute_tensor(source.detach(), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(source)

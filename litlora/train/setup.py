@@ -35,7 +35,7 @@ from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
-from litlora.lora.pissa import parts_head_from_embedding, subtract_starts
+from litlora.lora.pissa import parts_head_from_embedding
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
@@ -331,7 +331,6 @@ def restore(checkpoint: Checkpoint, start: Path | None, gpt: GPT, optimizer: Opt
     if start is None:
         return Progress()
     load_matrices(gpt, start, checkpoint)
-    subtract_starts(lora_layers(gpt), checkpoint)
     return restore_state(start, optimizer)
 
 

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from litlora.__main__ import main
-from litlora.lora.checkpoint import load_matrices, write_adapter
+from litlora.lora.checkpoint import load_matrices, load_with_adapters, write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
-from litlora.lora.pissa import fit_leading, subtract_starts
+from litlora.lora.pissa import fit_leading
+from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT
 from litlora.nn.nf4 import Quantization
@@ -153,9 +154,39 @@ def test_loaded_start_gives_the_same_rest_bit_for_bit(quantization, make_checkpo
     again = Checkpoint.open(base).load(torch.float32, CPU, quantization)
     add_lora(again, config)
     load_matrices(again, tmp_path, Checkpoint.open(base))
-    subtract_starts(lora_layers(again), Checkpoint.open(base))
     state = again.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@EACH
+def test_adapter_over_nf4_is_deployed_as_it_was_trained(options, make_checkpoint, tmp_path):
+    """Merged into the dequantized weights or over 4 bits, the start is taken out before the weights are quantized."""
+    base, adapter = make_checkpoint(WHOLE_BLOCKS), tmp_path / "adapter"
+    adapter.mkdir()
+    model, config = started(base, options, quantization=NF4)
+    train(model)
+    write_adapter(adapter, model, config, base, Checkpoint.open(base).fingerprint(), "alpaca")
+    with torch.no_grad():
+        expected = logits(model)
+        loaded = load_with_adapters(Checkpoint.open(base), [Weighted(adapter)], torch.float32, CPU, NF4)
+        torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+        into = ["--out_dir", str(tmp_path / "merged"), "--dequantized_base", "true"]
+        assert main(["merge_lora", "--checkpoint_dir", str(adapter), *into]) == 0
+        merged = hugging_face(tmp_path / "merged")(torch.arange(3, 43)[None]).logits[0]
+        torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
+        over_whole = load_with_adapters(Checkpoint.open(base), [Weighted(adapter)], torch.float32, CPU)
+        assert (logits(over_whole) - expected).abs().max() > 1e-2  # the quantization error
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_configuration_of_a_file_leads_back_to_that_of_training(options):
+    config = LoRAConfig(4, 6, 0.0, TARGETS, init="pissa", **options)
+    again = config.saved.of_file("pissa")
+    assert (again.r, again.rank_pattern, again.init) == (config.r, config.rank_pattern, config.init)
+    for layer in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
+        assert again.scaling(layer) == pytest.approx(config.scaling(layer), rel=1e-12)
+        assert config.saved.scaling(layer) == pytest.approx(config.scaling(layer), rel=1e-12)
+        assert config.saved.rank(layer) == 2 * config.rank(layer)
 
 
 def test_head_that_is_tied_leaves_the_embedding_unchanged(checkpoints, tmp_path):

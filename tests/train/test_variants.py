@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.runs import finetune, same_adapter
+from helpers.runs import finetune, metrics, same_adapter
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
@@ -69,6 +69,18 @@ def test_pissa_starts_as_the_base_and_its_first_adapter_is_nothing(tiny, data_di
         a = tensors[name.replace("lora_B", "lora_A")]
         assert torch.allclose(tensors[name] @ a, torch.zeros(1), atol=1e-6)
         assert tensors[name][:, :8].norm() > 0.1
+
+
+def test_run_continues_from_the_network_that_pissa_trained_over_nf4(tiny, data_dir, tmp_path):
+    """What the second run starts from is what the first one ended with: the start is taken out of the base again."""
+    flags = ["--quantize", "bnb.nf4", "--train.max_steps", 2, "--lora_init", "pissa"]
+    final = finetune(tiny, data_dir, tmp_path / "one", *flags)
+    again = ["--quantize", "bnb.nf4", "--train.max_steps", 1, "--init_adapter", final]
+    other = finetune(tiny, data_dir, tmp_path / "two", *again)
+    ended, began = float(metrics(tmp_path / "one")[-1]["val_loss"]), float(metrics(tmp_path / "two")[0]["val_loss"])
+    assert began == pytest.approx(ended, rel=1e-6)
+    assert read_lora_config(final) == read_lora_config(other)
+    assert json.loads((other / "adapter_config.json").read_text())["r"] == 16
 
 
 def test_dry_run_counts_the_start_and_its_decomposition(tiny, data_dir, tmp_path, capsys):
