@@ -28,7 +28,7 @@ from litlora.nn.nf4 import Quantization, quantization_of
 from litlora.utils.files import read_json
 
 PREFIX = "base_model.model."
-BASE_COPY = ".base_layer.weight"  # PEFT stores the frozen lm_head beside its adapter
+HEAD, COPY = "lm_head", ".base_layer.weight"  # PEFT stores the frozen head beside its adapter
 FINGERPRINT = "base_sha256"
 QUANTIZATION = "quantization_config"
 
@@ -77,7 +77,7 @@ def read_lora_config(adapter_dir: Path) -> LoRAConfig:
 def _check_ranks(path: Path, ranks: Mapping[str, int]) -> None:
     """Refuse a rank that no matrix of the adapter has, before layers of it take memory."""
     handle = open_safetensors(path.with_name(WEIGHTS))
-    shapes = [handle.get_slice(name).get_shape() for name in handle.keys() if not name.endswith(BASE_COPY)]  # noqa: SIM118
+    shapes = [handle.get_slice(name).get_shape() for name in handle.keys() if not name.endswith(COPY)]  # noqa: SIM118
     longest = max((max(shape) for shape in shapes if shape and 0 not in shape), default=0)
     for key, rank in ranks.items():
         if rank > longest:
@@ -185,7 +185,7 @@ def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, 
 
 def _misfit(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], base: Checkpoint) -> str | None:
     """Return the first fault of safetensors slices by name, or None if they are those that are expected."""
-    copies = {name for name in stored if name.endswith(BASE_COPY)}
+    copies = {name for name in stored if name.endswith(COPY)}
     own = stored.keys() - copies
     if own != expected.keys() or not own:
         return f"they differ in {first_three(sorted(own ^ expected.keys())) or 'every layer'}"
@@ -194,15 +194,17 @@ def _misfit(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], 
             return f"{name} is {tuple(stored[name].get_shape())}, not {shape}"
         if (dtype := stored[name].get_dtype()) not in DTYPES:
             return f"{name} is stored as {dtype}, not as one of {', '.join(DTYPES)}"
-    others = (name for name in copies if not _is_weight_of(base, name.replace(BASE_COPY, ".weight"), stored[name]))
+    others = (name for name in copies if not _is_head_of(base, name, stored[name]))
     return next((f"its {name} is another than the base's" for name in others), None)
 
 
-def _is_weight_of(base: Checkpoint, name: str, copy: Any) -> bool:
-    """Tell whether a safetensors slice is the base's weight of that name, up to rounding to 16 bits."""
-    tied = base.config.tie_word_embeddings and name not in base.weights
-    own = base.weights.get(base.hub_name(EMBEDDING) if tied else name)
-    if own is None or tuple(copy.get_shape()) != tuple(own.shape) or copy.get_dtype() not in DTYPES:
+def _is_head_of(base: Checkpoint, name: str, copy: Any) -> bool:
+    """Tell whether a safetensors slice is the base's output head, up to rounding to 16 bits."""
+    if name != base.config.hub_name(HEAD) + COPY or copy.get_dtype() not in DTYPES:
+        return False
+    weight = base.weights.get(base.hub_name(f"{HEAD}.weight"))
+    own = base.tensor(EMBEDDING) if weight is None else weight  # which is tied
+    if tuple(copy.get_shape()) != tuple(own.shape):
         return False
     rows = (slice(start, start + ROWS) for start in range(0, len(own), ROWS))
     return all(torch.allclose(copy[some].float(), own[some].float(), rtol=2**-7, atol=1e-6) for some in rows)
