@@ -20,14 +20,14 @@ from litlora.nn.attention import attend
 from litlora.nn.backend import Span, backend
 from litlora.nn.dropout import drawn_again
 from litlora.nn.linear import Joint, Linear
-from litlora.nn.norm import NormOfEachHead, RMSNorm
+from litlora.nn.norm import LayerNorm, NormOfEachHead, RMSNorm
 from litlora.nn.rope import Rope, rotate
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     """Build a norm of the kind that the config names."""
     if config.norm == "layer_norm":
-        return nn.LayerNorm(width, config.norm_eps, config.norm_weight, config.norm_bias)
+        return LayerNorm(width, config.norm_eps, config.norm_weight, config.norm_bias)
     return RMSNorm(width, config.norm_eps, offset=float(config.norm == "rms_plus_one"))
 
 
@@ -95,9 +95,9 @@ class Attention(nn.Module):
         if not self.fused:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         qkv = self.qkv_proj(x)
-        if self.fused == "rows":
-            return torch.split(qkv, self.sizes, dim=1)
-        return qkv.view(len(x), -1, 3, self.head_dim).unbind(2)  # type: ignore[no-any-return]
+        by_head = qkv.view(len(x), -1, 3, self.head_dim) if self.fused == "heads" else None
+        q, k, v = torch.split(qkv, self.sizes, dim=1) if by_head is None else by_head.unbind(2)
+        return q, k, v.contiguous()  # which attention saves, or it would save all of qkv
 
 
 class MLP(nn.Module):
@@ -194,7 +194,7 @@ class Decoder(nn.Module):
 
 def scaled(x: Tensor, scale: float) -> Tensor:
     """Return x times a scale that is rounded to the dtype of x, as Gemma was trained with."""
-    return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)
+    return x if scale == 1 else x * float(torch.tensor(scale, dtype=x.dtype))
 
 
 class GPT(nn.Module):

@@ -56,12 +56,19 @@ def _factors(weight: Tensor, offset: float) -> Tensor:
     return weight.float() + offset if offset else weight.float()
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm (Ba et al. 2016), whose result has the dtype of its input under autocast as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
 class NormOfEachHead(nn.Module):
     """A LayerNorm without bias for each head, with a weight of its own: StableLM's norm of queries and keys."""
 
     def __init__(self, heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(head_dim, eps, bias=False) for _ in range(heads))
+        self.norms = nn.ModuleList(LayerNorm(head_dim, eps, bias=False) for _ in range(heads))
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm x (T, heads, head_dim)."""

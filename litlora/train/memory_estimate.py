@@ -153,13 +153,13 @@ def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
     modules = gpt.model.modules()
     sizes = [module.weight.shape.numel() for module in modules if isinstance(module, Linear | LoRALinear)]
     norms = [module.weight for module in gpt.modules() if isinstance(module, nn.RMSNorm | nn.LayerNorm)]
-    biases = sum(p.nbytes for name, p in gpt.model.named_parameters() if name.endswith(".bias"))
+    biases = sum(p.nbytes for name, p in gpt.named_parameters() if name.endswith(".bias"))
     dtype = str(gpt.lm_head.weight.dtype).removeprefix("torch.")
     stored = dtype if quantize is None else quantize.removeprefix("bnb.").upper()
     return {
         f"embedding, {dtype}": gpt.model.embed_tokens.weight.nbytes,
         f"output head, {dtype}": head,
-        f"norms, {dtype}": sum(weight.nbytes for weight in norms),
+        f"norms, {dtype}": sum(weight.nbytes for weight in norms if weight is not None),
         f"linear layers, {stored}": sum(
             size * gpt.lm_head.weight.itemsize if quantize is None else nf4_bytes(size, double=quantize == DOUBLE)
             for size in sizes
@@ -210,7 +210,8 @@ def activation_bytes(network: Network, load: Load) -> int:
     if load.activation_checkpointing:
         saved = load.tokens * (len(blocks) * width + _norm_width(network))
     else:
-        saved = sum(blocks) + load.tokens * _angles_width(network)
+        final_norm = 0 if network.config.pre_norms else load.tokens * _norm_width(network)
+        saved = sum(blocks) + final_norm + load.tokens * _angles_width(network)
     return saved + load.supervised * width + load.tokens + head  # supervised states have a gradient, the others a flag
 
 
@@ -221,17 +222,18 @@ def _head_gradient_bytes(network: Network) -> int:
 
 
 def _blocks(network: Network, load: Load) -> Iterator[int]:
-    """Yield the bytes that each block saves, including the norm after it and not the one before it."""
+    """Yield the bytes that each block saves, including the norm of the next one and not its own first norm."""
     specs = network.config.attention_specs
     stages = {spec: _stages(network, load, spec) for spec in set(specs)}
     flows = False  # whether a gradient goes back through what is computed so far
     for layer, spec in enumerate(specs):
-        saved = 0
+        saved, shared = 0, False  # whether the input that attention and MLP share is counted
         for stage in stages[spec]:
             names = (f"model.layers.{layer}.{name}" for name in stage.layers)
             adapted = [network.adapted[name] for name in names if name in network.adapted]
-            if adapted or (flows and stage.input_is_saved):
+            if (adapted or (flows and stage.input_is_saved)) and not (stage.input_is_shared and shared):
                 saved += load.tokens * stage.width * stage.size
+                shared = shared or stage.input_is_shared
             saved += sum(layer.variant.saved_bytes(layer, load.tokens, network.product) for layer in adapted)
             saved += flows * (stage.cast_weights + _extra_cast_bytes(stage, adapted))
             flows = flows or bool(adapted)
@@ -254,6 +256,8 @@ class Stage:
     """Bytes of the copies that mixed precision makes of the weights, saved if the input needs a gradient."""
     input_is_saved: bool = False
     """Whether the operation that computed the input saves it, whether one of the layers is adapted or not."""
+    input_is_shared: bool = False
+    """Whether another stage has the same input."""
 
 
 def _extra_cast_bytes(stage: Stage, adapted: Sequence[LoRALinear]) -> int:
@@ -265,23 +269,41 @@ def _extra_cast_bytes(stage: Stage, adapted: Sequence[LoRALinear]) -> int:
 def _stages(network: Network, load: Load, spec: AttentionSpec) -> tuple[Stage, ...]:
     config, stream, product = network.config, network.stream, network.product
     hidden, inner = config.hidden_size, config.intermediate_size
-    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    norm, copied = load.tokens * _norm_width(network), BFLOAT16 if network.precision == "bf16-mixed" else 0
+    up = inner * (2 if config.gated_mlp else 1)
+    copied = BFLOAT16 if network.precision == "bf16-mixed" else 0
     inside = 0 if network.upcasts else copied  # where the input is bfloat16 already, the weight is read as it is
-    qkv, gate_up = (heads + 2 * keys) * hidden, 2 * inner * hidden
+    heads, keys = _head_widths(config)
     attention = network.backend.attention_saved_bytes(network.attention(spec), load.spans, network.dtype)
+    attention += load.tokens * _head_norm_width(network)
+    post = hidden * product + _norm_statistics(config) if config.post_norms else 0
+    following = _norm_width(network) if config.pre_norms else 0
+    shared = config.shared_pre_norm
     return (
-        Stage(_layers("self_attn", "q", "k", "v"), hidden, stream, attention, qkv * copied),
+        Stage(
+            _layers("self_attn", "q", "k", "v", "qkv"),
+            hidden,
+            stream,
+            attention,
+            (heads + 2 * keys) * hidden * copied,
+            input_is_shared=shared,
+        ),
         Stage(
             _layers("self_attn", "o"),
             heads,
             product,
-            norm,
+            load.tokens * (post + _mlp_norm_width(network)),
             heads * hidden * inside,
             network.backend.saves_attention_output(spec, network.dtype),
         ),
-        Stage(_layers("mlp", "gate", "up"), hidden, stream, load.tokens * 2 * inner * product, gate_up * copied),
-        Stage(_layers("mlp", "down"), inner, product, norm, inner * hidden * inside),
+        Stage(
+            _layers("mlp", "gate", "up", "gate_up"),
+            hidden,
+            stream,
+            load.tokens * up * product,
+            up * hidden * copied,
+            input_is_shared=shared,
+        ),
+        Stage(_layers("mlp", "down"), inner, product, load.tokens * (post + following), inner * hidden * inside),
     )
 
 
@@ -289,9 +311,38 @@ def _layers(part: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{part}.{name}_proj" for name in names)
 
 
+def _head_widths(config: GPTConfig) -> tuple[int, int]:
+    """Return the values per token of all queries, and of all keys."""
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+
 def _norm_width(network: Network) -> int:
-    """Return the bytes that a norm saves per token: its input and one number."""
-    return network.config.hidden_size * network.stream + FLOAT32
+    """Return the bytes that a norm of the residual stream saves per token: its input and statistics."""
+    return network.config.hidden_size * network.stream + _norm_statistics(network.config)
+
+
+def _norm_statistics(config: GPTConfig) -> int:
+    """Return the bytes of a row's scale, and of the mean that LayerNorm has as well."""
+    return FLOAT32 * (2 if config.norm == "layer_norm" else 1)
+
+
+def _mlp_norm_width(network: Network) -> int:
+    """Return the bytes per token that the norm before the MLP saves; parallel to attention, its input is saved."""
+    config = network.config
+    if not config.pre_norms or config.shared_pre_norm:
+        return 0
+    return _norm_statistics(config) if config.parallel_residual else _norm_width(network)
+
+
+def _head_norm_width(network: Network) -> int:
+    """Return the bytes per token that norms of queries and keys save, and clipping of all three."""
+    config = network.config
+    heads, keys = _head_widths(config)
+    clipped = (heads + 2 * keys) * network.product if config.clip_qkv else 0
+    if config.qk_norm is None:
+        return clipped
+    rows = 2 if config.qk_norm == "full" else config.num_attention_heads + config.num_key_value_heads
+    return clipped + (heads + keys) * network.product + rows * _norm_statistics(config)
 
 
 def _angles_width(network: Network) -> int:
@@ -311,7 +362,8 @@ def _loss_bytes(network: Network, load: Load) -> int:
     """Return the bytes of a chunk of logits, of some in float32, and of the supervised states."""
     config, rows = network.config, min(CHUNK, load.supervised)
     float32_rows = 0 if network.product == FLOAT32 else network.backend.scored_rows(rows, config.vocab_size)
-    logits = config.vocab_size * (rows * network.product + float32_rows * FLOAT32)
+    copies = 3 if config.logit_softcap else 1  # of the logits, what tanh saves and what it gives
+    logits = config.vocab_size * (copies * rows * network.product + float32_rows * FLOAT32)
     cast = BFLOAT16 * config.vocab_size * config.hidden_size if network.precision == "bf16-mixed" else 0
     head = network.adapted.get(HEAD)
     scaled = rows * head.variant.widest_temporary(head) * FLOAT32 if head else 0
@@ -319,11 +371,11 @@ def _loss_bytes(network: Network, load: Load) -> int:
 
 
 def _mlp_bytes(network: Network, load: Load) -> int:
-    """Return the bytes of the gradients of three MLP values, and of a weight cast for its product."""
-    config = network.config
+    """Return the bytes of the gradients of the MLP's values, and of a weight cast for its product."""
+    config, values = network.config, 3 if network.config.gated_mlp else 2
     rows = network.backend.cast_rows(config.intermediate_size)
     size = FLOAT32 if network.upcasts else network.product if network.quantize else 0
-    return (load.tokens * 3 * network.product * config.intermediate_size) + rows * size * config.hidden_size
+    return (load.tokens * values * network.product * config.intermediate_size) + rows * size * config.hidden_size
 
 
 def _attention_bytes(network: Network, load: Load) -> int:
