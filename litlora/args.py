@@ -257,6 +257,8 @@ class PrepareArgs(CommandArgs):
     """Share of the rows in the validation split; unused with val_source."""
     val_source: str | list[str] | None = None
     """Source of the validation split, whose rows are not those of --source."""
+    deduplicate: bool = False
+    """Leave out rows that repeat another, and keep those that differ in case and punctuation only on one side."""
     seed: int = 42
     """Random seed of the split and of the mixture."""
     encoding: str | None = None

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from litlora.args import PrepareArgs
 from litlora.data.checks import LocatedRow, run_checks
 from litlora.data.dataset import check_destination, require_rows, split, write_dataset
+from litlora.data.duplicates import Fingerprints, keep_groups_together, repeated, without_repeats
 from litlora.data.readers import RowError, parse_rows
 from litlora.data.row_formats import RowFormat
 from litlora.data.row_store import RowStore, Selection
 from litlora.data.sources import Source, local_path, mix, open_source, split_weight
+from litlora.errors import LitLoraError
 from litlora.utils.console import log
 
 
@@ -27,13 +29,16 @@ def prepare(args: PrepareArgs, row_format: RowFormat) -> None:
     val_sources = [open_source(source, args, "--val_source") for source in args.val_sources]
     with RowStore() as rows:
         reader = SourceReader(rows, row_format)
-        spans = [reader.read(source) for source in sources]
+        spans: list[Sequence[int]] = [reader.read(source) for source in sources]
         val = [index for source in val_sources for index in reader.read(source)]
         for finding in run_checks(reader.flagged):
             log(str(finding))
+        if args.deduplicate:
+            spans, val = _deduplicate(spans, val, reader.fingerprints)
         train = list(_mixture(sources, spans, args.seed))
         if not val_sources:
-            train, val = split(train, args.val_split_fraction, args.seed)
+            train, val = _split(train, args, reader.fingerprints)
+        _report_leaks(train, val, reader.fingerprints)
         _write(args, Selection(rows, train), Selection(rows, val), _origin(args, sources, val_sources))
 
 
@@ -44,6 +49,7 @@ class SourceReader:
     rows: RowStore
     format: RowFormat
     flagged: list[LocatedRow] = field(default_factory=list)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
     def read(self, source: Source) -> range:
         """Store the rows of a source; LitLoraError if any is invalid. Return their indices."""
@@ -56,6 +62,7 @@ class SourceReader:
                     invalid.append(f"{location}: {error}")
                     continue
                 self.rows.append(parsed.example)
+                self.fingerprints.append(parsed.example)
                 if run_checks([(location, parsed)]):
                     self.flagged.append((location, parsed))
         name = source.files[0].name if len(source.files) == 1 else source.name
@@ -63,7 +70,40 @@ class SourceReader:
         return range(start, len(self.rows))
 
 
-def _mixture(sources: Sequence[Source], spans: Sequence[range], seed: int) -> Iterator[int]:
+def _deduplicate(
+    spans: Sequence[Sequence[int]], val: Sequence[int], prints: Fingerprints
+) -> tuple[list[Sequence[int]], list[int]]:
+    """Leave out exact duplicates, and training rows that are near duplicates of one's own validation rows."""
+    val_kept = without_repeats(val, prints.exact)
+    own = [index for span in spans for index in span]
+    leaked = {own[position] for position in repeated(own, prints.near, among=val_kept)}
+    kept = {index for index in without_repeats(own, prints.exact) if index not in leaked}
+    if removed := len(own) + len(val) - len(kept) - len(val_kept):
+        log(f"{removed:,} rows are left out, since they repeat another")
+    return [[index for index in span if index in kept] for span in spans], val_kept
+
+
+def _split(indices: list[int], args: PrepareArgs, prints: Fingerprints) -> tuple[list[int], list[int]]:
+    train, val = split(indices, args.val_split_fraction, args.seed)
+    if not args.deduplicate:
+        return train, val
+    train, val = keep_groups_together(train, val, prints.near)
+    if not val:
+        raise LitLoraError("--deduplicate leaves no row for validation: the rows differ in case and punctuation only")
+    return train, val
+
+
+def _report_leaks(train: Sequence[int], val: Sequence[int], prints: Fingerprints) -> None:
+    """Report validation rows that are training rows as well."""
+    exact, near = (repeated(val, hashes, among=train) for hashes in (prints.exact, prints.near))
+    if near:
+        first = f"the first in line {near[0] + 1} of val.jsonl"
+        others = f" ({len(near) - len(exact):,} of them up to case and punctuation)" if len(near) > len(exact) else ""
+        leaks = f"{len(near):,} of {len(val):,} validation rows are training rows as well{others}, {first}"
+        log(f"{leaks}: the validation loss will be too good; --deduplicate true separates them")
+
+
+def _mixture(sources: Sequence[Source], spans: Sequence[Sequence[int]], seed: int) -> Iterator[int]:
     """Yield the rows of all sources, or of a mixture by their weights."""
     chosen = mix([len(span) for span in spans], [source.weight for source in sources], seed)
     for source, span, indices in zip(sources, spans, chosen, strict=True):

@@ -58,7 +58,7 @@ UNANSWERED = (
 
 
 def test_empty_outputs_are_reported(prepared, capsys):
-    out = prepared(ROWS + EMPTY + ROWS + EMPTY)
+    out = prepared(ROWS + EMPTY + ROWS.replace(b"x", b"y") + EMPTY.replace(b"a", b"b"))
     assert capsys.readouterr().err.splitlines() == [
         "2 rows with an empty output, the first at somewhere/rows.jsonl line 11: it teaches the model to stop at once",
         f"18 training and 4 validation examples in {out}",
