@@ -51,7 +51,10 @@ def read_settings(adapter_dir: Path) -> LoRAConfig:
         layers_pattern=keys.texts("layers_pattern"),
         exclude_modules=keys.modules("exclude_modules"),
     )
-    return saved.of_file(str(of_base(config, INIT) or LoRAConfig.init))
+    trained = saved.of_file(str(of_base(config, INIT) or LoRAConfig.init))
+    if trained.saved.rank_pattern != saved.rank_pattern or trained.saved.r != saved.r:
+        raise keys.refusal("r", "even, as that of an adapter with its start beside it")
+    return trained
 
 
 def settings_as_keys(lora: LoRAConfig) -> dict[str, Any]:
@@ -99,36 +102,36 @@ class _Keys:
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path, self.config = path, config
 
-    def _refusal(self, key: str, need: str) -> LitLoraError:
+    def refusal(self, key: str, need: str) -> LitLoraError:
         return LitLoraError(f'{self.path} has "{key}": {self.config.get(key)!r}, but it must be {need}')
 
     def number(self, key: str, kind: Any) -> Any:
         value = self.config.get(key)
         if not _is_positive(value, kind):
-            raise self._refusal(key, "a number above 0")
+            raise self.refusal(key, "a number above 0")
         return value
 
     def pattern(self, key: str, kind: Any) -> dict[str, Any]:
         """Return numbers by regular expressions for layer names."""
         value = self.config.get(key) or {}
         if not isinstance(value, dict) or not all(_is_expression(name, LAST_PARTS) for name in value):
-            raise self._refusal(key, "an object with regular expressions as its keys")
+            raise self.refusal(key, "an object with regular expressions as its keys")
         if not all(_is_positive(number, kind) for number in value.values()):
-            raise self._refusal(key, "an object with numbers above 0 as its values")
+            raise self.refusal(key, "an object with numbers above 0 as its values")
         return value
 
     def blocks(self) -> tuple[int, ...]:
         value = self.config.get("layers_to_transform")
         blocks = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(block, int) and not isinstance(block, bool) for block in blocks):
-            raise self._refusal("layers_to_transform", "the number of a block, or a list of them")
+            raise self.refusal("layers_to_transform", "the number of a block, or a list of them")
         return tuple(blocks)
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.config.get(key) or []
         texts = value if isinstance(value, list) else [value]
         if not all(_is_expression(text, NUMBER_IN) for text in texts):
-            raise self._refusal(key, "a name, or a list of names")
+            raise self.refusal(key, "a name, or a list of names")
         return tuple(texts)
 
     def modules(self, key: str) -> tuple[str, ...] | str:
@@ -137,13 +140,13 @@ class _Keys:
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             return tuple(value)
         if not _is_expression(value):
-            raise self._refusal(key, "a list of layer names or a regular expression")
+            raise self.refusal(key, "a list of layer names or a regular expression")
         return str(value)
 
     def target_modules(self) -> tuple[str, ...] | str:
         value = self.modules("target_modules")
         if not value:
-            raise self._refusal("target_modules", "a list of layer names or a regular expression")
+            raise self.refusal("target_modules", "a list of layer names or a regular expression")
         return ALL_LINEAR if isinstance(value, str) and value.lower() == "all-linear" else value
 
 

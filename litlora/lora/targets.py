@@ -1,6 +1,6 @@
 """Which layers of a model the --lora_* switches adapt."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from litlora.lora.config import TARGET_MODULES
 from litlora.models.config import GPTConfig
@@ -19,6 +19,15 @@ def switch_targets(switches: Iterable[str], config: GPTConfig) -> tuple[str, ...
     names = [fused.get(name, name) for switch in switches for name in TARGET_MODULES[switch]]
     own = dict.fromkeys(name for name in names if config.gated_mlp or name != "gate_proj")
     return tuple(config.hub_name(name).rpartition(".")[2] for name in own)
+
+
+def fused_note(switches: Collection[str], config: GPTConfig) -> str | None:
+    """Return a sentence on switches that adapt more than they name, since one layer computes more; None without any."""
+    on = [switch for switch in ("query", "key", "value") if switch in switches]
+    if not config.fused_qkv or len(on) in (0, 3):
+        return None
+    flags, layer = " and ".join(f"--lora_{switch}" for switch in on), switch_targets(on, config)[0]
+    return f"{flags} adapts the whole of {layer}, which computes queries, keys and values"
 
 
 def excluded_modules(config: GPTConfig) -> tuple[str, ...] | str:

@@ -64,6 +64,12 @@ class RunFolder:
         return described(self.args, self.lora)
 
     @property
+    def switches(self) -> tuple[str, ...]:
+        """The --lora_* switches that choose the layers, if they do."""
+        chosen = self.args.lora_targets is not None or self.args.init_adapter is not None
+        return () if chosen else self.args.lora_switches
+
+    @property
     def metrics(self) -> Path:
         return self.path / METRICS
 

@@ -36,6 +36,7 @@ from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
 from litlora.lora.pissa import parts_head_from_embedding
+from litlora.lora.targets import fused_note
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
@@ -356,6 +357,8 @@ def log_plan(run: Run) -> None:
         devices = f"{how} {engine.ranks.world_size} devices, the first of them {engine.fabric.device}"
     log(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, {devices}")
     log(run.folder.adapter)
+    if note := fused_note(run.folder.switches, engine.gpt.config):
+        log(note)
     if dropouts := ", ".join(engine.gpt.config.unapplied_dropouts):
         log(f"config.json has {dropouts}, which is not applied: the dropout of fine-tuning is --lora_dropout")
     log(f"{len(run.samples):,} examples with {tokens:,} tokens, {total_steps(len(run.samples), run.train):,} steps")

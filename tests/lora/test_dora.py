@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from litlora.__main__ import main
-from litlora.generation.compile import prepare_for_decoding
+from litlora.generation.compile import compile_decode_step, prepare_for_decoding
+from litlora.generation.sampler import Sampler
+from litlora.generation.session import generate
 from litlora.lora.checkpoint import load_with_adapters, read_lora_config
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, freeze_adapter
@@ -163,6 +165,21 @@ def test_dora_decodes_as_it_trained(quantization, targets, checkpoints, tmp_path
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
         prepare_for_decoding(model)
         torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_compiled_decode_step_generates_the_same_tokens(checkpoints, tmp_path):
+    torch._dynamo.reset()
+    adapted(checkpoints("llama-gqa"), tmp_path, ("q_proj", "down_proj", "lm_head"))
+    base, adapters = Checkpoint.open(checkpoints("llama-gqa")), [Weighted(tmp_path)]
+    model = load_with_adapters(base, adapters, torch.float32, CPU)
+    eager = tokens_of(model)
+    compile_decode_step(model)
+    assert tokens_of(model) == eager
+    assert eager != tokens_of(base.load(torch.float32, CPU))
+
+
+def tokens_of(model: GPT) -> list[int]:
+    return list(generate(model, [5, 6, 7, 8, 9], Sampler(), max_new_tokens=12, stop_ids=[]))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.families import WHOLE_BLOCKS
+from helpers.families import MATRIX, WHOLE_BLOCKS
 from helpers.parity import CPU, adapted, check_equals_peft, check_is_near_peft
 from helpers.reference import hugging_face, in_4_bits, with_peft
 from peft import PeftModel
@@ -119,6 +119,21 @@ def test_a_config_file_chooses_layers(setting, adapted, tiny, data_dir, tmp_path
     assert finetune(tiny, data_dir, tmp_path / "out", "--config", str(tmp_path / "choice.yaml")) == 0
     tensors = load_file(tmp_path / "out/final/adapter_model.safetensors")
     assert {name.removeprefix("base_model.model.model.").rpartition(".lora_")[0] for name in tensors} == adapted
+
+
+NOTE = "adapts the whole of qkv_proj, which computes queries, keys and values"
+
+
+def test_switch_on_a_part_of_a_fused_layer_is_reported(tokenizer_files, data_dir, tmp_path, capsys):
+    base = tmp_path / "base"
+    next(case for case in MATRIX if case.model_type == "phi3").write(base, tokenizer_files)
+    assert finetune(base, data_dir, tmp_path / "part") == 0
+    assert f"--lora_query and --lora_value {NOTE}\n" in capsys.readouterr().err
+    assert finetune(base, data_dir, tmp_path / "all", "--lora_key", "true") == 0
+    assert finetune(base, data_dir, tmp_path / "named", "--lora_targets", "qkv_proj", "--lora_layers", "1") == 0
+    assert NOTE not in capsys.readouterr().err
+    tensors = load_file(tmp_path / "named/final/adapter_model.safetensors")
+    assert {name.rpartition(".lora_")[0] for name in tensors} == {"base_model.model.model.layers.1.self_attn.qkv_proj"}
 
 
 @pytest.mark.parametrize(

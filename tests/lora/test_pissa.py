@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from litlora.__main__ import main
-from litlora.lora.checkpoint import load_matrices, load_with_adapters, write_adapter
+from litlora.errors import LitLoraError
+from litlora.lora.checkpoint import load_matrices, load_with_adapters, read_lora_config, write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
@@ -187,6 +188,16 @@ def test_configuration_of_a_file_leads_back_to_that_of_training(options):
         assert again.scaling(layer) == pytest.approx(config.scaling(layer), rel=1e-12)
         assert config.saved.scaling(layer) == pytest.approx(config.scaling(layer), rel=1e-12)
         assert config.saved.rank(layer) == 2 * config.rank(layer)
+
+
+def test_odd_rank_with_a_start_beside_it_is_refused(make_checkpoint, tmp_path):
+    base = make_checkpoint(WHOLE_BLOCKS)
+    model, config = started(base, {}, quantization=NF4)
+    write_adapter(tmp_path, model, config, base, Checkpoint.open(base).fingerprint(), "alpaca")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 1}))
+    with pytest.raises(LitLoraError, match='"r": 1, but it must be even'):
+        read_lora_config(tmp_path)
 
 
 def test_head_that_is_tied_leaves_the_embedding_unchanged(checkpoints, tmp_path):
