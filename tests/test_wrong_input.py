@@ -606,6 +606,11 @@ def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentenc
         case("run as base", lambda: shutil.move("adapter", "run/final"), "--checkpoint_dir run",
              "--checkpoint_dir (run) is an adapter, not its base; "
              "to continue from it on new data, pass --init_adapter run/final"),
+        case("run to resume", lambda: shutil.move("adapter", "run/final"), "--resume run",
+             "--resume: run is a finished adapter, not a checkpoint of a run; "
+             "to continue from it on new data, pass --init_adapter run/final"),
+        case("run with checkpoints", lambda: shutil.move("adapter", "run/step-000002"), "--resume run",
+             "--resume: run is the folder of a run; did you mean run/step-000002?"),
         case("adapter to resume", nothing, "--resume adapter",
              "--resume: adapter is a finished adapter, not a checkpoint of a run; "
              "to continue from it on new data, pass --init_adapter adapter"),

@@ -65,7 +65,7 @@ def _parse(parser: ArgumentParser, kind: Any, given: Mapping[str, Given]) -> Nam
 
 def _listed(setting: Setting, value: Any) -> Any:
     """Return a value as jsonargparse takes it: the items of a list, which a command line parts by commas."""
-    return value.split(",") if setting.item and isinstance(value, str) else deepcopy(value)
+    return [item.strip() for item in value.split(",")] if setting.item and isinstance(value, str) else deepcopy(value)
 
 
 def _as_sentence(error: ArgumentError, settings: Mapping[str, Setting], given: Mapping[str, Given]) -> UsageError:

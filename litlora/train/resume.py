@@ -161,14 +161,22 @@ def no_checkpoint(folder: Path) -> LitLoraError:
 
 def intact(checkpoint: Path, check: Check) -> Path:
     """Return the checkpoint that --resume names, if it is one and intact."""
-    if is_adapter(checkpoint) and not (checkpoint / COUNTERS).is_file():
-        hint = f"to continue from it on new data, pass --init_adapter {checkpoint}"
-        raise LitLoraError(f"--resume: {checkpoint} is a finished adapter, not a checkpoint of a run; {hint}")
     if not (checkpoint / COUNTERS).is_file():
-        raise no_checkpoint(checkpoint)
+        raise _not_a_checkpoint(checkpoint)
     if fault := check(checkpoint):
         raise LitLoraError(f"--resume: {checkpoint} is corrupt ({fault}); name another, or pass --resume true")
     return checkpoint
+
+
+def _not_a_checkpoint(folder: Path) -> LitLoraError:
+    """Return the error that there is nothing to resume from in a folder that --resume names, and what was meant."""
+    adapter = folder if is_adapter(folder) else folder / FINAL
+    if steps := checkpoints_in(folder):
+        return LitLoraError(f"--resume: {folder} is the folder of a run; did you mean {steps[-1]}?")
+    if is_adapter(adapter):
+        hint = f"to continue from it on new data, pass --init_adapter {adapter}"
+        return LitLoraError(f"--resume: {folder} is a finished adapter, not a checkpoint of a run; {hint}")
+    return no_checkpoint(folder)
 
 
 def newest_intact(checkpoints: Sequence[Path], report: Callable[[str], None], check: Check) -> Path:
