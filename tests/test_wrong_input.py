@@ -212,7 +212,8 @@ def test_invalid_shard_is_refused(spoil, sentence, capsys):
         case("no val.jsonl", lambda: remove("data/val.jsonl"),
              "no val.jsonl in data; prepare one with: litlora prepare_json --source FILE --destination_path data"),
         case("file for a folder", lambda: (remove("data"), write("data")),
-             "cannot read data/train.jsonl: Not a directory"),
+             "--data_dir (data) is a file; prepare a folder of it with: "
+             "litlora prepare_json --source data --destination_path FOLDER"),
         case("folder for a file", lambda: (remove("data/val.jsonl"), Path("data/val.jsonl").mkdir()),
              "cannot read data/val.jsonl: Is a directory"),
         case("empty", lambda: write("data/train.jsonl"), f"data/train.jsonl holds no rows; {SHAPE}"),

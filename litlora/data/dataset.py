@@ -31,6 +31,9 @@ def read_examples(path: Path) -> list[Example]:
 
 def open_split(path: Path) -> BufferedReader:
     """Open a prepared split; LitLoraError with the command to prepare it if it is missing."""
+    if (file := path.parent).is_file():
+        command = f"litlora prepare_json --source {file} --destination_path FOLDER"
+        raise LitLoraError(f"--data_dir ({file}) is a file; prepare a folder of it with: {command}")
     complete_transaction(path.parent)
     command = f"litlora prepare_json --source FILE --destination_path {path.parent}"
     return open_file(path, if_missing=f"no {path.name} in {path.parent}; prepare one with: {command}")
