@@ -1,5 +1,6 @@
 """Prepare LIMA for fine-tuning."""
 
+from dataclasses import replace
 from functools import partial
 
 from litlora.args import PrepareLimaArgs
@@ -22,4 +23,5 @@ def _parse_row(row: object, multiturn: bool) -> ParsedRow:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RowError('there is no list of strings under "conversations"')
     selected = texts if multiturn else texts[:2]
-    return parse_conversation(Fields({**values, "conversations": selected}), "conversations")
+    parsed = parse_conversation(Fields({**values, "conversations": selected}), "conversations")
+    return parsed._replace(example=replace(parsed.example, is_chat=multiturn))  # else instructions, as in Lit-GPT

@@ -21,7 +21,8 @@ class Fingerprints:
 
     def append(self, example: Example) -> None:
         """Add the hashes of the next row."""
-        exact = json.dumps(example.to_json(), sort_keys=True)
+        messages = [[message.to_json(), message.input] for message in example.messages]
+        exact = json.dumps([example.text, messages, example.tools], sort_keys=True)
         self.exact.append(_hash(exact))
         self.near.append(_hash(NOT_A_WORD.sub("", "\n".join(_texts(example)).casefold()) or exact))
 

@@ -1,7 +1,7 @@
 """Examples: what every row of data becomes, whatever its format, and the JSON in which train.jsonl holds it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -91,6 +91,8 @@ class Example:
     """The functions that the assistant may call, as OpenAI and chat templates have them."""
     text: str = ""
     """A plain text, for continued pre-training."""
+    is_chat: bool = field(default=False, compare=False)
+    """Whether its row is a list of messages, and not a question with its answer."""
 
     @classmethod
     def of(cls, *turns: Turn, system: str = "") -> Self:
@@ -122,30 +124,27 @@ class Example:
             said = []
 
     def to_json(self) -> Json:
-        """Return the row that parses to this example; a single turn without a system prompt has Alpaca's keys."""
+        """Return the row that parses to this example."""
         if not self.messages:
             return {"text": self.text}
-        is_single = [message.role for message in self.messages] == ["user", "assistant"]
-        if is_single and self == Example.of(*self.turns):
-            return _alpaca(self.turns[0])
+        if not self.is_chat and self._is_alpaca():
+            return self._to_alpaca()
         if any(message.input for message in self.messages):
-            return self._with_history()
+            raise ValueError(f"only the last of alternating messages can hold an input: {self}")
         row: Json = {"messages": [message.to_json() for message in self.messages]}
         return row | ({"tools": list(self.tools)} if self.tools else {})
 
-    def _with_history(self) -> Json:
-        """Return the row with Alpaca's keys, the only ones that hold an input."""
+    def _is_alpaca(self) -> bool:
+        """Whether Alpaca's keys can hold all of it: turns in alternation, and an input in the last one only."""
+        plain = Example.of(*self.turns, system=self.system)
+        return self == replace(plain, tools=self.tools) and not any(turn.input for turn in self.turns[:-1])
+
+    def _to_alpaca(self) -> Json:
         *history, last = self.turns
-        plain = Example.of(*history, last, system=self.system)
-        if self != replace(plain, tools=self.tools) or any(turn.input for turn in history):
-            raise ValueError(f"only the last of alternating messages can hold an input: {self}")
         pairs = [[turn.instruction, turn.output] for turn in history]
         extras = {"system": self.system, "history": pairs, "tools": list(self.tools)}
-        return _alpaca(last) | {key: value for key, value in extras.items() if value}
-
-
-def _alpaca(turn: Turn) -> Json:
-    return {"instruction": turn.instruction, "input": turn.input, "output": turn.output}
+        row: Json = {"instruction": last.instruction, "input": last.input, "output": last.output}
+        return row | {key: value for key, value in extras.items() if value}
 
 
 def _messages(turn: Turn) -> tuple[Message, Message]:

@@ -155,7 +155,8 @@ def _parse_pair(fields: Fields, question: str, answer: str) -> ParsedRow:
     prompt, messages_left_out = _prompt(fields, question)
     completion, more_left_out = _completion(fields, answer)
     messages = [*_history(fields), *prompt, *completion]
-    return _row(fields, messages, (*messages_left_out, *more_left_out))
+    is_chat = isinstance(fields.values[question], list) or isinstance(fields.values[answer], list)
+    return _row(fields, messages, (*messages_left_out, *more_left_out), is_chat=is_chat)
 
 
 def _prompt(fields: Fields, key: str) -> tuple[list[Message], Sequence[str]]:
@@ -192,17 +193,17 @@ def _parse_text(fields: Fields) -> ParsedRow:
 def parse_conversation(fields: Fields, key: str) -> ParsedRow:
     """Parse a row whose messages are under `key`."""
     messages, left_out = _parse_messages(fields.json(key) or [], key)
-    return _row(fields, messages, left_out)
+    return _row(fields, messages, left_out, is_chat=True)
 
 
-def _row(fields: Fields, messages: Sequence[Message], left_out: Sequence[str] = ()) -> ParsedRow:
+def _row(fields: Fields, messages: Sequence[Message], left_out: Sequence[str], *, is_chat: bool) -> ParsedRow:
     """Return a row with what the formats share: a system prompt, tools, and the keys that nobody has used."""
     system = fields.text("system", "system_prompt")
     opening = [Message("system", system)] if system else []
     last = max((n for n, message in enumerate(messages, start=1) if message.role == "assistant"), default=0)
     if not last:
         raise RowError("the conversation has no response")
-    example = Example((*opening, *messages[:last]), _tools(fields))
+    example = Example((*opening, *messages[:last]), _tools(fields), is_chat=is_chat)
     return ParsedRow(example, last < len(messages), (*fields.unused, *dict.fromkeys(left_out)))
 
 

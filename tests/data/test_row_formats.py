@@ -146,6 +146,7 @@ def parsed(row):
     parsed = ANY.parse(row)
     again = ANY.parse(json.loads(json.dumps(parsed.example.to_json())))
     assert again == (parsed.example, False, ())
+    assert again.example.is_chat == parsed.example.is_chat
     return parsed
 
 
@@ -256,6 +257,21 @@ def test_message_lists_under_prompt_and_completion_are_read():
     row = {"prompt": [*said, {"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "d"}]}
     context = (Message("user", "a"), Message("assistant", "b", weight=0), Message("user", "c"))
     assert parsed(row) == (Example((*context, Message("assistant", "d"))), False, ())
+
+
+@pytest.mark.parametrize(
+    ("row", "is_chat"),
+    [
+        (conversation("a", "b"), True),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, True),
+        ({"prompt": [USER], "completion": [{"role": "assistant", "content": "b"}]}, True),
+        ({"prompt": "a", "completion": "b"}, False),
+        ({"instruction": "a", "output": "b", "system": "s", "history": [["c", "d"]]}, False),
+    ],
+)
+def test_conversations_stay_conversations_when_written(row, is_chat):
+    written = parsed(row).example.to_json()
+    assert ("messages" in written, "instruction" in written) == (is_chat, not is_chat)
 
 
 def test_plain_text_is_an_example():
