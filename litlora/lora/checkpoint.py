@@ -105,7 +105,10 @@ def load_with_adapters(
     """Load the model of a base for inference, with the weighted sum of adapters if there are any."""
     if quantization is None:
         refuse_compensation(adapters, "pass --quantize bnb.nf4, or leave the flag out")
-    adapter = read_adapters(adapters, base) if adapters else None  # a misfit is found before the base is loaded
+    is_quantized = quantization is not None
+    adapter = (
+        read_adapters(adapters, base, is_quantized) if adapters else None
+    )  # a misfit is found before the base is loaded
     model = base.load(dtype, device, quantization)
     if adapter is not None and adapter.has_starts and quantization is not None:
         add_as_trained(model, adapters[0].folder, base)
@@ -129,14 +132,18 @@ def refuse_compensation(adapters: Sequence[Weighted], hint: str) -> None:
             raise LitLoraError(f"{fault}: {hint}")
 
 
-def read_adapters(adapters: Sequence[Weighted], base: Checkpoint) -> Adapter:
-    """Read adapters, which must fit the base, as their weighted sum."""
+def read_adapters(adapters: Sequence[Weighted], base: Checkpoint, is_quantized: bool) -> Adapter:
+    """Read adapters, which must fit the base, as their weighted sum; `is_quantized` is what it is added to."""
     if len(adapters) == 1 and adapters[0].weight == 1:
         return read_adapter(adapters[0].folder, base)
     for adapter in adapters:
-        if read_lora_config(adapter.folder).use_dora:
+        lora = read_lora_config(adapter.folder)
+        if lora.use_dora:
             fault = f"{adapter.folder} is a DoRA adapter, which has no weight and no sum with others"
             raise LitLoraError(f"{fault}: leave it out, or merge it alone")
+        if lora.changes_base and is_quantized:
+            fault = f"{adapter.folder} was trained on a base that was quantized without its start (--lora_init pissa)"
+            raise LitLoraError(f"{fault}: leave it out, or add the sum to the base that is not quantized")
     return weighted_sum([(read_adapter(adapter.folder, base), adapter.weight) for adapter in adapters])
 
 

@@ -26,7 +26,7 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
     if not dequantized:
         refuse_compensation(adapters, "pass --dequantized_base true")
     quantized = quantized_weights(base, adapters) if dequantized else {}
-    merge = Merge(read_adapters(adapters, base), quantized)
+    merge = Merge(read_adapters(adapters, base, dequantized), quantized)
     untie = base.config.tie_word_embeddings and merge.changes(base.config.hub_name(HEAD))
     with atomic_directory(out_dir) as folder:
         copy_other_files(folder, base)

@@ -82,7 +82,7 @@ def test_linear_of_peft_adds_products_of_different_adapters(tiny, made):
     folders, weights = [made["a"], made["same rank"]], [0.7, 0.3]
     theirs = combined_by_peft(tiny, folders, weights, "linear").get_submodule(f"base_model.model.{LAYER}")
     base = Checkpoint.open(tiny)
-    ours = read_adapters(list(map(Weighted, folders, weights)), base).of(LAYER)
+    ours = read_adapters(list(map(Weighted, folders, weights)), base, is_quantized=False).of(LAYER)
     singles = [read_adapter(folder, base) for folder in folders]
     roots = [math.sqrt(w * adapter.layers[LAYER].scaling) for w, adapter in zip(weights, singles, strict=True)]
     (a, b), (c, d) = (
@@ -92,7 +92,7 @@ def test_linear_of_peft_adds_products_of_different_adapters(tiny, made):
 
 
 def test_sum_has_the_ranks_of_its_adapters(tiny, made):
-    total = read_adapters([Weighted(made["a"]), Weighted(made["b"])], Checkpoint.open(tiny))
+    total = read_adapters([Weighted(made["a"]), Weighted(made["b"])], Checkpoint.open(tiny), is_quantized=False)
     ranks = {name.split(".")[-1]: settings.rank for name, settings in total.layers.items()}
     assert ranks == {"q_proj": 6, "v_proj": 4, "up_proj": 2, "lm_head": 2}
 
@@ -129,3 +129,14 @@ def change_config(folder: Path, **keys: object) -> None:
 def test_dora_is_refused_in_a_sum(tiny, made, others):
     with pytest.raises(LitLoraError, match="is a DoRA adapter, which has no weight and no sum with others"):
         live(tiny, [Weighted(made["dora"], 0.5), *(Weighted(made[name]) for name in others)])
+
+
+def test_pissa_over_4_bits_is_refused_in_a_sum_over_them(tiny, made):
+    hub = Quantization(NAMES[0], torch.float32).hub
+    change_config(made["a"], auto_mapping={"quantization_config": hub, "lora_init": "pissa"})
+    halves = [Weighted(made["a"], 0.5), Weighted(made["b"], 0.5)]
+    with pytest.raises(LitLoraError, match=r"quantized without its start \(--lora_init pissa\)"):
+        live(tiny, halves, Quantization(NAMES[0], torch.float32))
+    as_lora = live(tiny, halves)
+    change_config(made["a"], auto_mapping=None)
+    torch.testing.assert_close(as_lora, live(tiny, halves))
