@@ -349,7 +349,7 @@ class FinetuneLoraArgs(CommandArgs):
     """Fine-tune a checkpoint with LoRA."""
 
     groups: ClassVar = {
-        "data": ("data_dir", "prompt_style", "mask_prompt"),
+        "data": ("data_dir", "prompt_style", "prompt_style_variables", "mask_prompt"),
         "LoRA": ("init_adapter", "lora_*"),
         "quantization": ("precision", "quantize"),
         "training": ("train.*", "optimizer"),
@@ -417,8 +417,11 @@ class FinetuneLoraArgs(CommandArgs):
     """Adapt the output head."""
     mask_prompt: bool = True
     """Exclude prompts from the loss; false supervises them as well."""
-    prompt_style: str = "alpaca"
-    """alpaca, none, chat (the checkpoint's own template), or a text with {instruction} and {input}."""
+    prompt_style: str = "auto"
+    """alpaca, none, chat (the checkpoint's own template), a text with {instruction} and {input}, or auto: chat for
+    conversations if the checkpoint has a template, else alpaca."""
+    prompt_style_variables: dict[str, Any] | None = None
+    """Variables of the chat template, such as {"enable_thinking": false}."""
     train: TrainArgs = field(default_factory=TrainArgs)
     eval: EvalArgs = field(default_factory=EvalArgs)
     optimizer: dict[str, Any] | str = "AdamW"
@@ -551,8 +554,14 @@ class GenerateArgs(CommandArgs):
     """Number of completions."""
     seed: int = 1234
     """Random seed of sampling."""
+    input: str = ""
+    """Input of the instruction, for models that were trained with inputs."""
+    system: str = ""
+    """System message before the prompt."""
     prompt_style: str | None = None
     """alpaca, none, chat, or a text with {instruction}; by default the adapter's, else none."""
+    prompt_style_variables: dict[str, Any] | None = None
+    """Variables of the chat template, such as {"enable_thinking": false}; by default those of the training."""
     base_dir: Path | None = None
     """Folder of the adapter's base, by default the one in its adapter_config.json."""
     adapters: tuple[Path, ...] = ()

@@ -27,7 +27,7 @@ def completions(directory: Path, turns: list[Turn]) -> Iterator[str]:
     tokenizer = Tokenizer(directory)
     style = tokenizer.prompt_style(STYLE)
     for turn in turns:
-        prompt = tokenizer.encode(style.prompt(turn.instruction, turn.input), style.add_special_tokens).ids
+        prompt = tokenizer.encode_prompt(style, style.prompt(turn.instruction, turn.input))
         tokens = list(generate(model, prompt, Sampler(), max_new_tokens=MAX_NEW_TOKENS, stop_ids=tokenizer.stop_ids))
         unfinished = "…" if len(tokens) == MAX_NEW_TOKENS else ""
         yield tokenizer.decode(tokens).strip() + unfinished

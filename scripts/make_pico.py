@@ -26,6 +26,7 @@ from litlora.data.dataset import write_dataset
 from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT, TemplateStyle
 from litlora.data.row_store import to_line
+from litlora.data.special_tokens import SpecialTokens
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.utils.files import write_atomically
@@ -278,8 +279,8 @@ def statements(sums: tuple[str, ...], asked: Collection[str], rng: random.Random
 
 def prompts(examples: Iterable[Example]) -> Iterator[str]:
     """Yield the prompt of each example in Alpaca's style."""
-    style = TemplateStyle("alpaca", ALPACA, ALPACA_WITH_INPUT, EOS)
-    yield from (style.prompt(turn.instruction, turn.input) for example in examples for turn in example.turns)
+    style = TemplateStyle("alpaca", ALPACA, ALPACA_WITH_INPUT, EOS, SpecialTokens(()))
+    yield from (style.prompt(turn.instruction, turn.input).text for example in examples for turn in example.turns)
 
 
 def state(skill: Skill, subject: str, statement: str) -> str:

@@ -36,7 +36,7 @@ ANOTHER_MODEL = "use config.json and weights of the same model"
 WEIGHTS, SHARD = "base/model.safetensors", "sharded/model-00002-of-00006.safetensors"
 INDEX = "sharded/model.safetensors.index.json"
 CUT = "is truncated or not a safetensors file; replace it with an intact copy"
-STYLES = "must be alpaca, none, chat, or a text with {instruction} and, if wanted, {input}"
+STYLES = "must be auto, alpaca, none, chat, or a text with {instruction} and, if wanted, {input}"
 
 
 @pytest.fixture(scope="session")
@@ -462,9 +462,12 @@ def test_unwritable_out_dir_is_refused(spoil, out_dir, sentence, capsys):
 def test_truncated_examples_are_counted_and_reported(capsys):
     flags = ["--train.max_seq_length", "150", "--train.max_steps", "1", "--precision", "32-true"]
     assert main([*FINETUNE, *flags]) == 0
-    assert capsys.readouterr().err.splitlines()[:2] == [
-        "train.jsonl: 12 of 15 examples are cut to 150 tokens, 6 of them dropped: nothing of the response is left",
-        "val.jsonl: 3 of 3 examples are cut to 150 tokens, 1 of them dropped: nothing of the response is left",
+    limit, hint = "--train.max_seq_length (150)", "201 would leave 99 % of the rows whole"
+    assert [line for line in capsys.readouterr().err.splitlines() if limit in line and "train.jsonl" in line] == [
+        f"warning: 6 rows that are dropped, since their response begins behind {limit}, "
+        f"the first at data/train.jsonl line 2: {hint}",
+        f"warning: 6 rows whose response is cut by {limit}, its end token lost, "
+        f"the first at data/train.jsonl line 1: {hint}",
     ]
     assert Path("out/final/report.json").is_file()
 
@@ -472,10 +475,9 @@ def test_truncated_examples_are_counted_and_reported(capsys):
 def test_length_without_any_response_token_is_refused(capsys):
     before = everything()  # the tokens of another run among it, so that none are made
     assert main([*FINETUNE, "--train.max_seq_length", "20"]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "train.jsonl: 15 of 15 examples are cut to 20 tokens, 15 of them dropped: nothing of the response is left",
-        "litlora: train.jsonl has no example with a response within --train.max_seq_length (20): raise it",
-    ]
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "litlora: train.jsonl has no example with a response within --train.max_seq_length (20): raise it"
+    )
     assert everything() == before
 
 
@@ -488,7 +490,10 @@ def test_token_beyond_the_vocabulary_is_refused(capsys):
     write("data/val.jsonl", ROW.replace('"a"', '"<99>"'))
     capsys.readouterr()
     assert main([*FINETUNE, "--overwrite", "true"]) == 1
-    assert capsys.readouterr().err == f"litlora: val.jsonl has {beyond(tokenizer)}\n"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "litlora: 1 row with token ids that the model does not have (its vocabulary ends at 300), "
+        "the first at data/val.jsonl line 1: use tokenizer files and weights of the same model"
+    )
 
 
 def beyond(tokenizer: Tokenizer) -> str:

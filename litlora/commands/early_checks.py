@@ -1,9 +1,12 @@
 """What a command can refuse before torch is imported, which takes seconds. The command itself checks the rest."""
 
+from dataclasses import replace
+
 from litlora.args import CommandArgs, FinetuneLoraArgs, GenerateArgs, MergeLoraArgs, PrepareArgs
 from litlora.commands.prompt import Prompt
-from litlora.data.dataset import read_example, read_examples
+from litlora.data.dataset import choose_prompt_style, read_example, read_examples
 from litlora.data.prepare import check_paths
+from litlora.data.prompt_styles import StyleSettings
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
 from litlora.lora.adapter_config import read_settings
@@ -38,7 +41,7 @@ def check_merge(args: MergeLoraArgs) -> tuple[CheckpointFiles, Adapters]:
     base_dir, adapters = find_adapters(args)
     check_absent(args.out_dir, "--out_dir")
     base = CheckpointFiles.find(base_dir)
-    check_prompt_style(base.dir, "none")
+    check_prompt_style(base.dir, StyleSettings("none"))
     return base, adapters
 
 
@@ -52,10 +55,11 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     if args.init_adapter is not None:
         read_settings(args.init_adapter)
     base = CheckpointFiles.find(args.checkpoint_dir)
-    check_prompt_style(base.dir, args.prompt_style)
+    template = check_prompt_style(base.dir, StyleSettings(args.prompt_style, args.prompt_style_variables or {}))
     args.check_model(base.config.hidden_size, base.config.positions)
     if start is not None:
-        Identity.of(args, {}).check(start)
+        style, _ = choose_prompt_style(args.prompt_style, args.data_dir / "train.jsonl", template)
+        Identity.of(replace(args, prompt_style=style), {}).check(start)
     _check_rows(args)
     return base
 

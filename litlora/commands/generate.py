@@ -33,9 +33,7 @@ def generate(args: GenerateArgs, prompt: Prompt | None = None) -> None:
         prepare_for_decoding(model)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
     for _ in range(args.num_samples):
-        tokens = stream_tokens(
-            model, prompt.ids, sampler, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stop_ids
-        )
+        tokens = stream_tokens(model, prompt.ids, sampler, max_new_tokens=args.max_new_tokens, stop_ids=prompt.stop_ids)
         for text in tokenizer.stream(prompt.ids, tokens):
             write(text)
         write("\n")

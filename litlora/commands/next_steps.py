@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from litlora.args import CommandArgs, DownloadArgs, FinetuneLoraArgs, MergeLoraArgs, PrepareArgs
-from litlora.lora.adapter_folder import FINAL, read_prompt_style
+from litlora.lora.adapter_folder import FINAL
 
 DATA_DIR = Path("data/alpaca")
 PROMPT = ("--prompt", "Name three primary colors.")
@@ -27,8 +27,6 @@ def _next_steps(args: CommandArgs) -> list[tuple[object, ...]]:
             final = args.out_dir / FINAL
             return [("generate", final, *PROMPT), ("merge_lora", final, "--out_dir", args.out_dir / "merged")]
         case MergeLoraArgs():
-            folders = args.adapters or filter(None, [args.checkpoint_dir])
-            styles = {style for folder in folders if (style := read_prompt_style(folder))}
-            return [("generate", args.out_dir, *(("--prompt_style", *styles) if len(styles) == 1 else ()), *PROMPT)]
+            return [("generate", args.out_dir, *PROMPT)]
         case _:
             return []

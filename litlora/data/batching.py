@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litlora.args import TrainArgs
-from litlora.data.encoding import Tokens
+from litlora.data.tokens import Tokens
 from litlora.nn.backend import Backend
 from litlora.nn.loss import IGNORE_INDEX
 
@@ -32,7 +32,7 @@ class Sample:
     tokens: Tensor
     labels: Tensor
     row: int = 0
-    """Its row in the split, counted from 1; 0 if it has none."""
+    """Its line in the split, counted from 1; 0 if it has none."""
 
     @property
     def supervised(self) -> int:
@@ -106,7 +106,9 @@ class Samples:
         row = index if self._rows is None else int(self._rows[index])
         stored = torch.from_numpy(self._tokens.example(row, int(self.lengths[index]))).long()
         tokens = torch.where(stored < 0, ~stored, stored)
-        return Sample(tokens[:-1], torch.where(stored < 0, IGNORE_INDEX, stored)[1:], row + 1)
+        return Sample(
+            tokens[:-1], torch.where(stored < 0, IGNORE_INDEX, stored)[1:], int(self._tokens.about["line"][row])
+        )
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

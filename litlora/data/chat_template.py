@@ -1,6 +1,7 @@
 """A checkpoint's own chat template, rendered in a sandbox as transformers renders it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from textwrap import shorten
 from typing import Any, NoReturn
@@ -21,38 +22,52 @@ MAX_RENDERED = 10_000_000  # characters
 class ChatTemplate:
     """A checkpoint's chat template, compiled once."""
 
-    def __init__(self, source: str, bos_token: str | None, eos_token: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        tokens: Mapping[str, str | None],
+        variables: Mapping[str, Any] | None = None,
+        date: datetime | None = None,
+    ) -> None:
+        """Compile a template.
+
+        `tokens` are the special tokens by the names that templates have for them, such as bos_token, and `variables`
+        the user's. `date` is what the template writes as today's.
+        """
+        self.reads_date = "strftime_now" in source
         try:
             with limited_resources():  # the compiler evaluates constant expressions
-                self._template = _environment().from_string(source)
+                self._template = _environment(date or datetime.now()).from_string(source)
         except Exception as error:  # whatever the checkpoint's code may raise
-            refuse_template(f"has an error: {_shortened(error)}", error)
-        self._tokens = {"eos_token": eos_token} | ({"bos_token": bos_token} if bos_token else {})
+            raise ChatTemplateError(f"has an error: {_shortened(error)}") from error
+        known = {name: text for name, text in tokens.items() if text}
+        self._values = {"tools": None, "documents": None, **known, **(variables or {})}
 
-    def render(self, messages: list[dict[str, object]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tools: Sequence[Any] | None = None
+    ) -> str:
         """Return the text of a conversation."""
         text = ""
-        values = {
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        values = {**self._values, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        if tools is not None:
+            values["tools"] = tools
         try:
             with limited_resources():
-                for piece in self._template.generate(values, **self._tokens):
+                for piece in self._template.generate(values):
                     text += piece
                     if len(text) > MAX_RENDERED:
                         raise jinja2.TemplateRuntimeError(f"its text exceeds {MAX_RENDERED:,} characters")
         except Exception as error:  # whatever the checkpoint's code may raise
-            refuse_template(f"fails on a conversation: {_shortened(error)}", error)
+            raise ChatTemplateError(f"fails on a conversation: {_shortened(error)}") from error
         return text
 
 
-def refuse_template(reason: str, cause: Exception | None = None) -> NoReturn:
-    """Refuse the checkpoint's chat template in one sentence."""
-    sentence = " ".join(f"--prompt_style chat: the checkpoint's chat template {reason}".split())
-    raise LitLoraError(f"{sentence}; use alpaca, none, or a text with {{instruction}}") from cause
+class ChatTemplateError(LitLoraError):
+    """What is wrong with the checkpoint's chat template, or with a conversation in it, in one sentence."""
+
+    def __init__(self, reason: str) -> None:
+        sentence = " ".join(f"--prompt_style chat: the checkpoint's chat template {reason}".split())
+        super().__init__(f"{sentence}; use alpaca, none, or a text with {{instruction}}")
 
 
 def _shortened(error: Exception) -> str:
@@ -72,12 +87,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(date: datetime) -> ImmutableSandboxedEnvironment:
     """Return the functions that transformers gives a chat template, without access to the machine."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = date.strftime
     return environment
 
 
@@ -104,7 +119,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from litlora.data.examples import Example
+from litlora.data.prompt_styles import AUTO
 from litlora.data.readers import RawFile, RowError, jsonl_lines, jsonl_rows, open_file, parse_rows
-from litlora.data.row_formats import ANY, ParsedRow, RowFormat
+from litlora.data.row_formats import ANY, ParsedRow, RowFormat, is_conversation
 from litlora.data.row_store import Selection
 from litlora.errors import LitLoraError
 from litlora.utils.files import complete_transaction, read_json, write_transaction
@@ -20,6 +21,7 @@ TRAIN, VAL, ABOUT = "train.jsonl", "val.jsonl", "dataset.json"
 Lines = list[bytes] | Selection
 Location = TypeVar("Location")
 Row = TypeVar("Row")
+ROWS_FOR_STYLE = 100  # of the training split, which --prompt_style auto looks at
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -48,6 +50,19 @@ def read_example(path: Path, index: int, flag: str) -> Example:
         return ANY.parse(row).example
     count = len(read_examples(path))  # raises if a row is invalid
     raise LitLoraError(f"{flag} ({index}) must be below the number of rows in {path.name} ({count})")
+
+
+def choose_prompt_style(name: str, split: Path, chat_template: str | None) -> tuple[str, str]:
+    """Return what --prompt_style auto stands for, and why: chat for conversations and a chat template, else alpaca."""
+    if name != AUTO:
+        return name, "as requested"
+    with open_split(split) as file:
+        rows = [row for _, row in islice(jsonl_rows(jsonl_lines(file)), ROWS_FOR_STYLE)]
+    has_conversations = any(isinstance(row, dict) and is_conversation(row) for row in rows)
+    rows_are = "the rows are conversations" if has_conversations else "the rows are instructions"
+    template = "has no chat template" if chat_template is None else "has a chat template"
+    choice = "chat" if has_conversations and chat_template is not None else "alpaca"
+    return choice, f"{rows_are}, and the checkpoint {template}"
 
 
 def read_file(file: RawFile, row_format: RowFormat) -> list[tuple[str, ParsedRow]]:

@@ -1,81 +1,107 @@
 """Examples as token ids, with the supervised tokens marked by character offsets."""
 
-import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from litlora.data.checks import SequenceFacts, flags_of_sequence
 from litlora.data.examples import Example
 from litlora.data.prompt_styles import PromptStyle
-from litlora.data.tokenizer import Tokenizer
-
-CHUNK = 4_000_000  # ids that are read at once
-
-
-class Tokens(NamedTuple):
-    """The tokens of all examples, concatenated in `ids`; a token that is not a label is stored as -1 - id.
-
-    The first token of an example is never a label, and the last token is only ever a label.
-    """
-
-    ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    """The start of each example in `ids`, and the end of the last one."""
-    first_labels: NDArray[np.int32]
-    """The number of input tokens before each example's first label; its number of input tokens if it has no label."""
-    memory: mmap.mmap | None = None
-    """The mapped file behind `ids`, if there is one."""
-
-    def example(self, row: int, length: int) -> NDArray[np.int32]:
-        """Return the first `length` tokens of an example, and one more as the last label."""
-        start = int(self.offsets[row])
-        ids = self.ids[start : start + length + 1].copy()
-        self._release_pages()
-        return ids
-
-    def max_id(self) -> int:
-        """Return the highest token id."""
-        highest = 0
-        for start in range(0, len(self.ids), CHUNK):
-            chunk = self.ids[start : start + CHUNK]
-            highest = max(highest, int(chunk.max()), ~int(chunk.min()))
-            self._release_pages()
-        return highest
-
-    def _release_pages(self) -> None:
-        if self.memory is not None:
-            self.memory.madvise(mmap.MADV_DONTNEED)  # or every page read so far counts as this process's memory
+from litlora.data.rendered import Rendered
+from litlora.data.tokenizer import Encodings, Tokenizer
+from litlora.data.tokens import ABOUT, Tokens
 
 
-def encode(examples: Sequence[Example], tokenizer: Tokenizer, style: PromptStyle, *, mask_prompt: bool) -> Tokens:
-    """Tokenize examples.
+class RenderedRow(NamedTuple):
+    """A rendered sequence before it is tokenized, and what the checks of the data found about it."""
+
+    rendered: Rendered
+    line: int
+    flags: int = 0
+    same: int = 0
+    similar: int = 0
+
+
+def encode(examples: Iterable[Example], tokenizer: Tokenizer, style: PromptStyle, *, mask_prompt: bool) -> Tokens:
+    """Tokenize examples."""
+    rendered = [(line, style.render(example)) for line, example in enumerate(examples, start=1)]
+    rows = [RenderedRow(each, line) for line, sequences in rendered for each in sequences]
+    return encode_rows(rows, tokenizer, style, mask_prompt=mask_prompt)
+
+
+def encode_rows(rows: Sequence[RenderedRow], tokenizer: Tokenizer, style: PromptStyle, *, mask_prompt: bool) -> Tokens:
+    """Tokenize rendered sequences.
 
     Prompt and responses are tokenized as one text; a token is a label if it holds a character of a response.
     """
-    rendered = [style.render(example) for example in examples]
+    rendered = [row.rendered for row in rows]
+    encodings = tokenizer.encode_rendered(rendered, style.add_special_tokens)
     texts = [r.text for r in rendered]
-    ids, spans, lengths = tokenizer.encode_batch(texts, add_special_tokens=style.add_special_tokens)
     supervised = [r.supervised if mask_prompt else ((0, len(r.text)),) for r in rendered]
-    is_label = _overlaps_any(spans, lengths, texts, supervised)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    is_label = _overlaps_any(encodings, texts, supervised)
+    offsets = np.concatenate([[0], np.cumsum(encodings.lengths, dtype=np.int64)])
     is_label[offsets[:-1]] = False
-    return Tokens(np.where(is_label, ids, ~ids), offsets, _first_labels(is_label, offsets))
+    first_labels, about = _first_labels(is_label, offsets), np.zeros(len(rows), ABOUT)
+    for name in ("line", "flags", "same", "similar"):
+        about[name] = [getattr(row, name) for row in rows]
+    about["last_label"] = _last_labels(is_label, offsets)
+    about["labels"] = np.add.reduceat(is_label, offsets[:-1], dtype=np.int32)
+    about["flags"] |= np.array(_flags(rendered, encodings, about["labels"], tokenizer), np.uint32)
+    return Tokens(np.where(is_label, encodings.ids, ~encodings.ids), offsets, first_labels, about)
+
+
+def _flags(
+    rendered: Sequence[Rendered],
+    encodings: Encodings,
+    labels: NDArray[np.int32],
+    tokenizer: Tokenizer,
+) -> list[int]:
+    """Return a bit for each check of sequences that found something, for each sequence."""
+    ends = np.cumsum(encodings.lengths)
+    ids = [encodings.ids[end - length : end] for end, length in zip(ends, encodings.lengths, strict=True)]
+    spans = [encodings.spans[end - length : end] for end, length in zip(ends, encodings.lengths, strict=True)]
+    prefixes = _prompts_are_prefixes(rendered, ids, spans, tokenizer)
+    facts = map(SequenceFacts, rendered, ids, labels.tolist(), prefixes, [tokenizer.bos_id] * len(ids))
+    return [flags_of_sequence(each) for each in facts]
+
+
+def _prompts_are_prefixes(
+    rendered: Sequence[Rendered],
+    ids: Sequence[NDArray[np.int32]],
+    spans: Sequence[NDArray[np.int32]],
+    tokenizer: Tokenizer,
+) -> list[bool]:
+    """Tell for each sequence whether the prompt alone has the ids with which the sequence begins.
+
+    What comes before the last special token of a prompt cannot change: only the rest is tokenized again.
+    """
+    starts = [tokenizer.last_special(each) for each in rendered]
+    rests = [each.prompt_from(start) for each, start in zip(rendered, starts, strict=True)]
+    unique = {rest: n for n, rest in enumerate(dict.fromkeys(rests))}
+    alone = tokenizer.encode_rendered(list(unique), add_special_tokens=False)
+    ends = np.cumsum(alone.lengths)
+    pieces = [alone.ids[end - length : end] for end, length in zip(ends, alone.lengths, strict=True)]
+    prompts = [pieces[unique[rest]] for rest in rests]
+    firsts = [int(np.searchsorted(each[:, 1], start, side="right")) for each, start in zip(spans, starts, strict=True)]
+    return [
+        np.array_equal(each[first : first + len(prompt)], prompt)
+        for each, first, prompt in zip(ids, firsts, prompts, strict=True)
+    ]
 
 
 def _overlaps_any(
-    spans: NDArray[np.int32],
-    lengths: NDArray[np.int32],
-    texts: Sequence[str],
-    supervised: Sequence[Sequence[tuple[int, int]]],
+    encodings: Encodings, texts: Sequence[str], supervised: Sequence[Sequence[tuple[int, int]]]
 ) -> NDArray[np.bool_]:
     """Return for each token whether its span overlaps a supervised span of its text."""
+    _, spans, lengths = encodings
     sizes = np.array([len(text) for text in texts], np.int64)
     text_starts = np.cumsum(sizes) - sizes  # character offsets of the texts in their concatenation
     starts, ends = (spans + np.repeat(text_starts, lengths)[:, None]).T
     pairs = zip(text_starts, supervised, strict=True)
-    regions = np.array([(base + start, base + end) for base, regions in pairs for start, end in regions])
+    found = [(base + start, base + end) for base, regions in pairs for start, end in regions]
+    regions = np.array(found, np.int64).reshape(-1, 2)
     next_region = np.searchsorted(regions[:, 1], starts, side="right")  # the first that ends after the token's start
     overlaps: NDArray[np.bool_] = np.append(regions[:, 0], sizes.sum())[next_region] < ends
     return overlaps
@@ -85,3 +111,10 @@ def _first_labels(is_label: NDArray[np.bool_], offsets: NDArray[np.int64]) -> ND
     labels = np.append(np.flatnonzero(is_label), offsets[-1])
     first: NDArray[np.int64] = np.minimum(labels[np.searchsorted(labels, offsets[:-1])], offsets[1:])
     return (first - offsets[:-1] - 1).astype(np.int32)
+
+
+def _last_labels(is_label: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return the number of input tokens before each sequence's last label, -1 where it has none."""
+    positions = np.where(is_label, np.arange(len(is_label)), -1)
+    last = np.maximum.reduceat(positions, offsets[:-1]) - offsets[:-1] - 1
+    return np.where(np.add.reduceat(is_label, offsets[:-1], dtype=np.int32) > 0, last, -1).astype(np.int32)

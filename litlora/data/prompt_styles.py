@@ -1,13 +1,20 @@
 """Prompt styles: how an example becomes text, and which characters of it are supervised."""
 
 import re
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
 
-from litlora.data.chat_template import ChatTemplate, refuse_template
+from litlora.data.chat_style import ChatStyle
+from litlora.data.chat_template import ChatTemplate
 from litlora.data.examples import Example
+from litlora.data.rendered import Rendered
+from litlora.data.special_tokens import SpecialTokens
 from litlora.errors import LitLoraError
 
+AUTO = "auto"
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")
 ALPACA = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
@@ -31,11 +38,30 @@ Write a response that appropriately completes the request.
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """The text of an example, and its supervised spans [start, end): each response with its end token."""
+class StyleSettings:
+    """What the user sets about prompts: --prompt_style and the variables of a chat template."""
 
-    text: str
-    supervised: tuple[tuple[int, int], ...]
+    name: str
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+    """The day that a chat template writes as today's, such as 2026-01-31; None for today's."""
+
+    @classmethod
+    def of(cls, style: "StyleSettings | str") -> "StyleSettings":
+        """Return the settings of a style by its name."""
+        return cls(style) if isinstance(style, str) else style
+
+
+@dataclass(frozen=True)
+class StyleTokens:
+    """What a checkpoint's tokenizer files say about prompts."""
+
+    eos_token: str
+    named: Mapping[str, str | None]
+    """The special tokens by the names that chat templates have for them, such as bos_token."""
+    special: SpecialTokens
+    stops: frozenset[str]
+    chat_template: str | None
 
 
 class PromptStyle(Protocol):
@@ -49,32 +75,51 @@ class PromptStyle(Protocol):
     def add_special_tokens(self) -> bool:
         """Return whether the tokenizer adds BOS; a chat template writes it itself."""
 
-    def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
+    @property
+    def end_token(self) -> str | None:
+        """Return the token that ends a response, where it is a single one."""
+
+    def prompt(self, instruction: str, input: str = "", system: str = "") -> Rendered:
         """Return the text before the first response."""
 
-    def render(self, example: Example) -> Rendered:
-        """Return the text of all turns, each response followed by its end token."""
+    def render(self, example: Example) -> list[Rendered]:
+        """Return the sequences of an example, in which each response is followed by its end token."""
 
 
-def build_prompt_style(name: str, *, bos_token: str | None, eos_token: str, chat_template: str | None) -> PromptStyle:
-    """Return the style of this name; a name that contains {instruction} is itself the template."""
+def build_prompt_style(settings: StyleSettings, tokens: StyleTokens) -> PromptStyle:
+    """Return the style of these settings; a name that contains {instruction} is itself the template."""
+    name = settings.name
+    if settings.variables and name != "chat":
+        raise LitLoraError(f"--prompt_style_variables are for --prompt_style chat, not for {name}: leave them out")
     if name == "chat":
-        if chat_template is None:
-            raise LitLoraError(
-                "--prompt_style chat needs a checkpoint with a chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json), and this one has none; use alpaca, none, or a text with {instruction}"
-            )
-        return ChatStyle(ChatTemplate(chat_template, bos_token, eos_token), eos_token)
+        return _chat_style(settings, tokens)
     if name == "alpaca":
-        return TemplateStyle(name, ALPACA, ALPACA_WITH_INPUT, eos_token)
-    template = "{instruction}" if name == "none" else name
+        return TemplateStyle(name, ALPACA, ALPACA_WITH_INPUT, tokens.eos_token, tokens.special)
+    template = "{instruction}" if name == "none" else name.replace("\\n", "\n")
     if "{instruction}" not in template:
         raise LitLoraError(
-            f"--prompt_style ({name}) must be alpaca, none, chat, "
+            f"--prompt_style ({name}) must be auto, alpaca, none, chat, "
             "or a text with {instruction} and, if wanted, {input}"
         )
+    if unknown := [found for found in PLACEHOLDER.findall(template) if found not in ("instruction", "input")]:
+        raise LitLoraError(f"--prompt_style: {{{unknown[0]}}} has no meaning: there are {{instruction}} and {{input}}")
     with_input = template if "{input}" in template else template.replace("{instruction}", "{instruction}\n\n{input}", 1)
-    return TemplateStyle(name, template, with_input, eos_token)
+    return TemplateStyle(name, template, with_input, tokens.eos_token, tokens.special)
+
+
+def _chat_style(settings: StyleSettings, tokens: StyleTokens) -> ChatStyle:
+    if tokens.chat_template is None:
+        raise LitLoraError(
+            "--prompt_style chat needs a checkpoint with a chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json), and this one has none; use alpaca, none, or a text with {instruction}"
+        )
+    try:
+        date = datetime.fromisoformat(settings.date) if settings.date else None
+    except ValueError as error:
+        raise LitLoraError(f"the date of the chat template ({settings.date}) must look like 2026-01-31") from error
+    named = {**tokens.named, "eos_token": tokens.eos_token}
+    template = ChatTemplate(tokens.chat_template, named, settings.variables, date)
+    return ChatStyle(template, tokens.special, tokens.eos_token, tokens.stops)
 
 
 @dataclass(frozen=True)
@@ -85,87 +130,37 @@ class TemplateStyle:
     template: str
     template_with_input: str
     eos_token: str
+    special: SpecialTokens
     add_special_tokens: bool = True
 
-    def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
-        values = {"instruction": f"{system}\n\n{instruction}" if system else instruction, "input": input}
+    @property
+    def end_token(self) -> str:
+        return self.eos_token
+
+    def prompt(self, instruction: str, input: str = "", system: str = "") -> Rendered:
+        return Rendered.of(self._prompt(instruction, input, system))
+
+    def _prompt(self, instruction: str, input: str, system: str) -> str:
+        """Return a prompt in which the special tokens of the values are marked."""
+        question = f"{system}\n\n{instruction}" if system else instruction
+        values = {"instruction": self.special.guard(question), "input": self.special.guard(input)}
         template = self.template_with_input if input else self.template
         # One pass, so that "{input}" in an instruction and all other braces stay unchanged
         return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], template)
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> list[Rendered]:
         if example.text:
-            return Rendered(example.text + self.eos_token, ((0, len(example.text + self.eos_token)),))
-        _refuse_tools(example, self.name)
+            text = self.special.guard(example.text) + self.eos_token
+            return [Rendered.of(text, [(0, len(text))])]
+        if example.tools or any(message.tool_calls for message in example.messages):
+            raise LitLoraError(f"--prompt_style {self.name} cannot write tool calls: use chat, or leave the row out")
         text, system = "", example.system
         supervised = []
         responses = [message for message in example.messages if message.role == "assistant"]
         for turn, response in zip(example.turns, responses, strict=True):
-            text += self.prompt(turn.instruction, turn.input, system)
+            text += self._prompt(turn.instruction, turn.input, system)
             start, system = len(text), ""
-            text += turn.output + self.eos_token
+            text += self.special.guard(turn.output) + self.eos_token
             if response.is_supervised:
                 supervised.append((start, len(text)))
-        return Rendered(text, tuple(supervised))
-
-
-@dataclass(frozen=True)
-class ChatStyle:
-    """The checkpoint's own chat template."""
-
-    template: ChatTemplate
-    eos_token: str
-    name: str = "chat"
-    add_special_tokens: bool = False
-
-    def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
-        messages = [*_system_message(system), _user_message(instruction, input)]
-        return self.template.render(messages, add_generation_prompt=True)
-
-    def render(self, example: Example) -> Rendered:
-        text, end = "", 0
-        supervised = []
-        if example.text:
-            return Rendered(example.text + self.eos_token, ((0, len(example.text + self.eos_token)),))
-        _refuse_tools(example, self.name)
-        messages: list[dict[str, object]] = []
-        for message in example.messages:
-            if message.role != "assistant":
-                messages.append(message.to_chat())
-                continue
-            prompt = self.template.render(messages, add_generation_prompt=True)
-            if not prompt.startswith(text[:end]):
-                refuse_template("renders a response differently in a longer conversation, so it cannot train")
-            messages.append({"role": "assistant", "content": message.text})
-            text = self.template.render(messages, add_generation_prompt=False)
-            if not text.startswith(prompt):
-                refuse_template("renders a prompt differently before its response, so it cannot train")
-            end = self._end_of_response(text, len(prompt), message.text.strip())
-            if message.is_supervised:
-                supervised.append((len(prompt), end))
-        return Rendered(text, tuple(supervised))
-
-    def _end_of_response(self, text: str, start: int, response: str) -> int:
-        """Return the end of the EOS token after a response, or of the template's own end marker if it has another."""
-        position = text.find(response, start)
-        if position < 0:
-            refuse_template("drops a part of the response, so it cannot train")
-        response_end = position + len(response)
-        eos = text.find(self.eos_token, response_end)
-        end = len(text.rstrip()) if eos < 0 else eos + len(self.eos_token)
-        if end <= response_end:
-            refuse_template("writes nothing after a response, so a model could not learn where to stop")
-        return end
-
-
-def _refuse_tools(example: Example, style: str) -> None:
-    if example.tools or any(message.tool_calls for message in example.messages):
-        raise LitLoraError(f"--prompt_style {style} cannot render the tool calls of the data: leave these rows out")
-
-
-def _system_message(system: str) -> list[dict[str, object]]:
-    return [{"role": "system", "content": system}] if system else []
-
-
-def _user_message(instruction: str, input: str) -> dict[str, object]:
-    return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
+        return [Rendered.of(text, supervised)]

@@ -124,6 +124,12 @@ def _checked_text(value: object, name: str) -> str:
     return value
 
 
+def is_conversation(row: Mapping[str, object]) -> bool:
+    """Tell a row of messages from one with a question and its answer."""
+    lists = (value for key, value in row.items() if key in (*CONVERSATIONS, "prompt", "completion"))
+    return any(isinstance(value, list) for value in lists)
+
+
 def _parse_any(row: object) -> ParsedRow:
     return _parse_fields(Fields.of(row))
 

@@ -7,6 +7,7 @@ third has a priority of its own, while sentencepiece takes the leftmost, and the
 import json
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
@@ -93,6 +94,13 @@ class SentencePieceModel:
     def add_special_tokens(self, tokens: Sequence[AddedToken]) -> None:
         """Recognise special tokens in a text."""
         self.add_tokens(tokens)
+
+    def without_special_tokens(self) -> "SentencePieceModel":
+        """Return a copy that takes special tokens as plain text."""
+        other = copy(self)
+        other._ids, other._tokens = dict(self._ids), dict(self._tokens)
+        other._added = {token_id: token for token_id, token in self._added.items() if not token.special}
+        return other
 
     def surround(self, before: Sequence[str], after: Sequence[str]) -> None:
         """Write these tokens before and after every text."""

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,17 +16,20 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from litlora.data.chat_style import ChatStyle
+from litlora.data.checks import NAMES, digests, flags_of_row
 from litlora.data.dataset import open_split, read_rows, require_rows
-from litlora.data.encoding import Tokens, encode
-from litlora.data.examples import Example, Turn
+from litlora.data.encoding import RenderedRow, encode_rows
+from litlora.data.prompt_styles import PromptStyle, StyleSettings
 from litlora.data.readers import jsonl_rows, jsonl_start
-from litlora.data.row_formats import ANY
+from litlora.data.row_formats import ANY, ParsedRow
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError
 from litlora.utils.files import digest
 from litlora.utils.processes import exit_with_parent, usable_cores
 
-FORMAT = 1  # to be increased when the tokens of an example or the files of the cache change
+FORMAT = 2  # to be increased when the tokens of an example or the files of the cache change
 CHUNK = 4_000_000  # bytes of a split that a worker reads at once
 SINGLE_PROCESS = 8_000_000  # bytes up to which one process is done before workers have started
 TEXTS = 512  # that are tokenized in one call
@@ -51,6 +54,8 @@ class EncodedLines(NamedTuple):
     rows: int
     invalid: list[tuple[int, str]]
     """Number, counted from 1, and error of the lines that are not valid rows."""
+    refused: list[tuple[int, str]]
+    """Number and error of the lines that the prompt style cannot render."""
     tokens: list[Tokens]
 
 
@@ -59,18 +64,22 @@ class SplitEncoder:
     """All that decides which tokens a split becomes, except for the split itself."""
 
     tokenizer: Tokenizer
-    prompt_style: str
+    prompt_style: StyleSettings
     mask_prompt: bool
 
     def key(self, path: Path) -> str:
         """Return a hash of the split's content and of these settings."""
-        style = self.tokenizer.prompt_style(self.prompt_style)
-        turns = Turn("question", "answer"), Turn("question", "answer", "input")
-        samples = [repr(style.render(Example.of(turn))) for turn in turns]  # a template may also write the date
         with open_split(path) as file:
             content = digest(file)
-        values = [FORMAT, content, self.tokenizer.fingerprint, self.prompt_style, samples, self.mask_prompt]
+        style = [self.prompt_style.name, dict(self.prompt_style.variables), self.date]
+        values = [FORMAT, content, self.tokenizer.fingerprint, style, self.mask_prompt, NAMES]
         return sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+    @property
+    def date(self) -> str | None:
+        """The day that the chat template writes as today's, if it does."""
+        style = self.tokenizer.prompt_style(self.prompt_style)
+        return self.prompt_style.date if isinstance(style, ChatStyle) and style.template.reads_date else None
 
     def encode_file(self, path: Path) -> Iterator[Tokens]:
         """Yield the tokens of a split chunk by chunk; after the first invalid row, only count the others."""
@@ -80,15 +89,20 @@ class SplitEncoder:
     def _collect(self, path: Path, size: int, processes: int) -> Iterator[Tokens]:
         lines = rows = 0
         invalid: list[str] = []
-        ranges = (LineRange(path, *span, only_check=bool(invalid)) for span in chunk_spans(path))
+        refused: list[str] = []
+        ranges = (LineRange(path, *span, only_check=bool(invalid or refused)) for span in chunk_spans(path))
         with tqdm(desc=f"tokenizing {path.name}", total=size, unit="B", unit_scale=True, delay=2) as bar:
             for chunk in _encode_ranges(ranges, self, processes):
                 invalid += [f"{path} line {lines + line}: {error}" for line, error in chunk.invalid]
+                refused += [f"{path} line {lines + line}: {error}" for line, error in chunk.refused]
+                if not invalid and not refused:
+                    yield from (tokens.with_lines_from(lines) for tokens in chunk.tokens)
                 lines, rows = lines + chunk.lines, rows + chunk.rows
-                if not invalid:
-                    yield from chunk.tokens
                 bar.update(chunk.size)
         require_rows(str(path), rows, invalid, ANY)
+        if refused:
+            more = f" (rows after it: {len(refused) - 1:,})" if len(refused) > 1 else ""
+            raise LitLoraError(f"{refused[0]}{more}")
 
     def encode_range(self, lines: LineRange) -> EncodedLines:
         """Read a range of lines and tokenize their examples, if all rows are valid."""
@@ -96,14 +110,34 @@ class SplitEncoder:
             file.seek(lines.start)
             content = file.read(lines.end - lines.start).splitlines()
         rows, invalid = read_rows(jsonl_rows(content), ANY)
-        examples = [] if invalid or lines.only_check else [row.example for _, row in rows]
         errors = [(line, str(error)) for line, error in invalid]
-        return EncodedLines(lines.end - lines.start, len(content), len(rows), errors, self._encode(examples))
+        rendered, refused = self._render([] if invalid or lines.only_check else rows)
+        tokens = [] if refused else self._encode(rendered)
+        return EncodedLines(lines.end - lines.start, len(content), len(rows), errors, refused, tokens)
 
-    def _encode(self, examples: list[Example]) -> list[Tokens]:
+    def _render(self, rows: Sequence[tuple[int, ParsedRow]]) -> tuple[list[RenderedRow], list[tuple[int, str]]]:
+        """Return the sequences of rows, and line and error of the rows that the style cannot render."""
         style = self.tokenizer.prompt_style(self.prompt_style)
-        groups = [examples[start : start + TEXTS] for start in range(0, len(examples), TEXTS)]
-        return [encode(group, self.tokenizer, style, mask_prompt=self.mask_prompt) for group in groups]
+        rendered: list[RenderedRow] = []
+        refused = []
+        for line, row in rows:
+            try:
+                rendered += _sequences(row, line, style)
+            except LitLoraError as error:
+                refused.append((line, str(error)))
+        return rendered, refused
+
+    def _encode(self, rows: Sequence[RenderedRow]) -> list[Tokens]:
+        style = self.tokenizer.prompt_style(self.prompt_style)
+        groups = [rows[start : start + TEXTS] for start in range(0, len(rows), TEXTS)]
+        return [encode_rows(group, self.tokenizer, style, mask_prompt=self.mask_prompt) for group in groups]
+
+
+def _sequences(row: ParsedRow, line: int, style: PromptStyle) -> list[RenderedRow]:
+    """Return the sequences of a row; the first one holds what the checks know about the row."""
+    first, *others = (RenderedRow(each, line) for each in style.render(row.example))
+    same, similar = digests(row.example)
+    return [first._replace(flags=flags_of_row(row), same=same, similar=similar), *others]
 
 
 def chunk_spans(path: Path) -> Iterator[tuple[int, int]]:

@@ -12,14 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from litlora.data.encoding import Tokens
 from litlora.data.split_encoder import SplitEncoder
+from litlora.data.tokens import ABOUT as ABOUT_TYPE
+from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError
 from litlora.utils.console import log
 from litlora.utils.files import atomic_directory, check_writable, digest, read_json
 
 FOLDER = "tokenized"
-IDS, OFFSETS, FIRST_LABELS, MANIFEST = "ids.int32", "offsets.int64", "first_labels.int32", "manifest.json"
+IDS, OFFSETS, FIRST_LABELS, ABOUT = "ids.int32", "offsets.int64", "first_labels.int32", "about.records"
+MANIFEST = "manifest.json"
 ABANDONED = 24 * 3600  # seconds after which no process still writes a temporary folder
 RETAINED = 4  # entries of each split: for other tokenizers, prompt styles and rows
 
@@ -91,7 +93,7 @@ def _is_cached(folder: Path) -> bool:
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the hashes of an entry's arrays, as its manifest holds them."""
     hashes = {}
-    for name in (IDS, OFFSETS, FIRST_LABELS):
+    for name in (IDS, OFFSETS, FIRST_LABELS, ABOUT):
         with (folder / name).open("rb") as file:
             hashes[name] = digest(file)
     return hashes
@@ -101,13 +103,18 @@ def _map(folder: Path) -> Tokens:
     with (folder / IDS).open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     offsets = np.memmap(folder / OFFSETS, np.int64, "r")
-    return Tokens(np.frombuffer(memory, np.int32), offsets, np.memmap(folder / FIRST_LABELS, np.int32, "r"), memory)
+    first_labels, about = np.memmap(folder / FIRST_LABELS, np.int32, "r"), np.memmap(folder / ABOUT, ABOUT_TYPE, "r")
+    return Tokens(np.frombuffer(memory, np.int32), offsets, first_labels, about, memory)
 
 
 def _is_consistent(tokens: Tokens) -> bool:
     """Return whether the arrays have the same examples, each with a token and with its first label inside."""
     offsets, firsts = tokens.offsets, tokens.first_labels
-    if len(offsets) != len(firsts) + 1 or (offsets[0], offsets[-1]) != (0, len(tokens.ids)):
+    if (
+        len(offsets) != len(firsts) + 1
+        or len(tokens.about) != len(firsts)
+        or (offsets[0], offsets[-1]) != (0, len(tokens.ids))
+    ):
         return False
     lengths = np.diff(offsets)
     return bool((lengths > 0).all() and (firsts >= 0).all() and (firsts < lengths).all())
@@ -155,13 +162,14 @@ def _write(folder: Path, chunks: Iterable[Tokens]) -> None:
     """Write tokens chunk by chunk, and then the manifest."""
     end = 0
     with ExitStack() as stack:
-        ids, offsets, first_labels = (
-            stack.enter_context((folder / name).open("wb")) for name in (IDS, OFFSETS, FIRST_LABELS)
+        ids, offsets, first_labels, about = (
+            stack.enter_context((folder / name).open("wb")) for name in (IDS, OFFSETS, FIRST_LABELS, ABOUT)
         )
         offsets.write(np.zeros(1, np.int64).tobytes())
         for chunk in chunks:
             ids.write(chunk.ids.tobytes())
             offsets.write((chunk.offsets[1:] + end).tobytes())
             first_labels.write(chunk.first_labels.tobytes())
+            about.write(chunk.about.tobytes())
             end += len(chunk.ids)
     (folder / MANIFEST).write_text(json.dumps(hash_files(folder)), encoding="utf-8")

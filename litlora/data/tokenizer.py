@@ -16,8 +16,10 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken
 
-from litlora.data.prompt_styles import PromptStyle, build_prompt_style
+from litlora.data.prompt_styles import AUTO, PromptStyle, StyleSettings, StyleTokens, build_prompt_style
+from litlora.data.rendered import Rendered
 from litlora.data.sentencepiece_model import SPACE, SentencePieceEncoding
+from litlora.data.special_tokens import LiteralEncoder, SpecialTokens
 from litlora.data.tokenizer_files import (
     no_tokenizer,
     probe_decoder,
@@ -48,15 +50,26 @@ class Encodings(NamedTuple):
     lengths: NDArray[np.int32]
 
 
-def check_prompt_style(checkpoint_dir: Path, name: str) -> None:
-    """Refuse a checkpoint without a tokenizer or without what a prompt style needs; its vocabulary is not read."""
+def check_prompt_style(checkpoint_dir: Path, settings: StyleSettings) -> str | None:
+    """Refuse a checkpoint without a tokenizer or without what a prompt style needs, and return its chat template.
+
+    Its vocabulary is not read.
+    """
     if not any((checkpoint_dir / file).is_file() for file in TOKENIZERS):
         raise no_tokenizer(checkpoint_dir)
     with _reporting_inconsistency(checkpoint_dir):
-        settings = read_settings(checkpoint_dir)
-        bos, eos = (token_text(settings.get(token)) for token in ("bos_token", "eos_token"))
-        template = read_chat_template(checkpoint_dir, settings)
-    build_prompt_style(name, bos_token=bos, eos_token=eos or "", chat_template=template)
+        files = read_settings(checkpoint_dir)
+        named = _named_tokens(files)
+        template = read_chat_template(checkpoint_dir, files)
+    if settings.name != AUTO:
+        tokens = StyleTokens(named.get("eos_token") or "", named, SpecialTokens(()), frozenset(), template)
+        build_prompt_style(settings, tokens)
+    return template
+
+
+def _named_tokens(settings: dict[str, Any]) -> dict[str, str | None]:
+    """Return the special tokens by the names that chat templates have for them, such as bos_token."""
+    return {key: token_text(value) for key, value in settings.items() if key.endswith("_token")}
 
 
 class Tokenizer:
@@ -78,6 +91,7 @@ class Tokenizer:
             self.stop_ids = frozenset(eos_ids)
             self._register([*special_token_texts(settings), self.eos_token])
             self._added = self._backend.get_added_tokens_decoder()
+            self._named_tokens = _named_tokens(settings)
             self._is_byte_level, self._drops_first_space = probe_decoder(checkpoint_dir, self._backend)
 
     def _eos_ids(self, checkpoint_dir: Path, settings: dict[str, Any], config: dict[str, Any]) -> list[int]:
@@ -104,11 +118,29 @@ class Tokenizer:
         missing = [text for text in texts if text in vocabulary and text not in known]
         self._backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
 
-    def prompt_style(self, name: str) -> PromptStyle:
-        """Return the prompt style of this name for the checkpoint."""
-        return build_prompt_style(
-            name, bos_token=self.bos_token, eos_token=self.eos_token, chat_template=self.chat_template
+    @cached_property
+    def style_tokens(self) -> StyleTokens:
+        """What the prompt styles need to know."""
+        special = [token.content for token in self._added.values() if token.special]
+        others = [token.content for token in self._added.values() if not token.special]
+        stops = frozenset(filter(None, map(self._backend.id_to_token, self.stop_ids)))
+        return StyleTokens(
+            self.eos_token, self._named_tokens, SpecialTokens(special, others), stops, self.chat_template
         )
+
+    def prompt_style(self, settings: StyleSettings | str) -> PromptStyle:
+        """Return the prompt style of these settings, or of this name, for the checkpoint."""
+        return build_prompt_style(StyleSettings.of(settings), self.style_tokens)
+
+    def stop_ids_of(self, style: PromptStyle) -> frozenset[int]:
+        """Return the ids at which a generation stops: those of the checkpoint, and the end token of the style."""
+        end = style.end_token and self._backend.token_to_id(style.end_token)
+        return self.stop_ids | ({end} if end is not None and isinstance(end, int) else set())
+
+    def encode_prompt(self, style: PromptStyle, prompt: Rendered) -> list[int]:
+        """Return the ids of a prompt, as generation feeds them to the model."""
+        ids: list[int] = self.encode_rendered([prompt], style.add_special_tokens).ids.tolist()
+        return ids
 
     @cached_property
     def fingerprint(self) -> str:
@@ -131,6 +163,42 @@ class Tokenizer:
         lengths = np.array([len(encoding) for encoding in encodings], np.int32)
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, lengths.sum())
         return Encodings(ids, _spans(encodings, lengths), lengths)
+
+    def encode_rendered(self, rendered: Sequence[Rendered], add_special_tokens: bool = True) -> Encodings:
+        """Tokenize rendered texts on all cores, with special tokens of an example's own text as plain text."""
+        try:
+            batch = self._backend.encode_batch([each.text for each in rendered], add_special_tokens=False)
+        except TypeError as error:
+            raise LitLoraError("a text contains an unpaired surrogate, which is not a character") from error
+        pairs = [(encoding.ids, encoding.offsets) for encoding in batch]
+        for n, each in enumerate(rendered):
+            if each.literal:
+                spans = self.style_tokens.special.spans(each.text, each.literal)
+                pairs[n] = self._literal_encoder.encode(each.text, spans)
+        prefix = self._added_before if add_special_tokens else []
+        pairs = [pair if not prefix or pair[0][: len(prefix)] == prefix else _prefixed(prefix, *pair) for pair in pairs]
+        lengths = np.array([len(ids) for ids, _ in pairs], np.int32)
+        ids = np.fromiter(chain.from_iterable(ids for ids, _ in pairs), np.int32, lengths.sum())
+        ends = chain.from_iterable(chain.from_iterable(offsets) for _, offsets in pairs)
+        return Encodings(ids, np.fromiter(ends, np.int32, 2 * lengths.sum()).reshape(-1, 2), lengths)
+
+    @cached_property
+    def _literal_encoder(self) -> LiteralEncoder:
+        return LiteralEncoder(self._backend)
+
+    @cached_property
+    def _added_before(self) -> list[int]:
+        """The ids that the tokenizer adds before a text, usually BOS."""
+        ids, bare = (self._backend.encode_batch(["x"], add_special_tokens=add)[0].ids for add in (True, False))
+        before = next((n for n in range(len(ids)) if ids[n : n + len(bare)] == bare), 0)
+        prefix: list[int] = ids[:before]
+        return prefix
+
+    def last_special(self, rendered: Rendered) -> int:
+        """Return where the last special token of a prompt starts, 0 without one."""
+        prompt = rendered.prompt
+        spans = self.style_tokens.special.spans(prompt, rendered.literal)
+        return spans[-1][0] if spans else 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens."""
@@ -186,6 +254,12 @@ def _spans(
     for index in np.flatnonzero(is_added):
         spans[index] = 0 if is_first[index] else spans[index - 1, 1]
     return spans
+
+
+def _prefixed(
+    prefix: list[int], ids: list[int], offsets: list[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    return [*prefix, *ids], [*[(0, 0)] * len(prefix), *offsets]
 
 
 @contextmanager

@@ -29,9 +29,9 @@ def sample_completion(
 ) -> str:
     """Return the first prompt of an example and its greedy completion, as two lines to print."""
     turn, sampler = example.turns[0], BroadcastSampler(ranks=engine.ranks)
-    prompt = style.prompt(turn.instruction, turn.input, example.system)
-    ids = tokenizer.encode(prompt, style.add_special_tokens).ids
+    ids = tokenizer.encode_prompt(style, style.prompt(turn.instruction, turn.input, example.system))
     with engine.fabric.autocast():
-        tokens = generate(engine.gpt, ids, sampler, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids)
+        stop_ids = tokenizer.stop_ids_of(style)
+        tokens = generate(engine.gpt, ids, sampler, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
         question = " ".join(filter(None, (turn.instruction, turn.input)))
         return f"  {question}\n  -> {''.join(tokenizer.stream(ids, tokens))}"

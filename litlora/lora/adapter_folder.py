@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG as BASE_CONFIG
 from litlora.utils.files import YAML_ERRORS, read_json
@@ -13,6 +14,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PROMPT_STYLE = "prompt_style.yaml"
+VARIABLES, DATE = "prompt_style_variables", "template_date"  # keys of it
 FINAL = "final"  # in the folder of a run
 # PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
 BASE = "auto_mapping"
@@ -47,7 +49,7 @@ def run_folder_hint(out_dir: Path) -> str | None:
     return f"did you mean {out_dir / FINAL}?" if is_adapter(out_dir / FINAL) else None
 
 
-def read_prompt_style(directory: Path) -> str | None:
+def read_prompt_style(directory: Path) -> StyleSettings | None:
     """Return the prompt style that an adapter was trained on, or None where a folder does not say."""
     path = directory / PROMPT_STYLE
     if not path.is_file():
@@ -57,8 +59,23 @@ def read_prompt_style(directory: Path) -> str | None:
     except YAML_ERRORS as error:
         raise LitLoraError(f"{path} is not valid YAML") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt_style"), str):
-        raise LitLoraError(f"{path} must hold one key, prompt_style, with a text")
-    return str(content["prompt_style"])
+        raise LitLoraError(f"{path} must have the key prompt_style, with a text")
+    variables, date = content.get(VARIABLES) or {}, content.get(DATE)
+    if not isinstance(variables, dict) or not isinstance(date, str | None):
+        raise LitLoraError(f"{path}: {VARIABLES} must be a mapping, and {DATE} a text")
+    return StyleSettings(content["prompt_style"], variables, date)
+
+
+def same_style(style: StyleSettings, other: StyleSettings) -> bool:
+    """Tell whether two models expect the same prompts; the date of the training does not matter."""
+    return (style.name, style.variables) == (other.name, other.variables)
+
+
+def write_prompt_style(directory: Path, settings: StyleSettings) -> None:
+    """Write the prompt style into the folder of an adapter or of a merged checkpoint."""
+    others = {VARIABLES: dict(settings.variables), DATE: settings.date}
+    content = {"prompt_style": settings.name} | {key: value for key, value in others.items() if value}
+    (directory / PROMPT_STYLE).write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
 
 
 def refuse_adapter(directory: Path) -> None:

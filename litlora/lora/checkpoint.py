@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save
 from torch import Tensor
 
+from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.hub.origin import origin
 from litlora.lora.adapter import Adapter, weighted_sum
 from litlora.lora.adapter_config import INIT, of_base, read_settings, settings_as_keys
-from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, PROMPT_STYLE, WEIGHTS
+from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, WEIGHTS, write_prompt_style
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_layers, add_lora, freeze_adapter, linear_layers, lora_layers, saved_tensors
 from litlora.lora.pissa import subtract_starts
@@ -34,7 +34,12 @@ QUANTIZATION = "quantization_config"
 
 
 def write_adapter(
-    directory: Path, model: GPT, lora: LoRAConfig, base_dir: Path, base_sha256: str, prompt_style: str
+    directory: Path,
+    model: GPT,
+    lora: LoRAConfig,
+    base_dir: Path,
+    base_sha256: str,
+    prompt_style: StyleSettings | str,
 ) -> None:
     """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on.
 
@@ -55,8 +60,7 @@ def write_adapter(
     tensors = {PREFIX + name: tensor.cpu().contiguous() for name, tensor in saved_tensors(model).items()}
     content = save(tensors, metadata={"format": "pt", FINGERPRINT: base_sha256})
     (directory / WEIGHTS).write_bytes(_in_order(content))
-    style = yaml.safe_dump({"prompt_style": prompt_style}, allow_unicode=True)
-    (directory / PROMPT_STYLE).write_text(style, encoding="utf-8")
+    write_prompt_style(directory, StyleSettings.of(prompt_style))
 
 
 def _in_order(content: bytes) -> bytes:

@@ -14,7 +14,9 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
 from litlora.lora.adapter import Adapter
+from litlora.lora.adapter_folder import read_prompt_style, same_style
 from litlora.lora.checkpoint import read_adapters, refuse_compensation, shared_quantization
+from litlora.lora.prompt_files import write_prompt_files
 from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint, block_linears
 from litlora.nn.nf4 import Quantization, dequantized
@@ -29,15 +31,19 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
     merge = Merge(read_adapters(adapters, base, dequantized), quantized)
     untie = base.config.tie_word_embeddings and merge.changes(base.config.hub_name(HEAD))
     with atomic_directory(out_dir) as folder:
-        copy_other_files(folder, base)
+        tokenizer = Tokenizer(base.dir, base.hub_config)
+        copy_other_files(folder, base, tokenizer)
+        styles = [style for adapter in adapters if (style := read_prompt_style(adapter.folder))]
+        if styles and all(same_style(style, styles[0]) for style in styles):
+            write_prompt_files(folder, tokenizer, styles[0])
         write_weights(folder, base, merge, untie)
         write_config(folder, base, untie)
 
 
-def copy_other_files(folder: Path, base: Checkpoint) -> None:
+def copy_other_files(folder: Path, base: Checkpoint, tokenizer: Tokenizer) -> None:
     """Copy what a checkpoint has beside its config and weights: tokenizer, generation settings and license."""
     others = (base.dir / name for name in (GENERATION_CONFIG, *LICENCES))
-    for path in (*others, *Tokenizer(base.dir, base.hub_config).files):
+    for path in (*others, *tokenizer.files):
         if path.is_file():
             copy_own(path, folder)
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litlora.args import GenerateArgs, MergeLoraArgs
+from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import read_settings
-from litlora.lora.adapter_folder import find_base, find_named_base, is_adapter, read_prompt_style
+from litlora.lora.adapter_folder import find_base, find_named_base, is_adapter, read_prompt_style, same_style
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ def _shared_base(directory: Path | None, base_dir: Path | None, adapters: Sequen
     return first[1]
 
 
-def shared_prompt_style(adapters: Iterable[Weighted]) -> str | None:
+def shared_prompt_style(adapters: Iterable[Weighted]) -> StyleSettings | None:
     """Return the prompt style that adapters were trained on, or None where none of them says."""
-    folders = [adapter.folder for adapter in adapters]
-    styles = {style: folder for folder in folders if (style := read_prompt_style(folder)) is not None}
-    if len(styles) > 1:
-        (first, one), (second, other) = list(styles.items())[:2]
-        fault = f"{one} and {other} were trained on different prompt styles ({first}, {second})"
-        raise LitLoraError(f"{fault}: choose one with --prompt_style")
-    return next(iter(styles), None)
+    read = [(adapter.folder, read_prompt_style(adapter.folder)) for adapter in adapters]
+    styles = [(folder, style) for folder, style in read if style is not None]
+    for folder, style in styles[1:]:
+        first, one = styles[0]
+        if not same_style(style, one):
+            fault = f"{first} and {folder} were trained on different prompt styles ({one.name}, {style.name})"
+            raise LitLoraError(f"{fault}: choose one with --prompt_style")
+    return styles[0][1] if styles else None

@@ -48,8 +48,8 @@ def _continued(adapter_dir: Path, args: FinetuneLoraArgs, checkpoint: Checkpoint
     if not args.quantize:
         refuse_compensation([Weighted(adapter_dir)], "pass --quantize bnb.nf4")
     style = read_prompt_style(adapter_dir)
-    if style not in (None, args.prompt_style):
-        log(f"{adapter_dir} was trained on the prompt style {style}, and this run is on {args.prompt_style}")
+    if style and style.name != args.prompt_style:
+        log(f"{adapter_dir} was trained on the prompt style {style.name}, and this run is on {args.prompt_style}")
     read_adapter(adapter_dir, checkpoint)  # only a check: its tensors are loaded into the model later
     return replace(read_lora_config(adapter_dir), lora_dropout=args.lora_dropout)
 

@@ -3,11 +3,13 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+from litlora.data.checks import Finding
 from litlora.lora.layer import count
 from litlora.models.transformer import GPT
 from litlora.train.metrics import peak_memory_gb
@@ -38,9 +40,21 @@ class Report:
     adapter: str
     """What was trained: variant, rank, targets and all that differs from the defaults."""
     versions: dict[str, str]
+    findings: list[dict[str, Any]]
+    """What the checks of the data found."""
+    template_date: str | None
+    """The day that the chat template wrote as today's, if it writes one."""
 
     @classmethod
-    def of(cls, gpt: GPT, progress: Progress, val_loss: float | None, adapter: str) -> Self:
+    def of(
+        cls,
+        gpt: GPT,
+        progress: Progress,
+        val_loss: float | None,
+        adapter: str,
+        findings: Sequence[Finding],
+        template_date: str | None,
+    ) -> Self:
         """Summarize a run whose final adapter has this validation loss."""
         return cls(
             train_loss=progress.train_loss,
@@ -56,6 +70,8 @@ class Report:
             frozen_parameters=count(gpt, trainable=False),
             adapter=adapter,
             versions={package: version(package) for package in ("litlora", "torch", "bitsandbytes")},
+            findings=[asdict(finding) for finding in findings],
+            template_date=template_date,
         )
 
     @classmethod

@@ -16,6 +16,7 @@ import yaml
 from torch.optim import Optimizer
 
 from litlora.args import FinetuneLoraArgs, plain
+from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import RESUME, LitLoraError
 from litlora.export.model_card import model_card
 from litlora.hub.origin import origin
@@ -53,6 +54,7 @@ class RunFolder:
     lora: LoRAConfig
     tokenizer_files: tuple[Path, ...]
     identity: Identity
+    prompt_style: StyleSettings
 
     @property
     def path(self) -> Path:
@@ -175,7 +177,7 @@ class RunFolder:
 
     def _write_adapter(self, folder: Path, model: GPT) -> None:
         base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]
-        write_adapter(folder, model, self.lora, base_dir, base_sha256, self.args.prompt_style)
+        write_adapter(folder, model, self.lora, base_dir, base_sha256, self.prompt_style)
         for path in self.tokenizer_files:
             copy_own(path, folder)
 

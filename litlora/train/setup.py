@@ -1,9 +1,10 @@
 """Building a fine-tuning run from its arguments, and carrying it out."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -16,13 +17,14 @@ from tqdm import tqdm
 
 from litlora.args import FinetuneLoraArgs
 from litlora.data.batching import Batching, Samples, epoch_order
-from litlora.data.dataset import read_example
-from litlora.data.encoding import Tokens
+from litlora.data.checks import CheckedData, CheckedSplit, Finding, refuse_errors, run_checks
+from litlora.data.dataset import choose_prompt_style, read_example
 from litlora.data.examples import Example
-from litlora.data.prompt_styles import PromptStyle
+from litlora.data.prompt_styles import AUTO, PromptStyle, StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import Split, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.tokens import Tokens
 from litlora.distributed.fsdp import load_sharded
 from litlora.distributed.launcher import find_rank_info
 from litlora.distributed.process_group import Ranks, monitor_peers, open_fabric, reporting_once
@@ -30,7 +32,7 @@ from litlora.errors import LitLoraError
 from litlora.evaluation.engine import Engine
 from litlora.evaluation.samples import sample_completion
 from litlora.evaluation.validation import validate
-from litlora.lora.adapter_folder import CONFIG, WEIGHTS, refuse_adapter
+from litlora.lora.adapter_folder import CONFIG, WEIGHTS, read_prompt_style, refuse_adapter
 from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
@@ -58,7 +60,7 @@ from litlora.train.memory_estimate import Network, breakdown, table
 from litlora.train.metrics import peak_memory_gb
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
 from litlora.train.report import Report
-from litlora.train.resume import BASE, START, TOKENIZATION, Identity, no_checkpoint
+from litlora.train.resume import BASE, START, TOKENIZATION, Identity, checkpoints_in, no_checkpoint
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.schedule import orders, total_steps
 from litlora.train.train_state import Progress, restore_state
@@ -81,7 +83,8 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
         raise LitLoraError("--dry_run makes no report: leave it out, or call litlora.train.setup.forecast")
     stop = StopRequest(args.train.max_time)
     with joined(args) as (fabric, ranks):
-        inputs = find_inputs(args, base, fabric.device)
+        inputs = find_inputs(args, base, fabric.device, ranks)
+        args = inputs.args
         folder = run_folder(args, inputs, ranks)
         if ranks.broadcast_result(folder.is_left_alone):
             log(f"the run in {args.out_dir} is finished: adapter in {folder.final}")
@@ -95,13 +98,14 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
             longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size, progress.step)
             shards = ranks.world_size if isinstance(run.engine.gpt, FSDPModule) else 1
             check_memory(run.engine, replace(network, shards=shards), args.train, args.optimizer, longest)
-        return carry_out(run, progress, start, inputs.checkpoint)
+        return carry_out(run, progress, start, inputs.checkpoint, data.findings)
 
 
 def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str:
     """Return what a run would compute and the parts of its peak memory, as a table; no weight is loaded (--dry_run)."""
     with joined(args) as (fabric, ranks):
-        inputs = find_inputs(args, base, fabric.device)
+        inputs = find_inputs(args, base, fabric.device, ranks)
+        args = inputs.args
         folder = run_folder(args, inputs, ranks)
         ranks.broadcast_result(folder.check)
         data = read_data(args, inputs, ranks)
@@ -131,6 +135,8 @@ def joined(args: FinetuneLoraArgs) -> Iterator[tuple[Fabric, Ranks]]:
 class Inputs:
     """What a run reads, found and checked."""
 
+    args: FinetuneLoraArgs
+    """The settings, with the prompt style that auto stands for."""
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     style: PromptStyle
@@ -153,22 +159,43 @@ class Inputs:
         return {BASE: self.checkpoint.fingerprint()} | tokens | TOKENIZATION | start
 
 
-def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: torch.device) -> Inputs:
+def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: torch.device, ranks: Ranks) -> Inputs:
     """Open the base and find the splits; refuse settings that do not fit them."""
     refuse_adapter(args.checkpoint_dir)
     checkpoint = Checkpoint.open(base or args.checkpoint_dir)
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     for path in tokenizer.files:  # which are copied beside the adapter
         refuse_foreign_link(path)
-    style = tokenizer.prompt_style(args.prompt_style)
+    settings = find_prompt_style(args, tokenizer, ranks)
+    args = replace(args, prompt_style=settings.name)
+    style = tokenizer.prompt_style(settings)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
     lora = lora_config(args, checkpoint)
     check_optimizer(args.optimizer, args.train.learning_rate, device, args.lora_plus_ratio)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
-    encoder = SplitEncoder(tokenizer, args.prompt_style, args.mask_prompt)
+    encoder = SplitEncoder(tokenizer, settings, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
-    return Inputs(checkpoint, tokenizer, style, args.init_adapter, lora, limit, encoder, splits)
+    return Inputs(args, checkpoint, tokenizer, style, args.init_adapter, lora, limit, encoder, splits)
+
+
+def find_prompt_style(args: FinetuneLoraArgs, tokenizer: Tokenizer, ranks: Ranks) -> StyleSettings:
+    """Return the prompt style, with the date of the resumed run, or today's, for a chat template that writes it."""
+    name, reason = choose_prompt_style(args.prompt_style, args.data_dir / "train.jsonl", tokenizer.chat_template)
+    if args.prompt_style == AUTO:
+        log(f"--prompt_style auto is {name}: {reason}")
+    today = partial(recorded_date, args)
+    return StyleSettings(name, args.prompt_style_variables or {}, ranks.broadcast_result(today))
+
+
+def recorded_date(args: FinetuneLoraArgs) -> str:
+    """Return the date with which the run that is resumed tokenized its data, or else today's."""
+    folders = [args.resume] if isinstance(args.resume, Path) else checkpoints_in(args.out_dir) if args.resume else []
+    for folder in reversed(folders):
+        with suppress(LitLoraError):  # a corrupt checkpoint is reported later
+            if (was := read_prompt_style(folder)) and was.date:
+                return was.date
+    return datetime.now().date().isoformat()
 
 
 def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolder:
@@ -176,7 +203,8 @@ def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolde
     hashes = inputs.hashes
     ranks.require_identical(hashes)
     kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
-    return kind(args, inputs.lora, inputs.tokenizer.files, Identity.of(args, hashes))
+    style = replace(inputs.encoder.prompt_style, date=inputs.encoder.date)
+    return kind(args, inputs.lora, inputs.tokenizer.files, Identity.of(args, hashes), style)
 
 
 @dataclass(frozen=True)
@@ -186,6 +214,7 @@ class Data:
     train: Samples
     val: Samples
     example: Example
+    findings: list[Finding]
 
 
 def read_data(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> Data:
@@ -194,10 +223,20 @@ def read_data(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> Data:
     with ranks.first_ahead():
         opened = open_splits(inputs.splits, inputs.encoder)
     named = {split.path.name: tokens for split, tokens in zip(inputs.splits, opened, strict=True)}
-    require_embedded(named, inputs.tokenizer, inputs.config)
     limit, most = inputs.max_seq_length, args.train.micro_batch_tokens
+    findings = check_splits(inputs, opened)
     train, val = (samples_of(name, tokens, limit, most) for name, tokens in named.items())
-    return Data(train, val, example)
+    return Data(train, val, example, findings)
+
+
+def check_splits(inputs: Inputs, opened: Sequence[Tokens]) -> list[Finding]:
+    """Run the checks of the data, and print what they find; an error stops the run."""
+    splits = [CheckedSplit(split.path, tokens) for split, tokens in zip(inputs.splits, opened, strict=True)]
+    findings = run_checks(CheckedData(splits, inputs.max_seq_length, inputs.config.vocab_size))
+    refuse_errors(findings)
+    for finding in findings:
+        log(str(finding))
+    return findings
 
 
 def build_run(
@@ -247,7 +286,9 @@ def validate_and_print(loss: Callable[[], float], completion: Callable[[], str] 
     return val_loss
 
 
-def carry_out(run: Run, progress: Progress, start: Path | None, checkpoint: Checkpoint) -> Report:
+def carry_out(
+    run: Run, progress: Progress, start: Path | None, checkpoint: Checkpoint, findings: Sequence[Finding]
+) -> Report:
     """Train to the end, and save the final adapter with the report."""
     run.folder.open(start, progress.step)
     with reporting_shortage(progress, run.train):
@@ -256,7 +297,8 @@ def carry_out(run: Run, progress: Progress, start: Path | None, checkpoint: Chec
         with run.stop.handling_signals():
             fit(run, progress)
         val_loss = select_final_adapter(run.engine.gpt, progress)
-        report = Report.of(run.engine.gpt, progress, val_loss, run.folder.adapter)
+        date = run.folder.prompt_style.date
+        report = Report.of(run.engine.gpt, progress, val_loss, run.folder.adapter, findings, date)
         final = run.folder.save_final(run.engine.gpt, report)
     log(f"adapter in {final}")
     return report
@@ -282,13 +324,6 @@ def calibrate(engine: Engine, samples: Samples, batching: Batching, seed: int) -
             loss_and_gradients(engine, parameters, 1, micro)
 
 
-def require_embedded(tokens: Mapping[str, Tokens], tokenizer: Tokenizer, config: GPTConfig) -> None:
-    """Refuse splits with tokens that the embedding does not have, which only a larger vocabulary can give."""
-    if tokenizer.vocab_size > config.vocab_size:
-        for name, split in tokens.items():
-            config.check_ids(name, split.max_id())
-
-
 def build_model(
     args: FinetuneLoraArgs, checkpoint: Checkpoint, lora: LoRAConfig, fabric: Fabric, *, sharded: bool
 ) -> GPT:
@@ -311,12 +346,8 @@ def build_model(
 
 
 def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | None) -> Samples:
-    """Cut the examples of a split to the limit, and report what is lost of them."""
+    """Cut the examples of a split to the limit."""
     samples = Samples(tokens, limit)
-    if samples.truncated:
-        dropped = f", {samples.dropped} of them dropped: nothing of the response is left" if samples.dropped else ""
-        count = len(samples) + samples.dropped
-        log(f"{name}: {samples.truncated} of {count} examples are cut to {limit} tokens{dropped}")
     if not len(samples):
         fault = f"has no example with a response within --train.max_seq_length ({limit}): raise it"
         raise LitLoraError(f"{name} {fault}")

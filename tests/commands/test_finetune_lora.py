@@ -40,7 +40,7 @@ def test_a_loss_has_a_perplexity_as_far_as_floats_go():
 def test_the_report_says_what_was_done(run):
     report = json.loads((run / "final" / "report.json").read_text())
     expected = "train_loss val_loss val_perplexity steps supervised_tokens tokens seconds tokens_per_second "
-    expected += "peak_memory_gb trainable_parameters frozen_parameters versions"
+    expected += "peak_memory_gb trainable_parameters frozen_parameters versions findings template_date adapter"
     assert set(report) == set(expected.split())
     assert report["steps"] == 3
     assert report["trainable_parameters"] == 2 * 2 * 4 * (32 + 32)

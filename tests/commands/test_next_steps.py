@@ -22,7 +22,7 @@ NEXT = {
     ],
     "finetune_lora base --data_dir data --dry_run": [],
     "generate base --prompt x": [],
-    "merge_lora final --out_dir merged": [f"litlora generate merged --prompt_style alpaca {PROMPT}"],
+    "merge_lora final --out_dir merged": [f"litlora generate merged {PROMPT}"],
 }
 
 

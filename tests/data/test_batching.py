@@ -21,9 +21,10 @@ from litlora.data.batching import (
     split_across_ranks,
     with_dropout_seeds,
 )
-from litlora.data.encoding import Tokens, encode
+from litlora.data.encoding import encode
 from litlora.data.examples import Example, Turn
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.tokens import ABOUT, Tokens
 from litlora.nn.loss import IGNORE_INDEX
 
 CONVERSATION = Example.of(Turn("Hi", "Hello 🚪"), Turn("And?", "Bye"))
@@ -54,7 +55,8 @@ def of_lengths(*lengths: int) -> list[Sample]:
 def numbered(count: int) -> Samples:
     """Return samples of one token, their index."""
     ids = np.repeat(np.arange(count, dtype=np.int32), 2)
-    return Samples(Tokens(ids, np.arange(0, 2 * count + 1, 2), np.zeros(count, np.int32)), max_seq_length=9)
+    offsets, firsts = np.arange(0, 2 * count + 1, 2), np.zeros(count, np.int32)
+    return Samples(Tokens(ids, offsets, firsts, np.zeros(count, ABOUT)), max_seq_length=9)
 
 
 def test_responses_and_their_eos_are_supervised(tokenizer):
@@ -222,7 +224,10 @@ def test_sequential_batches_keep_the_order_of_the_file():
 def test_longest_micro_batch_equals_exhaustive_search(size, max_tokens, ranks):
     lengths = np.random.default_rng(0).integers(1, 300, 500)
     offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
-    samples = Samples(Tokens(np.zeros(offsets[-1], np.int32), offsets, np.zeros(500, np.int32)), max_seq_length=300)
+    samples = Samples(
+        Tokens(np.zeros(offsets[-1], np.int32), offsets, np.zeros(500, np.int32), np.zeros(500, ABOUT)),
+        max_seq_length=300,
+    )
     orders = [epoch_order(500, seed=1, epoch=epoch) for epoch in (1, 2, 3)]
     batches = [order[start : start + 16].tolist() for order in orders for start in range(0, 500, 16)]
     sizes = [

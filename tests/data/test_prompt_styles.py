@@ -6,7 +6,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from litlora.data.examples import Example, Turn
-from litlora.data.prompt_styles import PromptStyle, build_prompt_style
+from litlora.data.prompt_styles import PromptStyle, StyleSettings, StyleTokens, build_prompt_style
+from litlora.data.rendered import Rendered
+from litlora.data.special_tokens import SpecialTokens
 from litlora.errors import LitLoraError
 from litlora.utils import resource_limits
 
@@ -74,12 +76,19 @@ CHATS = {
 def style(
     name: str, chat_template: str | None = None, bos_token: str | None = "<s>", eos_token: str = EOS
 ) -> PromptStyle:
-    return build_prompt_style(name, bos_token=bos_token, eos_token=eos_token, chat_template=chat_template)
+    special = SpecialTokens(filter(None, [bos_token, eos_token]))
+    tokens = StyleTokens(eos_token, {"bos_token": bos_token}, special, frozenset({eos_token}), chat_template)
+    return build_prompt_style(StyleSettings(name), tokens)
+
+
+def rendered(style: PromptStyle, example: Example) -> Rendered:
+    """Return the only sequence of an example."""
+    (sequence,) = style.render(example)
+    return sequence
 
 
 def responses(style: PromptStyle, example: Example) -> list[str]:
-    rendered = style.render(example)
-    return [rendered.text[start:end] for start, end in rendered.supervised]
+    return [each.text[start:end] for each in style.render(example) for start, end in each.supervised]
 
 
 def apply_chat_template(name: str, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
@@ -100,12 +109,12 @@ def messages_of(example: Example) -> list[dict[str, str]]:
 
 
 def test_alpaca_is_the_template_of_stanford():
-    assert style("alpaca").prompt("Add them.", "1 and 2") == (
+    assert style("alpaca").prompt("Add them.", "1 and 2").text == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd them.\n\n### Input:\n1 and 2\n\n### Response:\n"
     )
-    assert style("alpaca").prompt("Say hi.") == (
+    assert style("alpaca").prompt("Say hi.").text == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nSay hi.\n\n### Response:\n"
@@ -113,32 +122,32 @@ def test_alpaca_is_the_template_of_stanford():
 
 
 def test_none_is_the_instruction():
-    assert style("none").prompt(" 2 + 2 =") == " 2 + 2 ="
-    assert style("none").prompt("Add them.", "1 and 2") == "Add them.\n\n1 and 2"
+    assert style("none").prompt(" 2 + 2 =").text == " 2 + 2 ="
+    assert style("none").prompt("Add them.", "1 and 2").text == "Add them.\n\n1 and 2"
 
 
 def test_custom_template():
-    assert style("Q: {instruction} ({input})\nA:").prompt("Add", "1, 2") == "Q: Add (1, 2)\nA:"
-    assert style("Q: {instruction} ({input})\nA:").prompt("Add") == "Q: Add ()\nA:"
+    assert style("Q: {instruction} ({input})\nA:").prompt("Add", "1, 2").text == "Q: Add (1, 2)\nA:"
+    assert style("Q: {instruction} ({input})\nA:").prompt("Add").text == "Q: Add ()\nA:"
 
 
 def test_input_without_placeholder_follows_the_instruction():
-    assert style("Q: {instruction}\nA:").prompt("Add", "1, 2") == "Q: Add\n\n1, 2\nA:"
+    assert style("Q: {instruction}\nA:").prompt("Add", "1, 2").text == "Q: Add\n\n1, 2\nA:"
 
 
 def test_placeholders_in_values_stay_unchanged():
-    filled = style("{instruction}|{input}").prompt("{input} {instruction} \\1 {0}", "{instruction}")
+    filled = style("{instruction}|{input}").prompt("{input} {instruction} \\1 {0}", "{instruction}").text
     assert filled == "{input} {instruction} \\1 {0}|{instruction}"
 
 
 def test_other_braces_stay_unchanged():
-    assert style('{"q": "{instruction}", {0} {instruction.__class__} }').prompt("hi") == (
+    assert style('{"q": "{instruction}", {0} {instruction.__class__} }').prompt("hi").text == (
         '{"q": "hi", {0} {instruction.__class__} }'
     )
 
 
 def test_system_prompt_precedes_the_first_instruction():
-    text = style("Q: {instruction}\nA:").render(CONVERSATION).text
+    text = style("Q: {instruction}\nA:").render(CONVERSATION)[0].text
     assert text.startswith("Q: Be brief.\n\nAdd them.\n\n1 and 2\nA:3</s>Q: And once more?\nA:")
     assert text.count("Be brief.") == 1
 
@@ -154,10 +163,10 @@ def test_generation_prompt_is_a_prefix_of_the_training_text(name):
     chosen = style("chat" if template else name, template, bos_token, eos_token)
     for example in (CONVERSATION, Example.of(ADD), Example.of(Turn("Say nothing.", ""))):
         first = example.turns[0]
-        prompt = chosen.prompt(first.instruction, first.input, example.system)
-        rendered = chosen.render(example)
-        assert rendered.text.startswith(prompt)
-        assert rendered.supervised[0][0] == len(prompt)
+        prompt = chosen.prompt(first.instruction, first.input, example.system).text
+        sequence = chosen.render(example)[0]
+        assert sequence.text.startswith(prompt)
+        assert sequence.prompt == prompt
 
 
 def test_style_names_and_special_tokens():
@@ -172,7 +181,8 @@ def test_unknown_style_is_refused_with_the_choices(name):
     with pytest.raises(LitLoraError) as error:
         style(name)
     assert str(error.value) == (
-        f"--prompt_style ({name}) must be alpaca, none, chat, or a text with {{instruction}} and, if wanted, {{input}}"
+        f"--prompt_style ({name}) must be auto, alpaca, none, chat, "
+        "or a text with {instruction} and, if wanted, {input}"
     )
 
 
@@ -182,10 +192,10 @@ def test_chat_text_equals_transformers(name, example):
     template, bos_token, eos_token, _ = CHATS[name]
     chat = style("chat", template, bos_token, eos_token)
     messages = messages_of(example)
-    assert chat.render(example).text == apply_chat_template(name, messages)
+    assert rendered(chat, example).text == apply_chat_template(name, messages)
     first = example.turns[0]
     opening = messages[: 2 if example.system else 1]
-    assert chat.prompt(first.instruction, first.input, example.system) == apply_chat_template(
+    assert chat.prompt(first.instruction, first.input, example.system).text == apply_chat_template(
         name, opening, add_generation_prompt=True
     )
 
@@ -212,12 +222,12 @@ def test_empty_response_is_its_end_token():
 
 
 def test_default_system_prompt_belongs_to_the_prompt():
-    assert "named SmolLM" in style("chat", CHATML).prompt("hi")
-    assert "named SmolLM" not in style("chat", CHATML).prompt("hi", system="Be brief.")
+    assert "named SmolLM" in style("chat", CHATML).prompt("hi").text
+    assert "named SmolLM" not in style("chat", CHATML).prompt("hi", system="Be brief.").text
 
 
 def test_template_without_bos():
-    assert style("chat", "{{ bos_token }}|{{ messages[0].content }}", bos_token=None).prompt("hi") == "|hi"
+    assert style("chat", "{{ bos_token }}|{{ messages[0].content }}", bos_token=None).prompt("hi").text == "|hi"
 
 
 def test_chat_without_a_template_is_refused():
@@ -228,18 +238,13 @@ def test_chat_without_a_template_is_refused():
 
 
 ANSWER_LOST = "{% for m in messages %}{{ m.content.split('|')[-1] }}</s>{% endfor %}"
-PROMPT_CHANGED = "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-HISTORY_CHANGED = "{% for m in messages %}{{ m.content if loop.last else m.content.split('|')[-1] }}</s>{% endfor %}"
 ENDLESS = "{% for n in range(99999) %}{{ 'x' * 9999 }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "writes nothing after a response"),
         (ANSWER_LOST, "drops a part of the response"),
-        (PROMPT_CHANGED, "renders a prompt differently before its response"),
-        (HISTORY_CHANGED, "renders a response differently in a longer conversation"),
         ("{{ raise_exception('no\n system') }}", "fails on a conversation: no system; use"),
         ("{{ nothing.there }}", "fails on a conversation: 'nothing' is undefined"),
         ("{{ 1 / 0 }}", "fails on a conversation: division by zero"),

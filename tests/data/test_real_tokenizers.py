@@ -15,9 +15,11 @@ import tiktoken
 from helpers.tiktoken_files import read_tekken, read_tiktoken, to_backend
 from tokenizers import Tokenizer as Backend
 
+from litlora.data.dataset import read_rows
 from litlora.data.encoding import encode
-from litlora.data.examples import ANY, Example, read_rows
+from litlora.data.examples import Example
 from litlora.data.readers import jsonl_rows
+from litlora.data.row_formats import ANY
 from litlora.data.tokenizer import Tokenizer
 
 LLAMA_3 = (
@@ -115,7 +117,7 @@ def examples() -> list[Example]:
 
 def test_ids_are_those_of_the_file(case, tokenizer):
     for example in examples():
-        text = tokenizer.prompt_style("alpaca").render(example).text.removesuffix(tokenizer.eos_token)
+        text = tokenizer.prompt_style("alpaca").render(example)[0].text.removesuffix(tokenizer.eos_token)
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert ids == case.ids(text)
         assert tokenizer.decode(ids) == text.replace("▁", tokenizer.decode(tokenizer.encode("a▁", False).ids)[1:])
@@ -126,7 +128,8 @@ def test_mask_starts_with_the_first_token_of_the_response(tokenizer, name):
     """Compare with decoding, which knows no offsets: what is not supervised ends within the prompt."""
     style = tokenizer.prompt_style(name)
     for example in examples():
-        text, ((start, end),) = style.render(example).text, style.render(example).supervised
+        (sequence,) = style.render(example)
+        text, ((start, end),) = sequence.text, sequence.supervised
         stored = encode([example], tokenizer, style, mask_prompt=True).ids
         ids = [token_id if token_id >= 0 else ~token_id for token_id in stored.tolist()]
         first = int((stored < 0).sum())

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from litlora.data import split_encoder
+from litlora.data.prompt_styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
-from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, MANIFEST, OFFSETS, find_split, open_splits
+from litlora.data.token_cache import ABOUT, FIRST_LABELS, FOLDER, IDS, MANIFEST, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 
@@ -24,7 +25,7 @@ def tokenizer(tiny) -> Tokenizer:
 
 @pytest.fixture
 def encoder(tokenizer) -> SplitEncoder:
-    return SplitEncoder(tokenizer, "alpaca", mask_prompt=True)
+    return SplitEncoder(tokenizer, StyleSettings("alpaca"), mask_prompt=True)
 
 
 @pytest.fixture
@@ -34,9 +35,9 @@ def data(data_dir, tmp_path) -> Path:
 
 
 def open_all(data: Path, encoder: SplitEncoder) -> list[list[np.ndarray]]:
-    """Return the three arrays of both splits."""
+    """Return the four arrays of both splits."""
     splits = [find_split(data / f"{name}.jsonl", encoder) for name in ("train", "val")]
-    return [list(tokens[:3]) for tokens in open_splits(splits, encoder)]
+    return [list(tokens[:4]) for tokens in open_splits(splits, encoder)]
 
 
 def copied(splits: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
@@ -66,10 +67,10 @@ def test_cache_key_depends_on_everything_that_decides_tokens(data, encoder, toke
     train = data / "train.jsonl"
     keys = [
         encoder.key(train),
-        SplitEncoder(tokenizer, "none", True).key(train),
-        SplitEncoder(tokenizer, "{instruction}", True).key(train),
-        SplitEncoder(tokenizer, "alpaca", False).key(train),
-        SplitEncoder(Tokenizer(pico), "alpaca", True).key(train),
+        SplitEncoder(tokenizer, StyleSettings("none"), True).key(train),
+        SplitEncoder(tokenizer, StyleSettings("{instruction}"), True).key(train),
+        SplitEncoder(tokenizer, StyleSettings("alpaca"), False).key(train),
+        SplitEncoder(Tokenizer(pico), StyleSettings("alpaca"), True).key(train),
         encoder.key(data / "val.jsonl"),
     ]
     train.write_bytes(train.read_bytes().replace(b"pear", b"lime", 1))
@@ -83,11 +84,11 @@ def test_cache_key_depends_on_the_chat_template(data, tiny, tmp_path):
         folder = Path(shutil.copytree(tiny, tmp_path / f"tiny{len(keys)}"))
         each = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
         (folder / "chat_template.jinja").write_text(system + each, encoding="utf-8")
-        keys.add(SplitEncoder(Tokenizer(folder), "chat", True).key(data / "train.jsonl"))
+        keys.add(SplitEncoder(Tokenizer(folder), StyleSettings("chat"), True).key(data / "train.jsonl"))
     assert len(keys) == 2
 
 
-@pytest.mark.parametrize("name", [IDS, OFFSETS, FIRST_LABELS, MANIFEST])
+@pytest.mark.parametrize("name", [IDS, OFFSETS, FIRST_LABELS, ABOUT, MANIFEST])
 def test_corrupt_cache_entry_is_replaced(data, encoder, name):
     expected = copied(open_all(data, encoder))
     for corrupt in (Path.unlink, truncate, flip_bit):
@@ -111,7 +112,9 @@ def test_cache_retains_the_newest_entries(data, tokenizer):
     abandoned.mkdir(parents=True)
     active.mkdir()
     os.utime(abandoned, (0, 0))
-    encoders = [SplitEncoder(tokenizer, f"{number} {{instruction}}", mask_prompt=True) for number in range(6)]
+    encoders = [
+        SplitEncoder(tokenizer, StyleSettings(f"{number} {{instruction}}"), mask_prompt=True) for number in range(6)
+    ]
     for encoder in encoders:
         open_all(data, encoder)
     newest = {
@@ -194,7 +197,7 @@ def test_chat_template_error_in_a_worker_is_one_sentence(data, tiny, tmp_path, t
     template = "{% for m in messages %}{% if 'fruit' in m.content %}{{ raise_exception('no fruit') }}{% endif %}"
     (folder / "chat_template.jinja").write_text(template + "{{ m.content }}</s>{% endfor %}", encoding="utf-8")
     with pytest.raises(LitLoraError, match="fails on a conversation: no fruit"):
-        open_all(data, SplitEncoder(Tokenizer(folder), "chat", True))
+        open_all(data, SplitEncoder(Tokenizer(folder), StyleSettings("chat"), True))
     assert not (data / FOLDER).exists()
 
 
@@ -209,8 +212,9 @@ import os, signal, sys
 from multiprocessing import active_children
 from pathlib import Path
 from litlora.data import split_encoder
+from litlora.data.prompt_styles import StyleSettings
 from litlora.data.tokenizer import Tokenizer
-encoder = split_encoder.SplitEncoder(Tokenizer(Path(sys.argv[1])), "alpaca", True)
+encoder = split_encoder.SplitEncoder(Tokenizer(Path(sys.argv[1])), StyleSettings("alpaca"), True)
 split_encoder.CHUNK = 100
 split_encoder.worker_processes = lambda size: 2
 chunks = encoder.encode_file(Path(sys.argv[2]))
