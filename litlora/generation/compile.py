@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from litlora.errors import LitLoraError
-from litlora.generation.session import Session
 from litlora.lora.layer import LoRALinear, freeze_adapter
+from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT, MLP, Attention, evaluating
 from litlora.nn.backend import backend
 from litlora.nn.linear import Joint, Linear
@@ -79,11 +79,13 @@ def compile_decode_step(model: GPT) -> None:
 def take_decode_step(model: GPT) -> None:
     """Decode one token after some others, which compiles the step for all lengths.
 
-    Equal sizes would be taken for one, and lengths of 0, 1 and the cache's are compiled separately. Only here are
-    shapes dynamic: `compile(dynamic=True)` would set it again before each call.
+    Equal sizes would be taken for one, and lengths of 0, 1 and the cache's are compiled separately, as are keys within
+    a window that do not start with the cache. Only here are shapes dynamic: `compile(dynamic=True)` would set it again
+    before each call.
     """
     length = max(model.config.head_dim, model.config.num_attention_heads)
-    session = Session(model, length + 2)
-    session.cache.length = length
+    weight = model.model.embed_tokens.weight
+    cache = KVCache(model.config, length + 2, weight.dtype, weight.device)
+    cache.length, cache.windows = length, [None] * len(cache.windows)
     with evaluating(model), dynamic_shapes():
-        session.next_logits(torch.zeros(1, dtype=torch.long, device=session.device))
+        model.logits(model(torch.zeros(1, dtype=torch.long, device=weight.device), [1], cache))

@@ -35,7 +35,7 @@ def public_varlen_attention() -> Any:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec) -> Tensor:
-    """Causal attention of the last T positions of a sequence of S.
+    """Causal attention of the last T positions of a sequence, of whose keys the first of them sees all S - T + 1.
 
     q is (n_head, T, head_dim), k and v are (n_kv, S, head_dim). Returns (n_head, T, head_dim).
     """
@@ -43,9 +43,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec) -> Tensor:
     if on_cpu and has_slow_products(q.dtype):
         return attend(q.float(), k.float(), v.float(), spec=spec).to(q.dtype)
     T, S = q.shape[1], k.shape[1]
-    if window is not None and S > T + window - 1:
-        first = S - (T + window - 1)  # no query sees the keys before
-        k, v, S = k[:, first:], v[:, first:], T + window - 1
     fused = on_cpu and torch.compiler.is_compiling()
     if T == 1 and not fused and spec.softcap is None:
         # The heads of a group are to their keys what several queries would be.
