@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.families import MATRIX, WHOLE, Case
+from helpers.families import MATRIX, VISION, WHOLE, Case
 from helpers.reference import hugging_face, in_4_bits, with_peft
 from torch import Tensor
 
 from litlora.errors import LitLoraError
+from litlora.generation.compile import prepare_for_decoding
 from litlora.generation.sampler import Sampler
-from litlora.generation.session import generate
+from litlora.generation.session import Session, generate
 from litlora.lora.checkpoint import load_matrices, read_lora_config, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
@@ -23,7 +24,7 @@ from litlora.lora.targets import excluded_modules, switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.rope_config import ORIGINAL, RopeConfig
-from litlora.models.transformer import GPT
+from litlora.models.transformer import GPT, evaluating
 from litlora.nn.loss import supervised_loss
 from litlora.nn.nf4 import Quantization
 
@@ -39,6 +40,9 @@ QUANTIZED = "use the checkpoint that it was made from, which --quantize can quan
 BLOCK_SWITCHES = [switch for switch in TARGET_MODULES if switch != "head"]
 
 
+FIRST = [case for case in MATRIX if case.name.endswith("-0") or case.model_type in VISION]
+
+
 class Network:
     """A checkpoint of the matrix, with the models that litlora and transformers make of it."""
 
@@ -49,6 +53,12 @@ class Network:
 
     def load(self) -> GPT:
         return self.checkpoint.load(torch.float32, CPU)
+
+    def with_adapter(self) -> GPT:
+        model = self.load()
+        add_lora(model, read_lora_config(self.adapter))
+        load_matrices(model, self.adapter, self.checkpoint)
+        return model
 
     @cached_property
     def adapter(self) -> Path:
@@ -163,10 +173,31 @@ def test_greedy_tokens_equal_transformers(network):
     assert ours == theirs[0, len(prompt) :].tolist()
 
 
+def test_joined_and_repacked_weights_give_the_same_logits(network):
+    model = network.with_adapter()
+    expected = step_logits(model)
+    prepare_for_decoding(model)
+    close(step_logits(model), expected)
+
+
+@torch.inference_mode()
+def step_logits(model: GPT) -> Tensor:
+    """Return the logits after a prompt, and after one token more."""
+    prompt, session = sequences()[0], Session(model, GENERATED)
+    with evaluating(model):
+        return torch.stack([session.next_logits(part) for part in (prompt[:-1], prompt[-1:])])
+
+
+@pytest.mark.parametrize("network", FIRST, ids=lambda case: case.name, indirect=True)
+def test_bfloat16_error_is_that_of_transformers(network):
+    exact = logits(network.ours)
+    ours = logits(network.checkpoint.load(torch.bfloat16, CPU))
+    theirs = expected_logits(hugging_face(network.folder, torch.bfloat16))
+    assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
+
+
 def test_adapter_gradients_equal_peft(network):
-    model, peft = network.load(), with_peft(network.folder, network.adapter, trainable=True)
-    add_lora(model, read_lora_config(network.adapter))
-    load_matrices(model, network.adapter, network.checkpoint)
+    model, peft = network.with_adapter(), with_peft(network.folder, network.adapter, trainable=True)
     tokens, targets = sequences()[-1], labels()
     following = torch.cat((targets[1:], targets.new_full((1,), -100)))
     hidden = model(tokens, [len(tokens)])
