@@ -100,7 +100,9 @@ def phi3_rope(values: Mapping[str, Any], windows: Windows, read: RopeReader) -> 
     """Read one embedding for all layers, whose type longrope has two older names."""
     rope = joined(values)
     older = rope.get("rope_type", rope.get("type")) in ("su", "yarn")
-    return (read(rope | {"rope_type": "longrope"} if older else rope),) * len(windows)
+    # Under its own name, longrope takes original_max_position_embeddings from beside the parameters.
+    rope = joined(dict(values) | {"rope_scaling": rope | {"rope_type": "longrope"}}) if older else rope
+    return (read(rope),) * len(windows)
 
 
 def neox_rope(values: Mapping[str, Any], windows: Windows, read: RopeReader) -> Ropes:

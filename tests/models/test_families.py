@@ -112,6 +112,16 @@ def test_logits_equal_transformers(network):
     close(logits(network.ours), expected_logits(network.theirs))
 
 
+@torch.no_grad()
+def test_shared_prefixes_leave_logits_unchanged(network):
+    """On a CPU, a prefix that a window may cut is computed once for several sequences of a micro-batch."""
+    *_, tokens = sequences()
+    other = torch.cat((tokens[:12], tokens[12:].flip(0)))
+    shared = network.ours(torch.cat((tokens, other[12:])), [24, 12], shared=[0, 12])
+    apart = network.ours(torch.cat((tokens, other)), [24, 24])
+    close(shared, torch.cat((apart[:24], apart[36:])))
+
+
 def test_each_flag_matters(network):
     """A flag whose value could be another one without a difference would be untested."""
     expected, weights = expected_logits(network.theirs), network.ours.state_dict()

@@ -66,6 +66,16 @@ def test_published_spelling_equals_that_of_transformers_5(name):
     assert GPTConfig.from_hub(HUB | rope_of(name)) == GPTConfig.from_hub(HUB | rope_of(name, "rope_parameters"))
 
 
+@pytest.mark.parametrize("older", ["su", "yarn"])
+def test_longrope_of_phi3_has_older_names(older):
+    hub = HUB | {"model_type": "phi3", "original_max_position_embeddings": 16}
+    named, expected = (
+        GPTConfig.from_hub(hub | {"rope_scaling": {"type": name, **FACTORS}}) for name in (older, "longrope")
+    )
+    assert named == expected
+    assert named.rope(0).scaling.original_max_position_embeddings == 16
+
+
 @pytest.mark.parametrize(("name", "depends"), [(name, name[:4] in ("dyna", "long")) for name in ROPES])
 def test_regime_tells_lengths_apart(name, depends):
     config = GPTConfig.from_hub(HUB | rope_of(name))
