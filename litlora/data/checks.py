@@ -4,13 +4,10 @@ A check is one function; a new check is a new entry of a table. ROW_CHECKS look 
 at a rendered and tokenized sequence; what they find is stored with the tokens, a bit each. SPLIT_CHECKS look at splits.
 """
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -27,8 +24,6 @@ from litlora.errors import LitLoraError
 REPEATED = 30  # characters of a question with which an answer begins that repeats it
 REPLACEMENT = "\ufffd"  # what decoding puts in place of bytes that are no character
 Subject = TypeVar("Subject")
-LocatedRow = tuple[str, ParsedRow]
-"""A row with its location: file and line."""
 
 
 class Severity(StrEnum):
@@ -219,15 +214,29 @@ def flags_of_sequence(facts: SequenceFacts) -> int:
     return sum(1 << bit for bit, check in enumerate(SEQUENCE_CHECKS, len(ROW_CHECKS)) if check.find(facts))
 
 
-def run_row_checks(rows: Sequence[LocatedRow]) -> Iterator[Finding]:
-    """Yield what the checks of rows find, before a tokenizer is known."""
-    for check in ROW_CHECKS:
-        found = [(location, row) for location, row in rows if check.find(row)]
-        if found:
-            finding = _finding(check, len(found), found[0][0])
-            keys = Counter(key for _, row in found for key in row.left_out if check.find is leaves_out_keys)
-            names = ", ".join(f'"{key}" {count:,}' for key, count in keys.items())
-            yield replace(finding, description=f"{finding.description} ({names})") if names else finding
+class RowFindings:
+    """What the checks of rows find while rows are read, before a tokenizer is known."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._firsts: dict[str, str] = {}
+        self._keys: Counter[str] = Counter()
+
+    def add(self, location: str, row: ParsedRow) -> None:
+        """Check the next row."""
+        self._keys.update(row.left_out)
+        for check in ROW_CHECKS:
+            if check.find(row):
+                self._counts[check.name] += 1
+                self._firsts.setdefault(check.name, location)
+
+    def __iter__(self) -> Iterator[Finding]:
+        names = ", ".join(f'"{key}" {count:,}' for key, count in self._keys.items())
+        for check in ROW_CHECKS:
+            if count := self._counts[check.name]:
+                finding = _finding(check, count, self._firsts[check.name])
+                is_keys = check.find is leaves_out_keys
+                yield replace(finding, description=f"{finding.description} ({names})") if is_keys else finding
 
 
 def _finding(check: Check[Any], count: int, first: str) -> Finding:
@@ -237,16 +246,6 @@ def _finding(check: Check[Any], count: int, first: str) -> Finding:
 def _text(example: Example) -> str:
     texts = [text for message in example.messages for text in (message.question, message.reasoning)]
     return "\n".join([*texts, example.text])
-
-
-def digests(example: Example) -> tuple[int, int]:
-    """Return a hash of an example, and one that is equal for examples that differ in case and punctuation only."""
-    exact = json.dumps(example.to_json(), sort_keys=True)
-    return _hash(exact), _hash(re.sub(r"[\W_]+", "", _text(example).casefold()) or exact)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little") | 1
 
 
 class CheckedSplit(NamedTuple):

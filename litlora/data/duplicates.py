@@ -1,15 +1,12 @@
 """Rows that occur more than once: exact duplicates, and near ones, which differ in case and punctuation only."""
 
 import json
-import re
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 from litlora.data.examples import Example
-
-NOT_A_WORD = re.compile(r"[\W_]+")
 
 
 class Fingerprints:
@@ -21,21 +18,30 @@ class Fingerprints:
 
     def append(self, example: Example) -> None:
         """Add the hashes of the next row."""
-        messages = [[message.to_json(), message.input] for message in example.messages]
-        exact = json.dumps([example.text, messages, example.tools], sort_keys=True)
-        self.exact.append(_hash(exact))
-        self.near.append(_hash(NOT_A_WORD.sub("", "\n".join(_texts(example)).casefold()) or exact))
+        exact, near = digests(example)
+        self.exact.append(exact)
+        self.near.append(near)
+
+
+def digests(example: Example) -> tuple[int, int]:
+    """Return a hash of an example, and one that is equal for examples that differ in case and punctuation only.
+
+    Neither depends on the format of the row, and neither is 0.
+    """
+    messages = [(message.to_json(), message.input) for message in example.messages]
+    exact = json.dumps([example.text, messages, example.tools], sort_keys=True)
+    return _hash(exact), _hash("".join(filter(str.isalnum, "".join(_texts(example)).casefold())) or exact)
 
 
 def _texts(example: Example) -> Iterator[str]:
     yield example.text
     for message in example.messages:
-        yield from (message.question, message.text)
+        yield from (message.question, message.reasoning)
         yield from (json.dumps(call.to_json(), sort_keys=True) for call in message.tool_calls)
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") | 1
 
 
 def without_repeats(indices: Iterable[int], hashes: Sequence[int]) -> list[int]:

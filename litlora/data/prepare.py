@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from litlora.args import PrepareArgs
-from litlora.data.checks import LocatedRow, flags_of_row, run_row_checks
+from litlora.data.checks import RowFindings
 from litlora.data.dataset import check_destination, require_rows, split, write_dataset
 from litlora.data.duplicates import Fingerprints, keep_groups_together, repeated, without_repeats
 from litlora.data.readers import RowError, parse_rows
@@ -31,7 +31,7 @@ def prepare(args: PrepareArgs, row_format: RowFormat) -> None:
         reader = SourceReader(rows, row_format)
         spans: list[Sequence[int]] = [reader.read(source) for source in sources]
         val = [index for source in val_sources for index in reader.read(source)]
-        for finding in run_row_checks(reader.flagged):
+        for finding in reader.findings:
             log(finding.sentence)
         if args.deduplicate:
             spans, val = _deduplicate(spans, val, reader.fingerprints)
@@ -48,7 +48,7 @@ class SourceReader:
 
     rows: RowStore
     format: RowFormat
-    flagged: list[LocatedRow] = field(default_factory=list)
+    findings: RowFindings = field(default_factory=RowFindings)
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
     def read(self, source: Source) -> range:
@@ -63,8 +63,7 @@ class SourceReader:
                     continue
                 self.rows.append(parsed.example)
                 self.fingerprints.append(parsed.example)
-                if flags_of_row(parsed):
-                    self.flagged.append((location, parsed))
+                self.findings.add(location, parsed)
         name = source.files[0].name if len(source.files) == 1 else source.name
         require_rows(name, len(self.rows) - start, invalid, self.format)
         return range(start, len(self.rows))

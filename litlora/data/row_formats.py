@@ -71,8 +71,13 @@ class Fields:
 
     def find(self, names: Iterable[str]) -> str | None:
         """Return the first of these keys that has a value, best one that is not empty."""
-        given = [name for name in names if self.values.get(name) is not None]
-        return next((name for name in given if not _is_empty(self.values[name])), given[0] if given else None)
+        found = None
+        for name in names:  # not a comprehension: this is called twenty times a row
+            value = self.values.get(name)
+            if value is not None and not _is_empty(value):
+                return name
+            found = name if value is not None and found is None else found
+        return found
 
     def take(self, *names: str) -> Any:
         """Return the value of the first of these keys that has one, or None, and mark it as used."""
@@ -260,7 +265,8 @@ def _parse_message(fields: Fields) -> Message:
         message = _parse_response(fields)
     else:
         message = Message(role, _content(fields, role)[0], tool_call_id=fields.text("tool_call_id"))
-    return replace(message, name=fields.text("name"), weight=_weight(fields, role))
+    name, weight = fields.text("name"), _weight(fields, role)
+    return replace(message, name=name, weight=weight) if name or not weight else message
 
 
 def _parse_response(fields: Fields) -> Message:
@@ -270,7 +276,7 @@ def _parse_response(fields: Fields) -> Message:
     if fields.find(("content", "value")) is None and not reasoning and not calls:
         raise RowError('"content" is null, not a string' if "content" in fields.values else 'there is no "content"')
     message = Message("assistant", content, reasoning=reasoning) if reasoning.strip() else assistant(content)
-    return replace(message, tool_calls=calls)
+    return replace(message, tool_calls=calls) if calls else message
 
 
 def _content(fields: Fields, role: Role) -> tuple[str, str]:

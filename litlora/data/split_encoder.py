@@ -17,8 +17,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from litlora.data.chat_style import ChatStyle
-from litlora.data.checks import NAMES, digests, flags_of_row
+from litlora.data.checks import NAMES, flags_of_row
 from litlora.data.dataset import open_split, read_rows, require_rows
+from litlora.data.duplicates import digests
 from litlora.data.encoding import RenderedRow, encode_rows
 from litlora.data.prompt_styles import PromptStyle, StyleSettings
 from litlora.data.readers import jsonl_rows, jsonl_start
