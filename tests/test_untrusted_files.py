@@ -22,16 +22,18 @@ from torch import Tensor
 from litlora.__main__ import main
 from litlora.data import token_cache
 from litlora.data.batching import Samples
-from litlora.data.chat_template import ChatTemplate
 from litlora.data.dataset import read_file
 from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import ChatStyle
 from litlora.data.readers import RawFile
 from litlora.data.row_formats import ALPACA, ANY
+from litlora.data.special_tokens import SpecialTokens
 from litlora.data.split_encoder import SplitEncoder
+from litlora.data.template_process import IsolatedTemplate
 from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
+from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import find_base, read_prompt_style
 from litlora.lora.checkpoint import load_with_adapters, read_adapter
 from litlora.lora.layer import lora_parameters
@@ -46,6 +48,7 @@ from litlora.utils.manifest import MANIFEST, find_corruption, write_manifest
 
 SPARE = 64_000_000  # bytes that reading may take: what is spoiled are files of less than two million
 CPU = torch.device("cpu")
+NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 CONVERSATION = Example.of(Turn("a", "b"), Turn("c", "d"), system="e")
 NUMBERS = [0, -1, 1, 2, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 1e308, 5e-324, float("nan"), float("inf")]
 PATTERNS = ["(", "(.*.*)*x", "[[:x:]]", "a{99999999999}", "(?i:.*)", "((((.*)*)*)*)*y"]
@@ -360,7 +363,11 @@ def test_tokenizer_settings(base: Path, data: st.DataObject, name: str):
 def test_chat_template(template: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resource_limits, "MAX_SECONDS", 0.5)
-        holds(lambda: ChatStyle(ChatTemplate(template, "<s>", "</s>"), "</s>").render(CONVERSATION))
+        holds(
+            lambda: ChatStyle(IsolatedTemplate(template, NAMED), SpecialTokens(NAMED.values()), "</s>").render(
+                CONVERSATION
+            )
+        )
 
 
 @given(data=st.data(), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
@@ -429,3 +436,13 @@ def test_rank_of_an_empty_tensor_takes_no_memory(tiny, adapter, tmp_path, name):
     change_adapter(folder, lambda stored: stored | empty, r=10**9)
     with pytest.raises(LitLoraError, match='"r": 1000000000, but no matrix in'):
         read_adapter(folder, Checkpoint.open(tiny))
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern"])
+def test_expression_that_compiles_for_minutes_is_refused(adapter, tmp_path, monkeypatch, key):
+    monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.2)
+    expression = "(?i)" + "[\0-\U0010ffff]" * 400
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    change_adapter(folder, lambda stored: stored, **{key: {expression: 4} if key == "rank_pattern" else expression})
+    with pytest.raises(LitLoraError, match=key):
+        read_settings(folder)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from litlora.data.chat_template import ChatTemplate, ChatTemplateError
+from litlora.data.chat_template import ChatTemplateError
 from litlora.data.examples import Example, Message
 from litlora.data.rendered import NO_END, REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST, Rendered
 from litlora.data.special_tokens import SpecialTokens
+from litlora.data.template_process import IsolatedTemplate
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of one meaning in different templates
 TAG = re.compile(r"<[^<>\s]{0,40}\Z")  # the beginning of a tag at the end of a text
@@ -37,7 +38,7 @@ class Completion(NamedTuple):
 class ChatStyle:
     """The checkpoint's own chat template."""
 
-    template: ChatTemplate
+    template: IsolatedTemplate
     special: SpecialTokens
     eos_token: str
     stops: frozenset[str] = frozenset()

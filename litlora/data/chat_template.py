@@ -34,7 +34,6 @@ class ChatTemplate:
         `tokens` are the special tokens by the names that templates have for them, such as bos_token, and `variables`
         the user's. `date` is what the template writes as today's.
         """
-        self.reads_date = "strftime_now" in source
         try:
             with limited_resources():  # the compiler evaluates constant expressions
                 self._template = _environment(date or datetime.now()).from_string(source)
@@ -68,6 +67,7 @@ class ChatTemplateError(LitLoraError):
     def __init__(self, reason: str) -> None:
         sentence = " ".join(f"--prompt_style chat: the checkpoint's chat template {reason}".split())
         super().__init__(f"{sentence}; use alpaca, none, or a text with {{instruction}}")
+        self.reason = reason
 
 
 def _shortened(error: Exception) -> str:

@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from litlora.data.chat_style import ChatStyle
-from litlora.data.chat_template import ChatTemplate
 from litlora.data.examples import Example
 from litlora.data.rendered import Rendered
 from litlora.data.special_tokens import SpecialTokens
+from litlora.data.template_process import IsolatedTemplate
 from litlora.errors import LitLoraError
 
 AUTO = "auto"
@@ -118,7 +118,7 @@ def _chat_style(settings: StyleSettings, tokens: StyleTokens) -> ChatStyle:
     except ValueError as error:
         raise LitLoraError(f"the date of the chat template ({settings.date}) must look like 2026-01-31") from error
     named = {**tokens.named, "eos_token": tokens.eos_token}
-    template = ChatTemplate(tokens.chat_template, named, settings.variables, date)
+    template = IsolatedTemplate(tokens.chat_template, named, settings.variables, date)
     return ChatStyle(template, tokens.special, tokens.eos_token, tokens.stops)
 
 

@@ -11,6 +11,7 @@ from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import BASE, CONFIG, require_adapter
 from litlora.lora.config import LAST_PARTS, NUMBER_IN, LoRAConfig
 from litlora.utils.files import read_json
+from litlora.utils.resource_limits import limited_resources
 
 INIT = "lora_init"
 IMPLEMENTED = {
@@ -156,6 +157,7 @@ def _is_positive(value: object, kind: Any) -> bool:
 
 def _is_expression(value: object, around: str = "{}") -> bool:
     """Tell whether a value is a regular expression, also as a part of another."""
-    with suppress(re.error, OverflowError, RecursionError):
+    faults = (re.error, MemoryError, OverflowError, RecursionError, TimeoutError)
+    with suppress(*faults), limited_resources():  # large classes take minutes to compile
         return isinstance(value, str) and re.compile(around.format(value)) is not None
     return False

@@ -20,7 +20,7 @@ def limited_resources() -> Iterator[None]:
     with ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(_limited_time())
-            stack.enter_context(_limited_memory())
+            stack.enter_context(limited_memory())
         yield
 
 
@@ -41,8 +41,8 @@ def _time_out(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def _limited_memory() -> Iterator[None]:
-    """Limit the address space, whose current size only Linux reports."""
+def limited_memory() -> Iterator[None]:
+    """Limit the address space of a block; only Linux reports its current size."""
     if sys.platform != "linux":
         yield
         return

@@ -1,6 +1,5 @@
 """Examples become the text that templates and checkpoints promise, with exactly the responses supervised."""
 
-import jinja2
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -266,7 +265,6 @@ def test_template_syntax_error_is_refused():
         LitLoraError, match=r"^--prompt_style chat: the checkpoint's chat template has an error: "
     ) as error:
         style("chat", "{% if messages %}")
-    assert isinstance(error.value.__cause__, jinja2.TemplateSyntaxError)
     assert "\n" not in str(error.value)
 
 
@@ -285,6 +283,8 @@ def test_template_syntax_error_is_refused():
         "{{ messages.__class__.__mro__ }}",
         "{{ messages.append(messages) }}",
         "{% include '/etc/passwd' %}",
+        "{{ 5|round(-1000000000) }}",  # these are one call of C code each, which hears no alarm
+        "{% set a = 'a' * 9999999 %}{{ ([a + 'x', a + 'y'] * 5000) | sort(case_sensitive=true) | length }}",
     ],
 )
 def test_chat_template_is_sandboxed_and_limited(template, monkeypatch):
