@@ -40,7 +40,7 @@ def initialize_from_weights(
             broadcast(layer.lora_A.weight).detach().clone(),
             broadcast(layer.lora_B.weight).detach().clone(),
         )
-        with rest_stored(layer, weight):
+        with rest_stored(layer, weight, is_tied=is_tied(name, base)):
             layer.variant.init(layer)
         for parameter in layer.adapter_parameters().values():
             broadcast(parameter)
@@ -51,7 +51,7 @@ def subtract_starts(layers: Mapping[str, LoRALinear], base: Checkpoint) -> None:
     """Leave in the weights of a run that resumes what its layers did not start from."""
     for name, layer in layers.items():
         if layer.start is not None:
-            with rest_stored(layer, base_weight(name, layer, base)):
+            with rest_stored(layer, base_weight(name, layer, base), is_tied=is_tied(name, base)):
                 pass
 
 
@@ -65,10 +65,15 @@ def fit_leading(layer: LoRALinear, weight: Tensor, iterations: int | None) -> No
 
 def base_weight(name: str, layer: LoRALinear, base: Checkpoint) -> Tensor:
     """Return a layer's weight in the base, rounded as the run's precision has it, in float32 on the layer's device."""
-    is_tied = base.config.tie_word_embeddings and name == HEAD_LAYER
-    weight = base.tensor(EMBEDDING if is_tied else f"{name}.weight").to(layer.lora_A.weight.device)
+    stored_name = EMBEDDING if is_tied(name, base) else f"{name}.weight"
+    weight = base.tensor(stored_name).to(layer.lora_A.weight.device)
     stored = layer.weight.quantization.dtype if isinstance(layer.weight, NF4Weight) else layer.weight.dtype
     return weight.to(stored).float()
+
+
+def is_tied(name: str, base: Checkpoint) -> bool:
+    """Tell whether the weight of a layer is the embedding's as well."""
+    return base.config.tie_word_embeddings and name == HEAD_LAYER
 
 
 def parts_head_from_embedding(lora: LoRAConfig, config: GPTConfig) -> bool:
@@ -77,25 +82,29 @@ def parts_head_from_embedding(lora: LoRAConfig, config: GPTConfig) -> bool:
 
 
 @contextmanager
-def rest_stored(layer: LoRALinear, weight: Tensor) -> Iterator[None]:
+def rest_stored(layer: LoRALinear, weight: Tensor, *, is_tied: bool) -> Iterator[None]:
     """Store what a layer does not start from in the way of its own weight: whole inside the block, then sharded again.
 
-    The old tensor is not changed unless it is sharded: it may be tied to the embedding, or be the checkpoint's file.
+    It replaces the weight in place, unless that is the embedding's as well: memory that maps the checkpoint's file
+    becomes a copy of the process's own.
     """
     assert layer.start is not None
     a, b = layer.start
-    rest, old = torch.addmm(weight, b, a, alpha=-layer.scaling), layer.weight
-    if isinstance(old, NF4Weight):
-        layer.weight = NF4Weight(rest, old.quantization)
+    rest, own = torch.addmm(weight, b, a, alpha=-layer.scaling), layer.weight
+    if isinstance(own, NF4Weight):
+        layer.weight = NF4Weight(rest, own.quantization)
     else:
-        layer.weight = nn.Parameter(rest.to(old.dtype), requires_grad=False)
+        layer.weight = nn.Parameter(rest.to(own.dtype), requires_grad=False)
     yield
-    parts = old.state_dict() if isinstance(old, NF4Weight) else {"": old}
-    if any(isinstance(part, DTensor) for part in parts.values()):
-        whole = layer.weight.state_dict() if isinstance(old, NF4Weight) else {"": layer.weight}
-        for name, part in parts.items():
-            copy_whole(whole[name], part)
-        layer.weight = old
+    if not is_tied:
+        for target, source in zip(stored_parts(own), stored_parts(layer.weight), strict=True):
+            copy_whole(source, target)
+        layer.weight = own
+
+
+def stored_parts(weight: Tensor | NF4Weight) -> list[Tensor]:
+    """Return the tensors in which a weight is stored."""
+    return [*weight.parameters(), *weight.buffers()] if isinstance(weight, NF4Weight) else [weight]
 
 
 def copy_whole(source: Tensor, target: Tensor) -> None:
