@@ -29,6 +29,7 @@ class GPTConfig:
     max_position_embeddings: int
     norm_eps: float
     ropes: Ropes
+    """The rotary embedding of each layer, or None for a layer without one."""
     sliding_window: int | None
     tie_word_embeddings: bool
     full_attention_layers: tuple[int, ...] = ()
@@ -102,10 +103,6 @@ class GPTConfig:
     def hub_name(self, name: str) -> str:
         """Return the name that a module or parameter has in transformers, and for PEFT."""
         return renamed(name, dict(self.module_names))
-
-    def rope(self, layer: int) -> RopeConfig | None:
-        """Return the rotary embedding of a layer, or None if it has none."""
-        return self.ropes[layer]
 
     @cached_property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:

@@ -50,7 +50,7 @@ def rope_of(name: str, key: str = "rope_scaling") -> dict[str, object]:
 @pytest.mark.parametrize("name", ROPES)
 def test_frequencies_equal_transformers(name, key, length):
     hub = HUB | rope_of(name, key)
-    rope = GPTConfig.from_hub(hub).rope(0)
+    rope = GPTConfig.from_hub(hub).ropes[0]
     config = AutoConfig.for_model(**json.loads(json.dumps(hub)))
     if name == "default":
         expected, factor = 5000.0 ** -(torch.arange(0, 16, 2) / 16), 1.0
@@ -73,7 +73,7 @@ def test_longrope_of_phi3_has_older_names(older):
         GPTConfig.from_hub(hub | {"rope_scaling": {"type": name, **FACTORS}}) for name in (older, "longrope")
     )
     assert named == expected
-    assert named.rope(0).scaling.original_max_position_embeddings == 16
+    assert named.ropes[0].scaling.original_max_position_embeddings == 16
 
 
 @pytest.mark.parametrize(("name", "depends"), [(name, name[:4] in ("dyna", "long")) for name in ROPES])
