@@ -26,7 +26,8 @@ from litlora.data.dataset import read_file
 from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import ChatStyle
 from litlora.data.readers import RawFile
-from litlora.data.row_formats import ALPACA, ANY
+from litlora.data.row_formats import ALPACA, ANY, ParsedRow
+from litlora.data.row_store import to_line
 from litlora.data.special_tokens import SpecialTokens
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.template_process import IsolatedTemplate
@@ -59,7 +60,15 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 ROW = {"instruction": "a", "input": "b", "output": "c", "prompt": "d", "completion": "e"}
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"a": 1}}}]}
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<think>b</think>c", "weight": 0}]
 MESSAGES = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
+ROWS = [
+    ROW, {"messages": MESSAGES}, {"conversations": SHAREGPT, "system": "s"}, {"text": "a"},
+    {"messages": [MESSAGES[1], CALL, {"role": "tool", "content": [{"type": "text", "text": "b"}]}, MESSAGES[2]],
+     "tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"question": "a", "answer": "b", "history": [["c", "d"]], "thinking": "e", "input": "f"},
+]  # fmt: skip
 SETTINGS = {
     "lora_r": 8, "lora_dropout": 0.1, "precision": "32-true", "prompt_style": "alpaca", "seed": 1, "resume": False,
     "train": {"epochs": 1, "max_steps": None, "learning_rate": 1e-3}, "eval": {"interval": 5},
@@ -370,13 +379,19 @@ def test_chat_template(template: str):
         )
 
 
-@given(data=st.data(), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
+@given(data=st.data(), suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv"]))
 def test_rows(data: st.DataObject, suffix: str):
-    rows = data.draw(st.lists(spoiled(ROW) | spoiled({"messages": MESSAGES}), max_size=3))
+    rows = data.draw(st.lists(st.one_of(map(spoiled, ROWS)), max_size=3))
     lines = as_json(rows) if suffix == ".json" else b"\n".join(map(as_json, rows))
     content = data.draw(st.just(lines) | damaged(lines) | damaged(b'instruction,input,output\na,"b\nb",c\nd,,e\n'))
     for shape in (ANY, ALPACA):
-        holds(lambda shape=shape: read_file(RawFile.from_bytes("data", suffix, content), shape))
+        holds(lambda shape=shape: written(read_file(RawFile.from_bytes("data", suffix, content), shape)))
+
+
+def written(rows: list[tuple[str, ParsedRow]]) -> None:
+    """Check that what train.jsonl holds of each row is the same example."""
+    for _, row in rows:
+        assert ANY.parse(json.loads(to_line(row.example))) == (row.example, False, ())
 
 
 @given(content=spoiled(SETTINGS).map(as_json) | damaged(as_json(SETTINGS)) | YAML)

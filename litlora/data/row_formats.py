@@ -129,6 +129,14 @@ def _checked_text(value: object, name: str) -> str:
     return value
 
 
+def _check_json(value: object, name: str) -> None:
+    """Refuse what train.jsonl cannot hold, such as an unpaired surrogate, or a date from a Parquet file."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f'"{name}" holds what JSON in UTF-8 cannot ({error})') from error
+
+
 def is_conversation(row: Mapping[str, object]) -> bool:
     """Tell a row of messages from one with a question and its answer."""
     lists = (value for key, value in row.items() if key in (*CONVERSATIONS, "prompt", "completion"))
@@ -167,6 +175,8 @@ def _parse_pair(fields: Fields, question: str, answer: str) -> ParsedRow:
     completion, more_left_out = _completion(fields, answer)
     messages = [*_history(fields), *prompt, *completion]
     is_chat = isinstance(fields.values[question], list) or isinstance(fields.values[answer], list)
+    if is_chat:
+        messages = [replace(message, content=message.question, input="") for message in messages]
     return _row(fields, messages, (*messages_left_out, *more_left_out), is_chat=is_chat)
 
 
@@ -233,6 +243,7 @@ def _tool(tool: object) -> Json:
             tool = None
     if not isinstance(tool, dict) or not isinstance(tool.get("function", tool), dict):
         raise RowError('a tool must be an object such as {"type": "function", "function": {"name": "..."}}')
+    _check_json(tool, "tools")
     return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
 
 
@@ -336,6 +347,7 @@ def _call(message: Fields, value: object) -> ToolCall:
 def _arguments(function: Fields) -> Json | str:
     """Return the arguments of a call by name, which OpenAI writes as a text."""
     arguments = function.take("arguments", "parameters")
+    _check_json(arguments, "arguments")
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments or "{}")

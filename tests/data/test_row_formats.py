@@ -44,6 +44,10 @@ def weighted(**keys):
 HISTORY = '"history" must be a list of lists, each of a question and its answer'
 TOOL = 'a tool must be an object such as {"type": "function", "function": {"name": "..."}}'
 IMAGE = "message 2: content part 1 has the type 'image_url', but only text can be read"
+SURROGATE = (
+    "holds what JSON in UTF-8 cannot ('utf-8' codec can't encode character '\\ud800' in position {}: "
+    "surrogates not allowed)"
+)
 ARGUMENTS = "message 2: the arguments of a tool call are a list, not an object"
 
 
@@ -96,6 +100,11 @@ def test_rows_of_all_formats_are_parsed(read, row, example):
         (weighted(tool_calls=[3]), "message 2: this is a number, not an object"),
         (weighted(tool_calls=[{"function": {"name": "a", "arguments": [1]}}]), ARGUMENTS),
         ({"conversations": [{"from": "gpt"}]}, 'message 1: there is no "content"'),
+        (conversation("a", "b") | {"tools": [{"name": "\ud800"}]}, f'"tools" {SURROGATE.format(10)}'),
+        (
+            weighted(tool_calls=[{"name": "a", "arguments": {"\ud800": 1}}]),
+            f'message 2: "arguments" {SURROGATE.format(2)}',
+        ),
         ({"conversations": [{"from": "function_call", "value": "look"}]}, "message 1: this is a string, not an object"),
         ({"messages": "a"}, '"messages" is a string, not a list'),
         ({"messages": []}, "the conversation has no response"),
@@ -325,3 +334,8 @@ def test_unknown_columns_are_refused():
         "--columns answer=... is none of instruction, input, output, system, history, "
         "reasoning_content, tools, text, messages"
     )
+
+
+def test_questions_with_message_lists_take_their_input():
+    row = {"prompt": "a", "input": "b", "completion": [{"role": "assistant", "content": "c"}]}
+    assert parsed(row) == (Example.of(Turn("a\n\nb", "c")), False, ())
