@@ -1,14 +1,16 @@
 """Every family against transformers, PEFT and bitsandbytes, on small random checkpoints."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.families import MATRIX, VISION, WHOLE, Case
 from helpers.reference import hugging_face, in_4_bits, with_peft
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from litlora.errors import LitLoraError
@@ -231,6 +233,71 @@ def test_merged_checkpoint_equals_peft_in_transformers(network, tmp_path):
 def test_nf4_logits_equal_bitsandbytes(network):
     ours = network.checkpoint.load(torch.float32, CPU, NF4)
     close(logits(ours), expected_logits(in_4_bits(network.folder, NF4, CPU)), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tokenizer_files):
+    """Return a function that writes the checkpoint of a case of the matrix, once."""
+
+    @cache
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        next(case for case in MATRIX if case.name == name).write(folder, tokenizer_files)
+        return folder
+
+    return write
+
+
+def test_masks_that_old_checkpoints_store_are_left_as_they_are(written, tmp_path):
+    """Pythia's files have the causal masks, and the rotary frequencies, of each block."""
+    folder = Path(shutil.copytree(written("gpt_neox-0"), tmp_path / "base"))
+    block, tensors = "gpt_neox.layers.1.attention", load_file(folder / "model.safetensors")
+    stored = {
+        f"{block}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(),
+        f"{block}.masked_bias": torch.tensor(-1e9),
+        f"{block}.rotary_emb.inv_freq": torch.ones(2),
+    }
+    save_file(tensors | stored, folder / "model.safetensors")
+    old, new = Network(folder), Network(written("gpt_neox-0"))
+    assert torch.equal(logits(old.ours), logits(new.ours))
+    merge_adapters([Weighted(old.adapter)], old.checkpoint, tmp_path / "merged", dequantized=False)
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in stored.items())
+    name = f"{block}.query_key_value.bias"
+    save_file(tensors | {name: tensors[name].to(torch.uint8)}, folder / "model.safetensors")
+    with pytest.raises(LitLoraError, match=rf"{name} is stored as torch.uint8, but only F64, F32, F16, BF16 are supp"):
+        Checkpoint.open(folder)
+
+
+def test_vision_is_left_out_in_one_line_and_kept_in_a_merge(written, tmp_path, capsys):
+    network = Network(written("gemma3"))
+    lines = capsys.readouterr().err.splitlines()
+    left_out = "vision_tower and multi_modal_projector are left out"
+    assert f"{network.folder} is multi-modal: its text model is loaded, {left_out}" in lines
+    merge_adapters([Weighted(network.adapter)], network.checkpoint, tmp_path / "merged", dequantized=False)
+    before, after = (load_file(folder / "model.safetensors") for folder in (network.folder, tmp_path / "merged"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed
+    assert all(name.startswith("language_model.model.layers.") for name in changed)
+
+
+def test_adapted_head_of_a_multi_modal_model_is_untied(written, tmp_path):
+    network, folder = Network(written("gemma3")), tmp_path / "adapter"
+    model, lora = network.load(), LoRAConfig(4, 6, 0.0, ("lm_head",), exclude_modules=excluded_modules(network.config))
+    add_lora(model, lora)
+    for parameter in lora_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    folder.mkdir()
+    write_adapter(folder, model, lora, network.folder, network.checkpoint.fingerprint(), "alpaca")
+    merge_adapters([Weighted(folder)], network.checkpoint, tmp_path / "merged", dequantized=False)
+    close(expected_logits(hugging_face(tmp_path / "merged")), logits(model))
+
+
+def test_switch_adapts_a_fused_layer_as_a_whole(written):
+    phi3, neox = (Network(written(name)).config for name in ("phi3-0", "gpt_neox-0"))
+    assert switch_targets(["query", "value"], phi3) == ("qkv_proj",)
+    assert switch_targets(TARGET_MODULES, phi3) == ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
+    assert switch_targets(["key", "mlp"], neox) == ("query_key_value", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def refusal(hub: dict[str, object]) -> str:
