@@ -1,5 +1,6 @@
 """Every family against transformers, PEFT and bitsandbytes, on small random checkpoints."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
@@ -13,6 +14,7 @@ from helpers.reference import hugging_face, in_4_bits, with_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from litlora.__main__ import main
 from litlora.errors import LitLoraError
 from litlora.generation.compile import prepare_for_decoding
 from litlora.generation.sampler import Sampler
@@ -291,6 +293,17 @@ def test_adapted_head_of_a_multi_modal_model_is_untied(written, tmp_path):
     write_adapter(folder, model, lora, network.folder, network.checkpoint.fingerprint(), "alpaca")
     merge_adapters([Weighted(folder)], network.checkpoint, tmp_path / "merged", dequantized=False)
     close(expected_logits(hugging_face(tmp_path / "merged")), logits(model))
+
+
+def test_dropout_of_the_base_is_reported(written, data_dir, tmp_path, capsys):
+    folder = Path(shutil.copytree(written("starcoder2-0"), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1, "residual_dropout": 0.2}))
+    flags = ["--data_dir", data_dir, "--out_dir", tmp_path / "out", "--train.max_steps", 1, "--precision", "bf16-mixed"]
+    assert main(["finetune_lora", str(folder), *map(str, flags)]) == 0
+    dropouts = '"attention_dropout": 0.1, "residual_dropout": 0.2'
+    sentence = f"config.json has {dropouts}, which is not applied: the dropout of fine-tuning is --lora_dropout"
+    assert sentence in capsys.readouterr().err.splitlines()
 
 
 def test_switch_adapts_a_fused_layer_as_a_whole(written):
