@@ -345,6 +345,40 @@ class PrepareJsonArgs(PrepareArgs):
 
 
 @dataclass(frozen=True)
+class CheckDataArgs(CommandArgs):
+    """Check prepared data for what would teach the wrong thing, and show what is learned."""
+
+    examples: ClassVar = (
+        "litlora check_data checkpoints/ORG/NAME --data_dir data/alpaca",
+        "litlora check_data checkpoints/ORG/NAME --data_dir data/alpaca --show 3 --strict true",
+    )
+
+    checkpoint_dir: Path
+    """Folder of the base model: its tokenizer files and config.json, without weights if need be."""
+    data_dir: Path
+    """Folder with train.jsonl and val.jsonl, written by a prepare command."""
+    prompt_style: str = "auto"
+    """As in finetune_lora."""
+    prompt_style_variables: dict[str, Any] | None = None
+    """As in finetune_lora."""
+    mask_prompt: bool = True
+    """As in finetune_lora."""
+    max_seq_length: int | None = None
+    """Maximum number of tokens of an example, by default the checkpoint's limit."""
+    show: int = 0
+    """Print this many rows of the training split as they are learned, supervised tokens marked."""
+    tokens: bool = False
+    """Print the rows of --show with a token in each cell."""
+    strict: bool = False
+    """Treat warnings as errors."""
+
+    def __post_init__(self) -> None:
+        require(self.show >= 0, "--show", self.show, "0 or more")
+        length = self.max_seq_length
+        require(length is None or length >= 1, "--max_seq_length", length, "at least 1, or null")
+
+
+@dataclass(frozen=True)
 class FinetuneLoraArgs(CommandArgs):
     """Fine-tune a checkpoint with LoRA."""
 
@@ -618,6 +652,7 @@ COMMANDS: dict[str, type[CommandArgs]] = {
     "prepare_alpaca": PrepareAlpacaArgs,
     "prepare_lima": PrepareLimaArgs,
     "prepare_json": PrepareJsonArgs,
+    "check_data": CheckDataArgs,
     "finetune_lora": FinetuneLoraArgs,
     "generate": GenerateArgs,
     "merge_lora": MergeLoraArgs,

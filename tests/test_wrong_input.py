@@ -464,7 +464,7 @@ def test_truncated_examples_are_counted_and_reported(capsys):
     assert main([*FINETUNE, *flags]) == 0
     limit, hint = "--train.max_seq_length (150)", "201 would leave 99 % of the rows whole"
     assert [line for line in capsys.readouterr().err.splitlines() if limit in line and "train.jsonl" in line] == [
-        f"warning: 6 rows that are dropped, since their response begins behind {limit}, "
+        f"warning: 6 rows dropped, since their response begins behind {limit}, "
         f"the first at data/train.jsonl line 2: {hint}",
         f"warning: 6 rows whose response is cut by {limit}, its end token lost, "
         f"the first at data/train.jsonl line 1: {hint}",

@@ -176,7 +176,7 @@ SEQUENCE_CHECKS: tuple[Check[SequenceFacts], ...] = (
         "they are encoded as plain text",
     ),
     Check(
-        "bos_twice", WARNING, has_two_bos, "that begin with BOS twice", "remove BOS from the text or the template"
+        "bos_twice", WARNING, has_two_bos, "beginning with BOS twice", "remove BOS from the text or the template"
     ),
     Check(
         "prompt_not_prefix", WARNING, changes_prompt, "whose prompt alone has other tokens than in training",
@@ -312,7 +312,7 @@ def find_truncated(data: CheckedData) -> Iterator[Finding]:
         limit = f"--train.max_seq_length ({data.limit:,})"
         hint = f"{kept:,} would leave 99 % of the rows whole"
         for name, mask, what in (
-            ("response_lost", lost, f"that are dropped, since their response begins behind {limit}"),
+            ("response_lost", lost, f"dropped, since their response begins behind {limit}"),
             ("response_cut", cut & ~end, f"whose response is cut by {limit}, its end token lost"),
             ("end_cut", end, f"whose end token is cut by {limit}"),
         ):
@@ -325,11 +325,11 @@ def find_duplicates(data: CheckedData) -> Iterator[Finding]:
     for split in data.splits:
         exact, similar = (_repeated(split.tokens.about[name]) for name in ("same", "similar"))
         for name, mask, what in (
-            ("duplicate", exact, "that repeat an earlier row"),
-            ("near_duplicate", similar & ~exact, "that repeat an earlier row up to case and punctuation"),
+            ("duplicate", exact, "repeating an earlier row"),
+            ("near_duplicate", similar & ~exact, "repeating an earlier row up to case and punctuation"),
         ):
             if mask.any():
-                consequence = "they count several times; prepare the data without them"
+                consequence = "they count several times: prepare the data without them"
                 first = split.at(int(mask.argmax()))
                 yield Finding(name, NOTE, int(mask.sum()), first, what, consequence)
 
@@ -352,8 +352,8 @@ def find_leaks(data: CheckedData) -> Iterator[Finding]:
         for name in ("same", "similar")
     )
     for name, mask, what in (
-        ("leak", exact, f"that are in {train.path.name} as well"),
-        ("near_leak", similar & ~exact, f"that are in {train.path.name} as well, up to case and punctuation"),
+        ("leak", exact, f"found in {train.path.name} as well"),
+        ("near_leak", similar & ~exact, f"found in {train.path.name} as well, up to case and punctuation"),
     ):
         if mask.any():
             consequence = "the validation loss is too good: prepare the data without duplicates"

@@ -12,7 +12,7 @@ from typing import TypeVar
 from litlora.data.examples import Example
 from litlora.data.prompt_styles import AUTO
 from litlora.data.readers import RawFile, RowError, jsonl_lines, jsonl_rows, open_file, parse_rows
-from litlora.data.row_formats import ANY, ParsedRow, RowFormat, is_conversation
+from litlora.data.row_formats import ANY, ParsedRow, RowFormat
 from litlora.data.row_store import Selection
 from litlora.errors import LitLoraError
 from litlora.utils.files import complete_transaction, read_json, write_transaction
@@ -57,8 +57,8 @@ def choose_prompt_style(name: str, split: Path, chat_template: str | None) -> tu
     if name != AUTO:
         return name, "as requested"
     with open_split(split) as file:
-        rows = [row for _, row in islice(jsonl_rows(jsonl_lines(file)), ROWS_FOR_STYLE)]
-    has_conversations = any(isinstance(row, dict) and is_conversation(row) for row in rows)
+        rows, _ = read_rows(islice(jsonl_rows(jsonl_lines(file)), ROWS_FOR_STYLE), ANY)
+    has_conversations = any(row.example.is_chat for _, row in rows)
     rows_are = "the rows are conversations" if has_conversations else "the rows are instructions"
     template = "has no chat template" if chat_template is None else "has a chat template"
     choice = "chat" if has_conversations and chat_template is not None else "alpaca"

@@ -137,12 +137,6 @@ def _check_json(value: object, name: str) -> None:
         raise RowError(f'"{name}" holds what JSON in UTF-8 cannot ({error})') from error
 
 
-def is_conversation(row: Mapping[str, object]) -> bool:
-    """Tell a row of messages from one with a question and its answer."""
-    lists = (value for key, value in row.items() if key in (*CONVERSATIONS, "prompt", "completion"))
-    return any(isinstance(value, list) for value in lists)
-
-
 def _parse_any(row: object) -> ParsedRow:
     return _parse_fields(Fields.of(row))
 

@@ -123,9 +123,9 @@ def _without_special_tokens(backend: tokenizers.Tokenizer | SentencePieceModel) 
 
 
 def _alias(number: int, length: int) -> str:
-    """Return a text of this length that no other number of the same length has."""
-    digits = []
-    for _ in range(length):
+    """Return a text of this length that no other number of the same length has; only its first character is GUARD."""
+    digits = [GUARD]
+    for _ in range(length - 1):
         number, digit = divmod(number, len(DIGITS))
         digits.append(DIGITS[digit])
     return "".join(digits)

@@ -219,6 +219,11 @@ class Tokenizer:
         if rest := utf8.decode(b"", final=True):
             yield rest
 
+    def visible(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, special tokens included; bytes that are no character are written as such."""
+        pieces = (self._added[i].content.encode() if i in self._added else self._bytes(i) for i in ids)
+        return b"".join(pieces).decode("utf-8", "backslashreplace")
+
     def _bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes of a token, maybe a part of a character; empty for a special token."""
         if added := self._added.get(token_id):

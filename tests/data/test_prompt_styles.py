@@ -292,3 +292,21 @@ def test_chat_template_is_sandboxed_and_limited(template, monkeypatch):
     with pytest.raises(LitLoraError, match="--prompt_style chat: the checkpoint's chat template ") as refused:
         style("chat", template).prompt("Hello")
     assert len(str(refused.value)) < 400
+
+
+def test_backslash_n_is_a_line_break():
+    assert style(r"Q: {instruction}\nA:").prompt("Hi").text == "Q: Hi\nA:"
+
+
+def test_unknown_placeholder_is_refused():
+    with pytest.raises(
+        LitLoraError, match=r"^--prompt_style: \{output\} has no meaning: there are \{instruction\} and"
+    ):
+        style("{instruction} {output}")
+
+
+def test_variables_without_a_chat_template_are_refused():
+    with pytest.raises(LitLoraError, match=r"^--prompt_style_variables are for --prompt_style chat, not for alpaca"):
+        build_prompt_style(
+            StyleSettings("alpaca", {"a": 1}), StyleTokens(EOS, {}, SpecialTokens(()), frozenset(), None)
+        )

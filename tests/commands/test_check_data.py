@@ -1,0 +1,57 @@
+"""check_data prints findings, lengths, and rows as they are learned."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from litlora.__main__ import main
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    rows = [{"instruction": f"Say {n}.", "output": f"number {n}"} for n in (1, 2, 3)] + [
+        {"instruction": "Hm", "output": ""}
+    ]
+    for name, lines in (("train", rows), ("val", [{"instruction": "Say 9.", "output": "number 9"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    return tmp_path
+
+
+def check(tiny: Path, data: Path, *flags: str) -> int:
+    return main(["check_data", str(tiny), "--data_dir", str(data), "--prompt_style", "Q: {instruction}\\nA:", *flags])
+
+
+def test_findings_and_lengths_are_printed(tiny, data, capsys):
+    assert check(tiny, data, "--max_seq_length", "12") == 0
+    out = capsys.readouterr().out
+    empty = "with an empty output, the first at"
+    assert f"warning: 1 row {empty} {data}/train.jsonl line 4: it teaches the model to stop at once\n" in out
+    assert f"{data}/train.jsonl: 4 rows, 4 sequences, " in out
+    assert f"  {data}/train.jsonl line 1: " in out
+    assert "cut at 12" in out
+
+
+def test_strict_refuses_warnings(tiny, data, capsys):
+    assert check(tiny, data, "--strict", "true") == 1
+    sentence = f"litlora: the data in {data} has 1 errors or warnings: see the findings above\n"
+    assert capsys.readouterr().err.endswith(sentence)
+
+
+def test_rows_are_shown_as_they_are_learned(tiny, data, capsys):
+    assert check(tiny, data, "--show", "1") == 0
+    assert capsys.readouterr().out.endswith("\nQ: Say 1.\nA:[[number 1</s>]]\n")
+    assert check(tiny, data, "--show", "1", "--tokens", "true") == 0
+    cells = capsys.readouterr().out.splitlines()[-1]
+    assert cells.endswith("│</s>│]]")
+    assert "│\\n│" in cells
+
+
+def test_learned_tokens_are_coloured_on_a_terminal(tiny, data, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert check(tiny, data, "--show", "1") == 0
+    assert "A:\x1b[1;32mnumber 1</s>\x1b[0m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert check(tiny, data, "--show", "1") == 0
+    assert "\x1b" not in capsys.readouterr().out
