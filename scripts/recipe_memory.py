@@ -5,7 +5,7 @@ config.json, of which MODELS has the keys that decide shapes.
 """
 
 import argparse
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.weights import Weights
 from litlora.train.lora_flags import lora_config
+from litlora.train.memory_check import USABLE
 from litlora.train.memory_estimate import Load, Network, breakdown
 
 RECIPES = Path(__file__).parent.parent / "config_hub/finetune_lora"
 LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}  # the values have no effect here
+GPUS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 80)
+"""Sizes of GPUs in GB."""
 KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings",
@@ -98,15 +101,23 @@ def peak_gigabytes(path: Path) -> float:
     return sum(breakdown(network, load, args.optimizer).values()) / 1e9
 
 
-def rows() -> Iterator[str]:
-    for path in recipes():
-        yield f"{path.parent.name}/{path.name}: {peak_gigabytes(path):.1f} GB"
+def statement(path: Path) -> str:
+    """Return what a recipe states of its memory."""
+    peak = round(peak_gigabytes(path), 1)
+    size = next(size for size in GPUS if peak <= USABLE * size)
+    return f"Peak memory: {peak} GB on {'each' if read(path).devices > 1 else 'a'} GPU, so {size} GB are enough."
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    for row in rows():
-        print(row)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the figures into the recipes")
+    write = parser.parse_args().write
+    for path in recipes():
+        stated = statement(path)
+        print(f"{path.parent.name}/{path.name}: {stated}")
+        if write:
+            text = path.read_text(encoding="utf-8")
+            path.write_text(re.sub(r"Peak memory: .*", stated, text, count=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

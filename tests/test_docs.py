@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     lengths = [*range(1, 60), *range(500, 620)]  # most are longer than the limit of config_hub
     rows = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n)))} for n in lengths]
     (folder / "archive.json").write_text(json.dumps(rows), encoding="utf-8")
-    small = make_checkpoint(Family("readme", LlamaConfig, {"max_position_embeddings": 1024}))
+    small = make_checkpoint(Family("readme", LlamaConfig, {"max_position_embeddings": 1024, "hidden_size": 128}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         pico = complete("litlora finetune_lora --config config_hub/finetune_lora/pico.yaml")

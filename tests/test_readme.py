@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.markdown import blocks, shape
 
+from litlora.models.families import FAMILIES
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -17,6 +19,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_readme_is_short():
     assert len(README.splitlines()) <= 250
     assert len(README.split()) <= 2200
+
+
+def test_readme_lists_every_family_and_recipe():
+    section = README.partition("## Models\n")[2].partition("\n## ")[0]
+    table = "".join(line for line in section.splitlines(keepends=True) if line.startswith("| "))
+    assert set(re.findall(r"`(\w+)`", table)) >= set(FAMILIES)
+    recipes = list((ROOT / "config_hub/finetune_lora").glob("*/lora.yaml"))
+    assert f"recipe for {len(recipes)} models" in section.replace("\n", " ")
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """Flags and values of PEFT, TRL, transformers and Lit-GPT, typed as their users type them, lead to litlora's."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from litlora.__main__ import main
 from litlora.args import COMMANDS
 from litlora.cli.settings import settings_of
-from litlora.cli.suggestions import ALIASES, VALUES
+from litlora.cli.suggestions import ALIASES, VALUES, near_flag
 
 FINETUNE = ["finetune_lora", "checkpoints/pico", "--data_dir", "data"]
 FLAGS = {
@@ -100,6 +103,22 @@ def test_flag_of_another_trainer_leads_to_ours(flag, meant, value, capsys):
 def test_each_command_suggests_its_own_flags(command, flag, capsys):
     assert main([command, flag, "1"]) == 2
     assert capsys.readouterr() == ("", f"litlora: unrecognized {flag}: did you mean {OTHERS[command, flag]}?\n")
+
+
+PREPARE = {"--val_split_fraction"}
+PAGE = Path(__file__).parent.parent.parent / "docs/coming-from.md"
+ROWS = re.findall(r"^\| `(?!optimizer\.)([\w.]+)` \| `(--[^`]+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("setting", "meant"), dict.fromkeys(ROWS))
+def test_settings_of_the_page_are_answered_as_it_says(setting, meant):
+    """The page and the suggestions agree; a setting with the same name here is no suggestion."""
+    names = settings_of(COMMANDS["prepare_json" if meant in PREPARE else "finetune_lora"])
+    assert setting in names or near_flag(f"--{setting}", names) == meant
+
+
+def test_the_page_has_most_of_its_rows_checked():
+    assert len(ROWS) > 80
 
 
 def test_all_unknown_flags_are_named_in_one_line(capsys):

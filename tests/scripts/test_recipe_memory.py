@@ -1,13 +1,11 @@
 """The recipes of config_hub state the memory that the dry run computes, for models that are described right."""
 
-import re
-
 import pytest
-from recipe_memory import MODELS, RECIPES, outline, peak_gigabytes, recipes
+from recipe_memory import MODELS, RECIPES, outline, recipes, statement
 
 PARAMETERS = {"llama-3.2-1b": 1_235_814_400, "qwen2.5-0.5b": 494_032_768, "smollm3-3b": 3_075_098_624}
 """Numbers that the Hub shows for these checkpoints."""
-RECOMPUTED = ["llama-3.2-1b/lora", "qwen3-0.6b/qlora", "smollm2-135m/qlora", "phi-4-mini/lora", "tinyllama-1.1b/lora"]
+RECOMPUTED = ["llama-3.2-1b/lora", "qwen3-0.6b/qlora", "smollm2-135m/qlora", "phi-4-mini/lora", "gemma-3-1b/lora"]
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
@@ -19,14 +17,12 @@ def test_models_have_the_parameters_of_the_hub(model):
 def test_recipe_states_its_memory(name):
     path = RECIPES / f"{name}.yaml"
     first_line, _, _ = path.read_text(encoding="utf-8").partition("\n")
-    peak, size = re.search(r"Peak memory: ([\d.]+) GB on a GPU, so (\d+) GB are enough", first_line).groups()
-    assert peak_gigabytes(path) == pytest.approx(float(peak), abs=0.051)
-    assert float(peak) <= 0.9 * int(size)
+    assert first_line.endswith(statement(path)), "scripts/recipe_memory.py --write states it anew"
 
 
 def test_each_model_has_two_recipes():
     of_model = {path.parent.name: {p.stem for p in path.parent.iterdir()} for path in recipes()}
-    assert of_model.keys() == MODELS.keys() - {"gemma-2-2b", "gemma-2-9b", "gemma-3-1b"}
+    assert of_model.keys() == MODELS.keys()
     assert all(kinds == {"lora", "qlora"} for kinds in of_model.values())
 
 
