@@ -64,6 +64,8 @@ def open_source(text: str, args: PrepareArgs, flag: str = "--source") -> Source:
     """Find the files of a source, and fetch those that are elsewhere."""
     source, weight = split_weight(text) if flag == "--source" else (text, None)
     path = local_path(source)
+    if path is not None and path.is_dir():
+        raise LitLoraError(f"{flag} ({source}) is a folder: give it one of its files")
     if path is not None:
         missing = f"there is no file {source}; give {flag} a file, an http(s) address, or ORG/NAME of the Hub"
         files: Sequence[RawFile] = [RawFile.from_path(path, missing)]

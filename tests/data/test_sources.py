@@ -146,6 +146,13 @@ def test_local_file_is_read(tmp_path):
         assert (file.name, file.suffix, opened.read()) == (str(path), ".jsonl", ROWS)
 
 
+@pytest.mark.parametrize("flag", ["--source", "--val_source"])
+def test_folder_is_refused(flag, tmp_path):
+    with pytest.raises(LitLoraError) as refused:
+        open_source(str(tmp_path), PrepareArgs(Path("out"), "rows.jsonl", 0.1), flag)
+    assert str(refused.value) == f"{flag} ({tmp_path}) is a folder: give it one of its files"
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
