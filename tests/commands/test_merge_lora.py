@@ -61,7 +61,7 @@ def test_the_merged_folder_loads_in_transformers_with_the_logits_of_base_and_ada
 
 def test_the_merged_folder_is_complete(tiny, tmp_path):
     merged = merge(make_adapter(tmp_path / "adapter", tiny, ("q_proj",)), tmp_path / "merged")
-    assert {path.name for path in merged.iterdir()} == {path.name for path in tiny.iterdir()}
+    assert {path.name for path in merged.iterdir()} == {path.name for path in tiny.iterdir()} | {"prompt_style.yaml"}
     assert json.loads((merged / "config.json").read_text()) == json.loads((tiny / "config.json").read_text())
     assert (
         AutoTokenizer.from_pretrained(merged)("Hello").input_ids
