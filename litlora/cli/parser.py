@@ -16,7 +16,6 @@ from litlora.cli.litgpt_files import KEYS, translate
 from litlora.cli.settings import Given, Setting, join, missing_from, refusal, sections_of, settings_of
 from litlora.cli.suggestions import near_flag, nearest
 from litlora.errors import LitLoraError, UsageError
-from litlora.lora.adapter_folder import find_named_base
 
 FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 CONFIG, OPTIMIZER = "--config", "--optimizer"
@@ -80,7 +79,8 @@ def _with_base(given: dict[str, Given]) -> dict[str, Given]:
     adapter = given.get("init_adapter")
     if adapter is None or not isinstance(adapter.value, str) or "checkpoint_dir" in given:
         return given
-    base = find_named_base(Path(adapter.value), "--checkpoint_dir")
+    adapter_folder = importlib.import_module("litlora.lora.adapter_folder")  # which imports numpy and tokenizers
+    base = adapter_folder.find_named_base(Path(adapter.value), "--checkpoint_dir")
     return given | {"checkpoint_dir": Given(adapter.source, str(base))}
 
 
