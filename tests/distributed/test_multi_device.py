@@ -103,11 +103,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_variants_train_over_two_ranks_as_on_one_device(runs, alone, few, tmp_path, strategy, flags):
+@pytest.mark.parametrize(
+    ("strategy", "variant"), [("ddp", "nf4"), ("fsdp", "nf4"), ("fsdp", "dense"), ("fsdp", "pissa")]
+)
+def test_variants_train_over_two_ranks_as_on_one_device(runs, alone, few, tmp_path, strategy, variant):
     # Adam would divide the rounding of a gradient near zero by its size.
-    short = [*flags.split(), "--train.max_steps", "2", "--optimizer", "SGD", "--train.learning_rate", "0.1"]
+    settings = "--train.max_steps 2 --optimizer SGD --train.learning_rate 0.1"
+    short = [*VARIANTS[variant].split(), *settings.split()]
     runs.start_all(arguments(few, tmp_path / "out", *short, "--devices", 2, "--strategy", strategy), srun(2))
     assert runs.wait_all() == [0, 0], runs.stderr.read_text()
     assert_same(alone(*short), tmp_path / "out")
