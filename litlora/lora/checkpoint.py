@@ -206,7 +206,7 @@ def _misfit(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], 
         if (dtype := stored[name].get_dtype()) not in DTYPES:
             return f"{name} is stored as {dtype}, not as one of {', '.join(DTYPES)}"
     others = (name for name in copies if not _is_head_of(base, name, stored[name]))
-    return next((f"its {name} is another than the base's" for name in others), None)
+    return next((f"its {name} differs from the base's" for name in others), None)
 
 
 def _is_head_of(base: Checkpoint, name: str, copy: Any) -> bool:

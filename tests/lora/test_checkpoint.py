@@ -248,7 +248,7 @@ def test_copy_of_the_head_must_be_that_of_the_base(tiny, tmp_path):
     open_on(tiny, tmp_path)
     for other in (tensors[name] + 0.01, tensors[name][:-1].clone()):
         save_file(tensors | {name: other}, path)
-        with pytest.raises(LitLoraError, match=r"its lm_head\.base_layer\.weight is another than the base's"):
+        with pytest.raises(LitLoraError, match=r"its lm_head\.base_layer\.weight differs from the base's"):
             open_on(tiny, tmp_path)
 
 
