@@ -3,7 +3,7 @@
 A line of stdin is a request: the arguments, the file for stderr, the bytes of address space beyond the present ones
 that a child may have, or null, and for each of the children, which run the same command, variables of its environment:
 GATE is the file that they wait for before the fourth step, LIMIT the signs of life after which they give one up,
-CORES how many threads torch is to have.
+CORES how many threads torch is to have, and ANY_RANK lets an adapter be as large as memory has to be for a test.
 A line with their process ids follows, and one with their exit codes. They show each other more often that they live,
 but do not give up sooner.
 """
@@ -18,6 +18,7 @@ import torch
 
 import litlora.train.setup  # noqa: F401
 from litlora.__main__ import main
+from litlora.args import FinetuneLoraArgs
 from litlora.distributed import heartbeat
 from tests.helpers.gate import wait_at
 
@@ -36,6 +37,8 @@ def run(arguments: list[str], stderr: str, headroom: int | None, variables: dict
     heartbeat.BEAT, heartbeat.LIMIT = BEAT, int(variables.get("LIMIT", heartbeat.LIMIT / BEAT))
     if "CORES" in variables:
         torch.set_num_threads(int(variables["CORES"]))
+    if "ANY_RANK" in variables:
+        FinetuneLoraArgs.check_model = lambda args, _, positions: args.train.sequence_limit(positions)
     if "GATE" in variables:
         wait_at(Path(variables["GATE"]))
     if headroom is not None:
