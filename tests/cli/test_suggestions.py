@@ -169,11 +169,11 @@ def test_near_values_are_values():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "name a command: download, prepare_alpaca, prepare_lima, prepare_json, finetune_lora, generate or "
-         "merge_lora; see litlora --help"),
+        ([], "name a command: download, prepare_alpaca, prepare_lima, prepare_json, check_data, "
+         "finetune_lora, generate or merge_lora; see litlora --help"),
         (["finetune"], "there is no such command: did you mean finetune_lora?"),
         (["--lr", "1", "finetune_lora"], "the command comes before its flags: there are download, prepare_alpaca, "
-         "prepare_lima, prepare_json, finetune_lora, generate and merge_lora"),
+         "prepare_lima, prepare_json, check_data, finetune_lora, generate and merge_lora"),
     ],
     ids=["none", "misspelt", "late"],
 )  # fmt: skip
