@@ -93,6 +93,8 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
         data = read_data(args, inputs, ranks)
         network = Network(inputs.config, folder.lora, args.precision, args.quantize, fabric.device)
         run, progress = build_run(args, inputs, data, network, folder, fabric, ranks, stop, start)
+        if inputs.style_choice:
+            log(inputs.style_choice)
         log_plan(run)
         if progress.step < total_steps(len(data.train), args.train):
             longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size, progress.step)
@@ -140,6 +142,8 @@ class Inputs:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     style: PromptStyle
+    style_choice: str
+    """What --prompt_style auto stands for and why, to be printed."""
     init_adapter: Path | None
     lora: LoRAConfig
     max_seq_length: int
@@ -166,7 +170,7 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     for path in tokenizer.files:  # which are copied beside the adapter
         refuse_foreign_link(path)
-    settings = find_prompt_style(args, tokenizer, ranks)
+    settings, why = find_prompt_style(args, tokenizer, ranks)
     args = replace(args, prompt_style=settings.name)
     style = tokenizer.prompt_style(settings)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
@@ -176,16 +180,15 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, settings, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
-    return Inputs(args, checkpoint, tokenizer, style, args.init_adapter, lora, limit, encoder, splits)
+    return Inputs(args, checkpoint, tokenizer, style, why, args.init_adapter, lora, limit, encoder, splits)
 
 
-def find_prompt_style(args: FinetuneLoraArgs, tokenizer: Tokenizer, ranks: Ranks) -> StyleSettings:
-    """Return the prompt style, with the date of the resumed run, or today's, for a chat template that writes it."""
+def find_prompt_style(args: FinetuneLoraArgs, tokenizer: Tokenizer, ranks: Ranks) -> tuple[StyleSettings, str]:
+    """Return the prompt style and why; its date is that of the resumed run, or today's."""
     name, reason = choose_prompt_style(args.prompt_style, args.data_dir / "train.jsonl", tokenizer.chat_template)
-    if args.prompt_style == AUTO:
-        log(f"--prompt_style auto is {name}: {reason}")
-    today = partial(recorded_date, args)
-    return StyleSettings(name, args.prompt_style_variables or {}, ranks.broadcast_result(today))
+    today = ranks.broadcast_result(partial(recorded_date, args))
+    why = f"--prompt_style auto is {name}: {reason}" if args.prompt_style == AUTO else ""
+    return StyleSettings(name, args.prompt_style_variables or {}, today), why
 
 
 def recorded_date(args: FinetuneLoraArgs) -> str:
