@@ -327,7 +327,6 @@ class PrepareJsonArgs(PrepareArgs):
     examples: ClassVar = (
         "litlora prepare_json --source rows.csv --destination_path data/rows",
         "litlora prepare_json --source rows.csv --destination_path data/rows --columns instruction=Q,output=A",
-        "litlora prepare_json --source rows.jsonl --destination_path data/rows --val_split_fraction 0.05",
     )
 
     destination_path: Path
