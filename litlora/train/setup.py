@@ -229,16 +229,16 @@ def read_data(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> Data:
     limit, most = inputs.max_seq_length, args.train.micro_batch_tokens
     findings = check_splits(inputs, opened)
     train, val = (samples_of(name, tokens, limit, most) for name, tokens in named.items())
+    for finding in findings:
+        log(str(finding))
     return Data(train, val, example, findings)
 
 
 def check_splits(inputs: Inputs, opened: Sequence[Tokens]) -> list[Finding]:
-    """Run the checks of the data, and print what they find; an error stops the run."""
+    """Run the checks of the data, and refuse data with an error."""
     splits = [CheckedSplit(split.path, tokens) for split, tokens in zip(inputs.splits, opened, strict=True)]
     findings = run_checks(CheckedData(splits, inputs.max_seq_length, inputs.config.vocab_size))
     refuse_errors(findings)
-    for finding in findings:
-        log(str(finding))
     return findings
 
 
