@@ -145,7 +145,6 @@ def test_stored_rotary_frequencies_are_ignored(copy, tiny):
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
     change(copy, lambda tensors: tensors.update(frequencies))
     assert_same_weights(load(copy), load(tiny))
-    assert torch.equal(load(copy).model.inv_freq, load(tiny).model.inv_freq)
 
 
 def test_tensor_in_two_files_is_refused(sharded, tmp_path):
