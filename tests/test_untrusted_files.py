@@ -23,15 +23,16 @@ from litlora.__main__ import main
 from litlora.data import token_cache
 from litlora.data.batching import Samples
 from litlora.data.dataset import read_file
+from litlora.data.encoding import encode
 from litlora.data.examples import Example, Turn
-from litlora.data.prompt_styles import ChatStyle
+from litlora.data.prompt_styles import ChatStyle, StyleSettings
 from litlora.data.readers import RawFile
 from litlora.data.row_formats import ALPACA, ANY, ParsedRow
 from litlora.data.row_store import to_line
 from litlora.data.special_tokens import SpecialTokens
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.template_process import IsolatedTemplate
-from litlora.data.token_cache import FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
+from litlora.data.token_cache import ABOUT, FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import read_settings
@@ -261,10 +262,10 @@ def test_metrics(saved: Path, tmp_path: Path, data: st.DataObject):
 
 @pytest.fixture(scope="module")
 def encoder(tiny: Path) -> SplitEncoder:
-    return SplitEncoder(Tokenizer(tiny), "alpaca", mask_prompt=True)
+    return SplitEncoder(Tokenizer(tiny), StyleSettings("alpaca"), mask_prompt=True)
 
 
-@given(data=st.data(), name=st.sampled_from([IDS, OFFSETS, FIRST_LABELS, MANIFEST]), listed=st.booleans())
+@given(data=st.data(), name=st.sampled_from([IDS, OFFSETS, FIRST_LABELS, ABOUT, MANIFEST]), listed=st.booleans())
 def test_tokens(data_dir: Path, tmp_path: Path, encoder: SplitEncoder, data: st.DataObject, name: str, listed: bool):
     shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True)
     split = find_split(tmp_path / "data/train.jsonl", encoder)
@@ -293,7 +294,8 @@ def test_prompt_style(tmp_path: Path, data: st.DataObject):
 def use_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(folder)
     style = tokenizer.prompt_style("alpaca")
-    ids = tokenizer.encode(style.render(CONVERSATION).text + " Fluß 🦙\n", style.add_special_tokens).ids
+    encode([CONVERSATION], tokenizer, style, mask_prompt=True)
+    ids = tokenizer.encode_prompt(style, style.prompt("</s> Fluß 🦙\n"))
     tokenizer.decode(ids)
     assert tokenizer.fingerprint
     tokenizer.prompt_style("chat").render(CONVERSATION)
