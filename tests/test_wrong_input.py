@@ -129,8 +129,9 @@ def case(name: str, spoil: Spoil, *rest: object) -> object:
              "base/config.json is not valid JSON: Expecting value: line 1 column 1 (char 0)"),
         case("config of a list", lambda: write("base/config.json", "[]"),
              "base/config.json must hold a JSON object, not a list"),
-        case("config of another kind", lambda: change("base/config.json", hidden_act="gelu"),
-             'base: config.json has "hidden_act": "gelu", which litlora does not support: only "silu" is implemented'),
+        case("config of another kind", lambda: change("base/config.json", hidden_act="mish"),
+             'base: config.json has "hidden_act": "mish", which litlora does not support: '
+             "implemented are silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh"),
         case("no weights", lambda: remove(WEIGHTS),
              "base has no safetensors weights (expected model.safetensors); "
              "fetch a repository that has them with: litlora download --repo_id ORG/NAME"),
@@ -229,7 +230,8 @@ def test_invalid_shard_is_refused(spoil, sentence, capsys):
         case("row that is a list", lambda: write("data/train.jsonl", "[1]\n2\n"),
              f"data/train.jsonl line 1: this is a list, not an object (invalid rows after it: 1); {SHAPE}"),
         case("bytes that are no UTF-8", lambda: write("data/train.jsonl", ROW.encode() + b'{"x": "\xff"}\n'),
-             f"data/train.jsonl line 2: the byte 0xff is not valid UTF-8; save the file as UTF-8; {SHAPE}"),
+             f"data/train.jsonl line 2: the byte 0xff is not valid UTF-8; save the file as UTF-8, or "
+             f"prepare it with its encoding, such as --encoding cp1252; {SHAPE}"),
     ],
 )  # fmt: skip
 def test_invalid_data_is_refused(spoil, sentence, capsys):

@@ -324,7 +324,7 @@ def _decode(file: RawFile) -> str:
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     byte = f"the byte 0x{error.object[error.start]:02x} is not valid UTF-8"
-    return f"{byte}; save the file as UTF-8, or name its encoding, such as --encoding cp1252"
+    return f"{byte}; save the file as UTF-8, or prepare it with its encoding, such as --encoding cp1252"
 
 
 PARSERS: dict[str, Callable[[RawFile], Rows]] = {

@@ -40,7 +40,8 @@ def test_line_separator_in_a_string_ends_no_line():
         (b'{"a": 1', "this is not valid JSON (Expecting ',' delimiter at column 8)"),
         (
             b'{"a": "\xe9t\xe9"}',
-            "the byte 0xe9 is not valid UTF-8; save the file as UTF-8, or name its encoding, such as --encoding cp1252",
+            "the byte 0xe9 is not valid UTF-8; save the file as UTF-8, "
+            "or prepare it with its encoding, such as --encoding cp1252",
         ),
     ],
 )
@@ -218,9 +219,8 @@ def test_parquet_without_pyarrow_names_the_extra(monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".json", ".csv"])
 def test_invalid_utf8_is_named_by_line(suffix):
-    problem = (
-        "the byte 0xff is not valid UTF-8; save the file as UTF-8, or name its encoding, such as --encoding cp1252"
-    )
+    hint = "save the file as UTF-8, or prepare it with its encoding, such as --encoding cp1252"
+    problem = f"the byte 0xff is not valid UTF-8; {hint}"
     assert refusal(suffix, b"[\n\n1, \xff]") == f"data{suffix} line 3: {problem}"
 
 
