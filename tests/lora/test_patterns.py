@@ -112,7 +112,7 @@ def test_flags_reach_the_adapter_and_hyperparameters_repeat_the_run(tiny, data_d
             *(f"layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")),
         }),
     ],
-    ids=str,
+    ids=["one", "list", "whole_name", "expression", "all_linear"],
 )  # fmt: skip
 def test_a_config_file_chooses_layers(setting, adapted, tiny, data_dir, tmp_path):
     (tmp_path / "choice.yaml").write_text(yaml.safe_dump(setting))
