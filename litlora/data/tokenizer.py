@@ -164,6 +164,7 @@ class Tokenizer:
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, lengths.sum())
         return Encodings(ids, _spans(encodings, lengths), lengths)
 
+    @reporting_failure("the tokenizer")
     def encode_rendered(self, rendered: Sequence[Rendered], add_special_tokens: bool = True) -> Encodings:
         """Tokenize rendered texts on all cores, with special tokens of an example's own text as plain text."""
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from litlora.data.rendered import Rendered
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 
@@ -51,7 +52,8 @@ def test_tokenizer_that_fails_is_one_sentence(tiny, tmp_path, name):
     file = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
     FAULTS[name](file)
     (base / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
-    with pytest.raises(LitLoraError, match="tokenizer") as failed:
-        Tokenizer(base).encode(TEXT)
-    assert "\n" not in str(failed.value)
-    assert "download the checkpoint again" in str(failed.value)
+    for encode in (lambda: Tokenizer(base).encode(TEXT), lambda: Tokenizer(base).encode_rendered([Rendered.of(TEXT)])):
+        with pytest.raises(LitLoraError, match="tokenizer") as failed:
+            encode()
+        assert "\n" not in str(failed.value)
+        assert "download the checkpoint again" in str(failed.value)
