@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 
 from litlora.data.batching import Batching, Samples
 from litlora.data.examples import Example, Turn
+from litlora.data.prompt_styles import StyleSettings
 from litlora.data.token_cache import SplitEncoder, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.distributed.process_group import Ranks
@@ -37,7 +38,7 @@ def engine(tiny: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def samples(tokenizer: Tokenizer, data_dir: Path) -> Samples:
-    encoder = SplitEncoder(tokenizer, "alpaca", True)
+    encoder = SplitEncoder(tokenizer, StyleSettings("alpaca"), True)
     (tokens,) = open_splits([find_split(data_dir / "val.jsonl", encoder)], encoder)
     return Samples(tokens, 500)
 
