@@ -38,6 +38,8 @@ class IsolatedTemplate:
         except (MemoryError, TimeoutError) as error:
             # Not as a ChatTemplateError, after which a style tries other conversations.
             raise LitLoraError(str(ChatTemplateError(f"cannot be used: {error}"))) from error
+        if "limit" in answer:
+            raise LitLoraError(str(ChatTemplateError(answer["limit"])))
         if "error" in answer:
             raise ChatTemplateError(answer["error"])
         return str(answer["text"])
@@ -58,7 +60,8 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
         conversation = request["conversation"]
         return {"text": template.render(**conversation) if conversation else ""}
     except ChatTemplateError as error:
-        return {"error": error.reason}
+        is_limit = isinstance(error.__cause__, MemoryError | TimeoutError)
+        return {"limit" if is_limit else "error": error.reason}
 
 
 if __name__ == "__main__":
