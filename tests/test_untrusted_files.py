@@ -224,7 +224,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 def restored(tiny: Path, folder: Path) -> int:
     """Resume from a checkpoint, and return its step."""
     gpt = Checkpoint.open(tiny).load(torch.float32, CPU)
-    read_adapter(intact(folder), Checkpoint.open(tiny)).add_to(gpt)
+    read_adapter(intact(folder, find_corruption), Checkpoint.open(tiny)).add_to(gpt)
     return restore_state(folder, build_optimizer("AdamW", lora_parameters(gpt).values(), 1e-3)).step
 
 

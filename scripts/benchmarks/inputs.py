@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.environments import ProgramError
 from benchmarks.jobs import CHECKPOINT, DATA, MICRO_BATCH_SIZE, PROMPT
 
+WEIGHTS = ".safetensors"
 PROMPT_CHARACTERS = 400  # more than 64 tokens of any tokenizer, and few enough for any model
 
 
@@ -34,17 +35,19 @@ def write_rows(work: Path, source: Path, rows: int) -> None:
 
 
 def write_checkpoint(folder: Path, source: Path) -> None:
-    """Link a checkpoint's files, with a tokenizer class that uses tokenizer.json unchanged.
+    """Link a checkpoint's weights and copy its other files, with a tokenizer class that uses tokenizer.json unchanged.
 
     Some tokenizer classes of transformers tokenize differently from their tokenizer.json, which litgpt reads.
     """
     if not (source / "config.json").is_file():
         raise ProgramError(f"--checkpoint_dir ({source}) holds no config.json")
     folder.mkdir()
-    for path in source.iterdir():
-        (folder / path.name).symlink_to(path.resolve())
+    for path in filter(Path.is_file, source.iterdir()):
+        if path.suffix == WEIGHTS:
+            (folder / path.name).symlink_to(path.resolve())
+        else:  # which litlora copies beside the adapter, and hence must not lie elsewhere
+            shutil.copyfile(path, folder / path.name)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and (folder / "tokenizer.json").is_file():
         values = json.loads(settings.read_text(encoding="utf-8"))
-        settings.unlink()
         settings.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")

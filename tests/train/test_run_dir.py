@@ -114,14 +114,21 @@ def test_merging_leaves_an_intact_checkpoint_or_none(worlds, capsys):
         assert contents(world / "out") == good
 
 
+def prepared(world: Path) -> Path:
+    """Let the data of a world be prepared, as those that a command replaces must be."""
+    about = {"rows": 2, "train": 1, "val": 1}
+    (world / "data/dataset.json").write_text(json.dumps(about), encoding="utf-8")
+    return world
+
+
 def test_preparing_again_leaves_the_old_rows_or_the_new_ones(worlds, capsys):
-    world = next(worlds)
+    world = prepared(next(worlds))
     old = contents(world / "data")
     total = requests(PREPARE, world)
     new = contents(world / "data")
     assert total > 10
     for at in range(1, total + 1):
-        world = next(worlds)
+        world = prepared(next(worlds))
         outcomes = (old, new) if fails(PREPARE, world, at, capsys) else (new,)
         complete_transaction(Path("data"))  # as whatever reads the data does first
         assert contents(world / "data") in outcomes
@@ -129,22 +136,23 @@ def test_preparing_again_leaves_the_old_rows_or_the_new_ones(worlds, capsys):
 
 def test_write_together_is_atomic_when_killed(tmp_path):
     old, new = {"a": b"1", "b": b"1"}, {"a": b"2", "b": b"2", "c": b"2"}
+    pieces = {name: [content] for name, content in new.items()}
     outcomes = []
     for at in count(1):
         folder = tmp_path / str(at)
-        write_transaction(folder, old)
-        if not killed_at(at, folder, new):
+        write_transaction(folder, {name: [content] for name, content in old.items()})
+        if not killed_at(at, folder, pieces):
             break
         complete_transaction(folder)
         visible = {name: content for name, content in contents(folder).items() if not name.startswith(".")}
         outcomes.append([old, new].index(visible))
-        write_transaction(folder, new)
+        write_transaction(folder, pieces)
         assert contents(folder) == new
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {0, 1}
 
 
-def killed_at(at: int, folder: Path, new: dict[str, bytes]) -> bool:
+def killed_at(at: int, folder: Path, new: dict[str, list[bytes]]) -> bool:
     """Write in a process that ends, as by SIGKILL, at the n-th request to the disk; tell whether there was one."""
     child = os.fork()
     if not child:
