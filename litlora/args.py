@@ -72,6 +72,8 @@ def require_numbers_by_expression(flag: str, pattern: Mapping[str, float] | None
 def as_targets(targets: list[str] | str) -> list[str] | str:
     """Return layer names as a list, whose commas part them in a text; another text is a regular expression."""
     names = [name.strip() for name in (targets.split(",") if isinstance(targets, str) else targets)]
+    if "all_linear" in names:
+        raise LitLoraError("--lora_targets (all_linear) names no layer: did you mean all-linear?")
     if names and all(map(LAYER_NAME.fullmatch, names)):
         return names
     is_text = isinstance(targets, str) and is_expression(targets)
@@ -97,10 +99,14 @@ def require_adapters(args: "GenerateArgs | MergeLoraArgs") -> None:
     if args.checkpoint_dir and args.base_dir and adapters:
         raise LitLoraError("--checkpoint_dir and --base_dir both name the base of --adapters: leave one of them out")
     shown = ",".join(map(str, weights))
+    if weights and not adapters:
+        raise LitLoraError(f"--adapter_weights ({shown}) needs --adapters: name the adapters there")
     if weights and len(weights) != len(adapters):
         need = f"must have one weight for each of --adapters ({len(adapters)})"
         raise LitLoraError(f"--adapter_weights ({shown}) {need}, or be left out for 1 each")
     require(all(map(math.isfinite, weights)), "--adapter_weights", shown, "finite numbers")
+    if weights and not any(weights):
+        raise LitLoraError(f"--adapter_weights ({shown}) leaves the base alone: give a weight other than 0")
 
 
 def plain(value: Any) -> Any:
@@ -433,7 +439,7 @@ class FinetuneLoraArgs(CommandArgs):
     lora_alpha_pattern: dict[str, float] | None = None
     """The same for lora_alpha."""
     lora_layers: list[int] | int | str | None = None
-    """Blocks to adapt, such as 8-15 or 0,2,5; by default all."""
+    """Blocks to adapt, counted from 0, such as 8-15 or 0,2,5; by default all."""
     lora_targets: list[str] | str | None = None
     """Layers to adapt whatever the switches are: names such as q_proj,down_proj, or an expression for whole names."""
     lora_query: bool = True

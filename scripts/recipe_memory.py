@@ -1,7 +1,7 @@
 """Print the peak memory of each recipe in config_hub on a GPU, as --dry_run true estimates it there.
 
 The longest micro-batch has max_seq_length tokens in each example, all supervised. No weight is read: a model is its
-config.json, of which MODELS has the keys that decide shapes.
+config.json; MODELS has the keys that decide shapes.
 """
 
 import argparse

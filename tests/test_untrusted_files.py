@@ -439,7 +439,7 @@ def test_merging_writes_no_number_that_is_none(tiny, adapter, tmp_path, capsys, 
     change_adapter(folder, change, **config)
     merge = ["merge_lora", str(folder), "--base_dir", str(base), "--out_dir", str(tmp_path / "merged")]
     assert main(merge) == 1
-    expected = "litlora: merging would write NaN or infinity to model.layers.0.self_attn.q_proj.weight: "
+    expected = f"litlora: merging {folder} would write NaN or infinity to model.layers.0.self_attn.q_proj.weight: "
     assert capsys.readouterr().err.startswith(expected)
     assert not (tmp_path / "merged").exists()
 

@@ -274,9 +274,9 @@ def test_invalid_data_is_refused(spoil, sentence, capsys):
         ("--prompt_style chat",
          "--prompt_style chat needs a checkpoint with a chat template (chat_template.jinja, or chat_template in "
          "tokenizer_config.json), and this one has none; use alpaca, none, or a text with {instruction}"),
-        ("--optimizer Foo", "--optimizer Foo is not a torch optimizer, such as AdamW or torch.optim.SGD"),
+        ("--optimizer Foo", "--optimizer Foo is not a torch optimizer: name one, such as AdamW or torch.optim.SGD"),
         ("--optimizer torch.nn.Linear",
-         "--optimizer torch.nn.Linear is not a torch optimizer, such as AdamW or torch.optim.SGD"),
+         "--optimizer torch.nn.Linear is not a torch optimizer: name one, such as AdamW or torch.optim.SGD"),
         ("--optimizer no.such.Thing", "--optimizer no.such.Thing cannot be imported: No module named 'no'"),
         ("--optimizer AdamW8bit --optimizer.init_args.foo 1",
          "--optimizer AdamW8bit refuses its init_args: AdamW8bit.__init__() got an unexpected keyword argument 'foo'"),
@@ -401,6 +401,11 @@ def test_masked_token_is_not_accepted_as_a_token(capsys):
         "--access_token (**********) is printed in place of a token: give the token itself, or leave the setting out",
         code=2,
     )
+
+
+def test_word_without_a_flag_is_taken_for_the_source(capsys):
+    sentence = "prepare_json has flags only, but 1 word stands without a flag: did you mean --source rows.jsonl?"
+    check(capsys, ["prepare_json", "rows.jsonl", "--destination_path", "out"], sentence, code=2)
 
 
 @pytest.mark.parametrize(
@@ -532,6 +537,8 @@ def test_wrong_settings_are_reported_before_tokenization(capsys):
     [
         ("--checkpoint_dir nowhere",
          "there is no checkpoint folder nowhere; fetch one with: litlora download --repo_id ORG/NAME"),
+        ("--checkpoint_dir checkpoints/org/model",
+         "there is no checkpoint folder checkpoints/org/model; fetch one with: litlora download --repo_id org/model"),
         (f"--checkpoint_dir {'x' * 300}",
          f"{'x' * 300}/adapter_config.json cannot be read or written: File name too long"),
         ("--prompt=", "the prompt is empty: give one with --prompt or on standard input"),
@@ -560,9 +567,9 @@ def test_generate_refuses_invalid_arguments(flags, sentence, capsys):
         case("base gone", lambda: remove("base"),
              "the base of the adapter adapter is not there (base); say where it is with --base_dir"),
         case("base of other weights", lambda: weigh(model__norm__weight=torch.full((32,), 2.0)),
-             "the adapter in adapter was trained on another base than base; name the one that it was trained on"),
+             "the adapter in adapter was trained on a base other than base; name the one that it was trained on"),
         case("base of another shape", lambda: (remove("base"), shutil.copytree("other", "base")),
-             "the adapter in adapter was trained on another base than base; name the one that it was trained on"),
+             "the adapter in adapter was trained on a base other than base; name the one that it was trained on"),
         case("cut base", lambda: os.truncate(WEIGHTS, 30_000), f"{WEIGHTS} {CUT}"),
         case("cut matrices", lambda: os.truncate("adapter/adapter_model.safetensors", 2_000),
              f"adapter/adapter_model.safetensors {CUT}"),
@@ -604,7 +611,7 @@ def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentenc
         case("key", lambda: change("adapter/adapter_config.json", bias="all"), "--init_adapter adapter",
              "adapter/adapter_config.json has \"bias\": 'all', which litlora does not implement"),
         case("another base", nothing, "--init_adapter adapter --checkpoint_dir other",
-             "the adapter in adapter was trained on another base than other; name the one that it was trained on"),
+             "the adapter in adapter was trained on a base other than other; name the one that it was trained on"),
         case("shape", lambda: change("adapter/adapter_config.json", r=4), "--init_adapter adapter",
              "the adapter adapter does not fit the base base: "
              "model.layers.0.self_attn.q_proj.lora_A.weight is (8, 32), not (4, 32)"),
@@ -649,7 +656,9 @@ def copy_adapter(**keys: object) -> None:
         case("weights missing", nothing, "--adapters adapter,adapter --adapter_weights 0.7",
              "--adapter_weights (0.7) must have one weight for each of --adapters (2), or be left out for 1 each"),
         case("weights alone", nothing, "--checkpoint_dir adapter --adapter_weights 0.7,0.3",
-             "--adapter_weights (0.7,0.3) must have one weight for each of --adapters (0), or be left out for 1 each"),
+             "--adapter_weights (0.7,0.3) needs --adapters: name the adapters there"),
+        case("zero weights", nothing, "--adapters adapter,adapter --adapter_weights 0,0",
+             "--adapter_weights (0.0,0.0) leaves the base alone: give a weight other than 0"),
         case("infinite weight", lambda: write("settings.yaml", "adapters: [adapter]\nadapter_weights: [.inf]\n"),
              "--config settings.yaml", "--adapter_weights (inf) must be finite numbers"),
         case("no adapter", nothing, "--adapters adapter,base",
@@ -662,7 +671,7 @@ def copy_adapter(**keys: object) -> None:
         case("bases that differ", lambda: copy_adapter(base_model_name_or_path="other"), "--adapters adapter,second",
              "adapter and second name different bases (base, other): say which it is with --checkpoint_dir"),
         case("another base", copy_adapter, "--checkpoint_dir other --adapters adapter,second",
-             "the adapter in adapter was trained on another base than other; name the one that it was trained on"),
+             "the adapter in adapter was trained on a base other than other; name the one that it was trained on"),
         case("variant", lambda: copy_adapter(use_qalora=True), "--adapters adapter,second",
              'second/adapter_config.json has "use_qalora": True, which litlora does not implement'),
     ],

@@ -16,7 +16,7 @@ REASONS = {
     "train.max_tokens": "limits pre-training only: use max_steps or epochs",
     "train.tie_embeddings": "has no effect: the checkpoint's config.json decides",
 }
-"""Keys that a file may have as null, and what is said to any other value."""
+"""Keys that a file may have as null, and the reason that is reported for any other value."""
 KEYS = (DATA, *REASONS)
 TO_SETTINGS = ("mask_prompt", "prompt_style")
 """The init_args of a data module that are settings of finetune_lora."""
@@ -69,7 +69,7 @@ class DataBlock:
 
     @property
     def left_out(self) -> str:
-        """What is said of the keys that have no effect here."""
+        """The report of the keys that have no effect here."""
         names = [name for name in WITHOUT_EFFECT if name in self.init_args]
         return f"; {join(names, 'and')} {'has' if len(names) == 1 else 'have'} no effect here" if names else ""
 

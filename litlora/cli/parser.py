@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,16 +156,25 @@ def _with_positional(command: str, words: Words) -> list[tuple[str, str | None]]
     """Return the flags and the positional argument as one of them: CHECKPOINT is short for --checkpoint_dir."""
     if not words.positional:
         return words.flags
-    stray = f"{len(words.positional)} words stand without a flag"
-    if (positional := positional_of(command)) is None:
+    count = len(words.positional)
+    stray = f"{count} words stand without a flag"
+    if (positional := positional_of(command)) is None and count == 1:
+        raise UsageError(_stray_word(command, words.positional[0]))
+    if positional is None:
         raise UsageError(f"{command} has flags only, but {stray}")
     flag, metavar = positional
-    if len(words.positional) > 1:
+    if count > 1:
         raise UsageError(f"{command} takes one {metavar}, but {stray}")
     value = words.positional[0]
     if others := {given for name, given in words.flags if name == flag} - {value}:
         raise UsageError(f"{metavar} ({value}) and {flag} ({others.pop()}) are the same setting: give one of them")
     return [*words.flags, (flag, value)]
+
+
+def _stray_word(command: str, word: str) -> str:
+    """Return the sentence on a word without a flag, with the setting that was probably meant."""
+    hint = f": did you mean --source {shlex.quote(word)}?" if "source" in settings_of(COMMANDS[command]) else ""
+    return f"{command} has flags only, but 1 word stands without a flag{hint}"
 
 
 def _take(flags: Sequence[tuple[str, str | None]], names: Collection[str]) -> Iterator[tuple[str, str]]:

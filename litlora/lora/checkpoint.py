@@ -186,7 +186,7 @@ def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, 
     trained_on = (handle.metadata() or {}).get(FINGERPRINT)
     if trained_on is not None and trained_on != base.fingerprint():
         hint = "name the one that it was trained on"
-        raise LitLoraError(f"the adapter in {adapter_dir} was trained on another base than {base.dir}; {hint}")
+        raise LitLoraError(f"the adapter in {adapter_dir} was trained on a base other than {base.dir}; {hint}")
     expected = {name: tuple(parameter.shape) for name, parameter in saved_tensors(model).items()}
     stored = {name.removeprefix(PREFIX): handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     if fault := _misfit(stored, expected, base):

@@ -28,7 +28,8 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
     if not dequantized:
         refuse_compensation(adapters, "pass --dequantized_base true")
     quantized = quantized_weights(base, adapters) if dequantized else {}
-    merge = Merge(read_adapters(adapters, base, dequantized), quantized)
+    sources = " and ".join(str(adapter.folder) for adapter in adapters)
+    merge = Merge(read_adapters(adapters, base, dequantized), quantized, sources)
     untie = base.config.tie_word_embeddings and merge.changes(base.config.hub_name(HEAD))
     with atomic_directory(out_dir) as folder:
         tokenizer = Tokenizer(base.dir, base.hub_config)
@@ -64,6 +65,8 @@ class Merge:
 
     adapter: Adapter
     quantized: Mapping[str, Quantization]
+    sources: str
+    """The folders of the adapter, for messages."""
 
     def changes(self, weight: str) -> bool:
         return weight.removesuffix(".weight") in self.adapter.layers
@@ -78,7 +81,7 @@ class Merge:
         merged = self.adapter.variant.merge(base, self.adapter.of(name), self.adapter.layers[name].scaling).to(dtype)
         if not merged.isfinite().all():
             cause = f"lora_alpha or the adapter's weights are too large for {merged.dtype}, or not numbers themselves"
-            raise LitLoraError(f"merging would write NaN or infinity to {weight}: {cause}")
+            raise LitLoraError(f"merging {self.sources} would write NaN or infinity to {weight}: {cause}")
         return merged
 
     def _dequantized(self, layer: str, weight: Tensor, quantization: Quantization) -> Tensor:

@@ -27,7 +27,8 @@ def fused_note(switches: Collection[str], config: GPTConfig) -> str | None:
     if not config.fused_qkv or len(on) in (0, 3):
         return None
     flags, layer = " and ".join(f"--lora_{switch}" for switch in on), switch_targets(on, config)[0]
-    return f"{flags} adapts the whole of {layer}, which computes queries, keys and values"
+    verb = "adapts" if len(on) == 1 else "adapt"
+    return f"{flags} {verb} the whole of {layer}, which computes queries, keys and values"
 
 
 def excluded_modules(config: GPTConfig) -> tuple[str, ...] | str:

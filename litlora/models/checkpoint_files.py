@@ -1,5 +1,6 @@
 """The files of a checkpoint folder, as far as they can be read and validated without torch."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, INDEX, PICKLES, WEIGHTS
 from litlora.models.config import GPTConfig
 from litlora.utils.files import read_json
+
+DOWNLOADS = "checkpoints"  # download's --checkpoint_root
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,18 @@ def read_config(checkpoint_dir: Path) -> tuple[dict[str, Any], GPTConfig]:
 def read_hub_config(checkpoint_dir: Path) -> dict[str, Any]:
     """Read a checkpoint's config.json unchanged."""
     if not checkpoint_dir.is_dir():
-        hint = "fetch one with: litlora download --repo_id ORG/NAME"
+        hint = f"fetch one with: litlora download --repo_id {_repo_id(checkpoint_dir)}"
         raise LitLoraError(f"there is no checkpoint folder {checkpoint_dir}; {hint}")
     if not (checkpoint_dir / CONFIG).is_file():
         hint = "pass the folder that has it beside the weights"
         raise LitLoraError(f"{checkpoint_dir} has no config.json, so it is not a checkpoint of the Hub: {hint}")
     return read_json(checkpoint_dir / CONFIG)
+
+
+def _repo_id(checkpoint_dir: Path) -> str:
+    """Return the repository that download saves in a folder checkpoints/ORG/NAME; a placeholder for other folders."""
+    root, *names = checkpoint_dir.parts[-3:] or ("",)
+    return shlex.quote("/".join(names)) if root == DOWNLOADS and len(names) == 2 else "ORG/NAME"
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:

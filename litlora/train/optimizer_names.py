@@ -49,5 +49,5 @@ def no_optimizer(class_path: str) -> LitLoraError:
     """Return the error of a name that is no optimizer, with the one that was probably meant."""
     by_lower = {name.lower(): name for name in [*torch_names(), *PAGED]}
     near = get_close_matches(class_path.rpartition(".")[2].lower().replace("_", ""), sorted(by_lower), n=1)
-    hint = f": did you mean {by_lower[near[0]]}?" if near else ", such as AdamW or torch.optim.SGD"
+    hint = f": did you mean {by_lower[near[0]]}?" if near else ": name one, such as AdamW or torch.optim.SGD"
     return LitLoraError(f"--optimizer {class_path} is not a torch optimizer{hint}")

@@ -52,7 +52,7 @@ def test_no_token_for_logits_that_are_not_finite(sampler, wrong):
 
 @pytest.mark.parametrize(("name", "graphs"), [("mistral-0", 2), ("gemma2-0", 2), ("cohere2-0", 3)])
 def test_one_compilation_for_all_blocks_and_lengths(name, graphs, tmp_path, tokenizer_files, device):
-    """The head is one graph, and each kind of block, of which cohere2 has one without rotary embedding."""
+    """The head is one graph, and each kind of block; cohere2 has one without rotary embedding."""
     next(case for case in MATRIX if case.name == name).write(tmp_path, tokenizer_files)
     torch._dynamo.reset()
     counters.clear()

@@ -121,14 +121,14 @@ def test_a_config_file_chooses_layers(setting, adapted, tiny, data_dir, tmp_path
     assert {name.removeprefix("base_model.model.model.").rpartition(".lora_")[0] for name in tensors} == adapted
 
 
-NOTE = "adapts the whole of qkv_proj, which computes queries, keys and values"
+NOTE = "the whole of qkv_proj, which computes queries, keys and values"
 
 
 def test_switch_on_a_part_of_a_fused_layer_is_reported(tokenizer_files, data_dir, tmp_path, capsys):
     base = tmp_path / "base"
     next(case for case in MATRIX if case.model_type == "phi3").write(base, tokenizer_files)
     assert finetune(base, data_dir, tmp_path / "part") == 0
-    assert f"--lora_query and --lora_value {NOTE}\n" in capsys.readouterr().err
+    assert f"--lora_query and --lora_value adapt {NOTE}\n" in capsys.readouterr().err
     assert finetune(base, data_dir, tmp_path / "all", "--lora_key", "true") == 0
     assert finetune(base, data_dir, tmp_path / "named", "--lora_targets", "qkv_proj", "--lora_layers", "1") == 0
     assert NOTE not in capsys.readouterr().err
@@ -153,6 +153,7 @@ def test_switch_on_a_part_of_a_fused_layer_is_reported(tokenizer_files, data_dir
         (["--lora_targets", "q_proj,qkv"], "--lora_targets: qkv names no linear layer; there are q_proj, k_proj, v_"),
         (["--lora_targets", "q_proj|v_proj"],
          "--lora_targets: the expression q_proj|v_proj matches no linear layer: it must match whole names"),
+        (["--lora_targets", "all_linear"], "--lora_targets (all_linear) names no layer: did you mean all-linear?"),
         (["--lora_targets", "["], "--lora_targets ([) must be layer names, such as q_proj,down_proj, or a regular"),
         (["--lora_targets", ".*q_proj", "--lora_layers", "0"],
          "--lora_layers does not go with the regular expression in --lora_targets: choose the blocks in it"),
