@@ -1,7 +1,8 @@
 """Adapter folders in PEFT's format: writing, reading, and matching an adapter with its base."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_layers, add_lora, freeze_adapter, linear_layers, lora_layers, saved_tensors
 from litlora.lora.pissa import subtract_starts
 from litlora.lora.selection import Weighted
+from litlora.lora.targets import excluded_modules
 from litlora.lora.variants import ROWS, variant_of
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
 from litlora.models.checkpoint_files import first_three
+from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.models.weights import DTYPES, open_safetensors
 from litlora.nn.nf4 import Quantization, quantization_of
@@ -199,7 +202,7 @@ def _misfit(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], 
     copies = {name for name in stored if name.endswith(COPY)}
     own = stored.keys() - copies
     if own != expected.keys() or not own:
-        return f"they differ in {first_three(sorted(own ^ expected.keys())) or 'every layer'}"
+        return _different_names(own, expected.keys(), base.config)
     for name, shape in expected.items():
         if tuple(stored[name].get_shape()) != shape:
             return f"{name} is {tuple(stored[name].get_shape())}, not {shape}"
@@ -207,6 +210,18 @@ def _misfit(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], 
             return f"{name} is stored as {dtype}, not as one of {', '.join(DTYPES)}"
     others = (name for name in copies if not _is_head_of(base, name, stored[name]))
     return next((f"its {name} differs from the base's" for name in others), None)
+
+
+def _different_names(own: Set[str], expected: Set[str], config: GPTConfig) -> str:
+    """Say which tensors an adapter has beyond those that its settings give it on the base, or lacks."""
+    excluded = excluded_modules(config)
+    surplus, missing = sorted(own - expected), sorted(expected - own)
+    if left_out := [name for name in surplus if isinstance(excluded, str) and re.fullmatch(excluded, name)]:
+        hint = f"train it with exclude_modules={excluded!r}"
+        return f"it adapts {first_three(left_out)}, which litlora leaves out with the rest of vision: {hint}"
+    if surplus:
+        return f"the adapter has {first_three(surplus)}, which its settings do not give it on this base"
+    return f"the adapter lacks {first_three(missing)}" if missing else "it adapts no layer of it"
 
 
 def _is_head_of(base: Checkpoint, name: str, copy: Any) -> bool:

@@ -15,11 +15,12 @@ from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
 from litlora.lora.adapter import Adapter
 from litlora.lora.adapter_folder import read_prompt_style, same_style
-from litlora.lora.checkpoint import read_adapters, refuse_compensation, shared_quantization
+from litlora.lora.checkpoint import read_adapters, read_quantization, refuse_compensation, shared_quantization
 from litlora.lora.prompt_files import write_prompt_files
 from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint, block_linears
 from litlora.nn.nf4 import Quantization, dequantized
+from litlora.utils.console import log
 from litlora.utils.files import atomic_directory, copy_own
 
 
@@ -30,6 +31,8 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
     quantized = quantized_weights(base, adapters) if dequantized else {}
     sources = " and ".join(str(adapter.folder) for adapter in adapters)
     merge = Merge(read_adapters(adapters, base, dequantized), quantized, sources)
+    if not dequantized:
+        log_other_base(adapters)
     untie = base.config.tie_word_embeddings and merge.changes(base.config.hub_name(HEAD))
     with atomic_directory(out_dir) as folder:
         tokenizer = Tokenizer(base.dir, base.hub_config)
@@ -39,6 +42,14 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
             write_prompt_files(folder, tokenizer, styles[0])
         write_weights(folder, base, merge, untie)
         write_config(folder, base, untie)
+
+
+def log_other_base(adapters: Sequence[Weighted]) -> None:
+    """Say which adapters were trained on a quantized base, and are merged into one that is not."""
+    for adapter in adapters:
+        if quantization := read_quantization(adapter.folder):
+            what = f"{adapter.folder} was trained on {quantization.name}, and is merged into the unquantized base"
+            log(f"{what}: --dequantized_base true merges into the weights that it was trained on")
 
 
 def copy_other_files(folder: Path, base: Checkpoint, tokenizer: Tokenizer) -> None:

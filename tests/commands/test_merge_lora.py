@@ -115,11 +115,16 @@ def test_a_merge_into_the_dequantized_base_is_the_network_that_was_trained(check
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=2e-6)
 
 
-def test_an_adapter_trained_on_4_bits_is_merged_into_the_whole_base_by_default(tiny, tmp_path):
+def test_an_adapter_trained_on_4_bits_is_merged_into_the_whole_base_by_default(tiny, tmp_path, capsys):
     over_4_bits = make_adapter(tmp_path / "quantized", tiny, ALL, Quantization("bnb.nf4", torch.float32))
     over_all = make_adapter(tmp_path / "whole", tiny, ALL)
     merged, expected = (merge(a, tmp_path / f"merged-{a.name}") for a in (over_4_bits, over_all))
     assert (merged / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    notes = [line for line in capsys.readouterr().err.splitlines() if "--dequantized_base" in line]
+    said = f"{over_4_bits} was trained on bnb.nf4, and is merged into the unquantized base"
+    assert notes == [f"{said}: --dequantized_base true merges into the weights that it was trained on"]
+    merge(over_4_bits, tmp_path / "dequantized", "--dequantized_base", "true")
+    assert "--dequantized_base" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)], ids=["022", "027"])

@@ -160,7 +160,7 @@ def test_loaded_start_gives_the_same_rest_bit_for_bit(quantization, make_checkpo
 
 
 @EACH
-def test_adapter_over_nf4_is_deployed_as_it_was_trained(options, make_checkpoint, tmp_path):
+def test_adapter_over_nf4_is_deployed_as_it_was_trained(options, make_checkpoint, tmp_path, capsys):
     """Merged into the dequantized weights or over 4 bits, the start is taken out before the weights are quantized."""
     base, adapter = make_checkpoint(WHOLE_BLOCKS), tmp_path / "adapter"
     adapter.mkdir()
@@ -177,6 +177,8 @@ def test_adapter_over_nf4_is_deployed_as_it_was_trained(options, make_checkpoint
         torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
         over_whole = load_with_adapters(Checkpoint.open(base), [Weighted(adapter)], torch.float32, CPU)
         assert (logits(over_whole) - expected).abs().max() > 1e-2  # the quantization error
+    assert main(["merge_lora", "--checkpoint_dir", str(adapter), "--out_dir", str(tmp_path / "into_whole")]) == 0
+    assert f"{adapter} was trained on bnb.nf4, and is merged into the unquantized base: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -1,6 +1,7 @@
 """Every family against transformers, PEFT and bitsandbytes, on small random checkpoints."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers.families import MATRIX, VISION, WHOLE, Case
 from helpers.reference import hugging_face, in_4_bits, with_peft
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from litlora.errors import LitLoraError
 from litlora.generation.compile import prepare_for_decoding
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import Session, generate
-from litlora.lora.checkpoint import load_matrices, read_lora_config, write_adapter
+from litlora.lora.checkpoint import load_matrices, read_adapter, read_lora_config, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
 from litlora.lora.merge import merge_adapters
@@ -281,6 +283,20 @@ def test_vision_is_left_out_in_one_line_and_kept_in_a_merge(written, tmp_path, c
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed
     assert all(name.startswith("language_model.model.layers.") for name in changed)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_adapter_of_the_vision_tower_is_refused_with_what_excludes_it(name, written, tmp_path):
+    checkpoint = Checkpoint.open(written(name))
+    excluded = excluded_modules(checkpoint.config)
+    for options in ({}, {"exclude_modules": excluded}):
+        config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+        get_peft_model(hugging_face(checkpoint.dir), config).save_pretrained(tmp_path / str(len(options)))
+    fault = r"it adapts model\.(vision_tower|multi_modal_projector)\..* more, which litlora leaves out"
+    hint = re.escape(f"with the rest of vision: train it with exclude_modules={excluded!r}")
+    with pytest.raises(LitLoraError, match=f"{fault} {hint}$"):
+        read_adapter(tmp_path / "0", checkpoint)
+    assert read_adapter(tmp_path / "1", checkpoint).layers
 
 
 def test_adapted_head_of_a_multi_modal_model_is_untied(written, tmp_path):
