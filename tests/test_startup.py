@@ -97,6 +97,8 @@ REFUSED = {
     "base": ["finetune_lora", "nowhere", "--data_dir", "data"],
     "no checkpoint": ["finetune_lora", "data", "--data_dir", "data"],
     "model_type": ["finetune_lora", "gpt2", "--data_dir", "data"],
+    "parted head": ["finetune_lora", "tied", "--data_dir", "data", "--out_dir", "out", "--lora_init", "pissa",
+                    "--lora_head", "--devices", "2", "--strategy", "fsdp"],
     "no weights": ["finetune_lora", "unweighted", "--data_dir", "data"],
     "no tokenizer": ["finetune_lora", "untokenized", "--data_dir", "data"],
     "data": ["finetune_lora", "base", "--data_dir", "nowhere"],
@@ -139,9 +141,11 @@ REFUSED = {
 def refused(tiny, data_dir, adapter, tmp_path_factory) -> dict[str, tuple[object, str]]:
     """Run all command lines of REFUSED in one process without torch."""
     folder = tmp_path_factory.mktemp("refused")
-    for name in ("base", "gpt2", "unweighted", "untokenized"):
+    for name in ("base", "gpt2", "tied", "unweighted", "untokenized"):
         shutil.copytree(tiny, folder / name)
     (folder / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    tied = json.loads((tiny / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "tied/config.json").write_text(json.dumps(tied))
     (folder / "unweighted/model.safetensors").unlink()
     (folder / "untokenized/tokenizer.json").unlink()
     for name in ("data", "halved", "bad"):

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import LoRALinear
 from litlora.lora.svd import leading_singular
+from litlora.lora.targets import HEAD_LAYER
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
-from litlora.models.config import GPTConfig
 from litlora.nn.nf4 import NF4Weight
-
-HEAD_LAYER = "lm_head"
 
 
 @torch.no_grad()
@@ -74,11 +71,6 @@ def base_weight(name: str, layer: LoRALinear, base: Checkpoint) -> Tensor:
 def is_tied(name: str, base: Checkpoint) -> bool:
     """Tell whether the weight of a layer is the embedding's as well."""
     return base.config.tie_word_embeddings and name == HEAD_LAYER
-
-
-def parts_head_from_embedding(lora: LoRAConfig, config: GPTConfig) -> bool:
-    """Tell whether a head that is tied to the embedding needs a weight of its own, which lacks the adapter's start."""
-    return lora.changes_base and config.tie_word_embeddings and lora.targets(config.hub_name(HEAD_LAYER))
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Iterable
 
-from litlora.lora.config import TARGET_MODULES
+from litlora.errors import LitLoraError
+from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.models.config import GPTConfig
 
+HEAD_LAYER = "lm_head"
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"
 FUSED_QKV = {"q_proj": QKV, "k_proj": QKV, "v_proj": QKV}
 FUSED_GATE_UP = {"gate_proj": GATE_UP, "up_proj": GATE_UP}
@@ -34,3 +36,10 @@ def fused_note(switches: Collection[str], config: GPTConfig) -> str | None:
 def excluded_modules(config: GPTConfig) -> tuple[str, ...] | str:
     """Return an expression for the layers of PEFT's model that litlora does not load, or an empty tuple."""
     return rf"(.*\.)?({'|'.join(config.left_out)})\..*" if config.left_out else ()
+
+
+def refuse_parted_head(lora: LoRAConfig, config: GPTConfig) -> None:
+    """Refuse, for a sharded base, a tied head that needs a weight of its own, which lacks the adapter's start."""
+    if lora.changes_base and config.tie_word_embeddings and lora.adapted([config.hub_name(HEAD_LAYER)]):
+        fault = f"--lora_init {lora.init} cannot part a head from its embedding under --strategy fsdp"
+        raise LitLoraError(f"{fault}: pass ddp, leave --lora_head out, or choose another --lora_init")

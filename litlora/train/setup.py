@@ -37,8 +37,7 @@ from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import LoRAConfig
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import add_lora, count, lora_layers, lora_parameters
-from litlora.lora.pissa import parts_head_from_embedding
-from litlora.lora.targets import fused_note
+from litlora.lora.targets import fused_note, refuse_parted_head
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
@@ -112,6 +111,7 @@ def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str
         ranks.broadcast_result(folder.check)
         data = read_data(args, inputs, ranks)
         network = Network(inputs.config, folder.lora, args.precision, args.quantize, fabric.device)
+        log_adapter(folder, inputs.config)
         return memory_table(args, network, data.train)
 
 
@@ -333,12 +333,8 @@ def build_model(
     """Load the base, or this device's shard of it, with a new adapter."""
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     quantization = Quantization(args.quantize, dtype) if args.quantize else None
-    if sharded and parts_head_from_embedding(lora, checkpoint.config):
-        hint = "pass ddp, leave --lora_head out, or choose another --lora_init"
-        raise LitLoraError(
-            f"--lora_init {lora.init} cannot part a head from its embedding under --strategy fsdp: {hint}"
-        )
     if sharded:
+        refuse_parted_head(lora, checkpoint.config)
         gpt = load_sharded(checkpoint, dtype, quantization, lora, fabric)
     else:
         gpt = checkpoint.load(dtype, fabric.device, quantization)
@@ -390,12 +386,17 @@ def log_plan(run: Run) -> None:
         how = "sharded over" if isinstance(engine.gpt, FSDPModule) else "on each of"
         devices = f"{how} {engine.ranks.world_size} devices, the first of them {engine.fabric.device}"
     log(f"{trainable:,} trainable parameters over {frozen:,} frozen ones, {devices}")
-    log(run.folder.adapter)
-    if note := fused_note(run.folder.switches, engine.gpt.config):
-        log(note)
+    log_adapter(run.folder, engine.gpt.config)
     if dropouts := ", ".join(engine.gpt.config.unapplied_dropouts):
         log(f"config.json has {dropouts}, which is not applied: the dropout of fine-tuning is --lora_dropout")
     log(f"{len(run.samples):,} examples with {tokens:,} tokens, {total_steps(len(run.samples), run.train):,} steps")
+
+
+def log_adapter(folder: RunFolder, config: GPTConfig) -> None:
+    """Print which adapter is trained, and on which layers."""
+    log(folder.adapter)
+    if note := fused_note(folder.switches, config):
+        log(note)
 
 
 def memory_table(args: FinetuneLoraArgs, network: Network, samples: Samples) -> str:

@@ -280,9 +280,12 @@ def test_dry_run_prints_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp
     flags = ["--train.epochs", 2, "--train.global_batch_size", 4, "--train.max_steps", 5, "--lora_mlp", "true"]
     command = ["finetune_lora", *map(str, folders + flags)]
     assert main([*command, "--dry_run", "true"]) == 0
-    printed = dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
+    captured = capsys.readouterr()
+    printed = dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", captured.out, re.MULTILINE))
     assert not list(tmp_path.iterdir())
     assert main(command) == 0
+    adapted = "LoRA of rank 8 and alpha 16 on q_proj, v_proj, gate_proj, up_proj, down_proj"
+    assert all(adapted in err.splitlines() for err in (captured.err, capsys.readouterr().err))
     report = json.loads((tmp_path / "out/final/report.json").read_text(encoding="utf-8"))
     for name in ("trainable parameters", "frozen parameters", "steps", "tokens"):
         assert printed[name] == f"{report[name.replace(' ', '_')]:,}"
