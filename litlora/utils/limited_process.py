@@ -40,15 +40,22 @@ class LimitedProcess:
         """Return the answer to a request; TimeoutError or MemoryError if it takes too much."""
         line = json.dumps({"seconds": resource_limits.MAX_SECONDS, "request": request}, default=str).encode()
         with self._lock:
-            process = self._started()
-            assert process.stdin is not None
-            with suppress(BrokenPipeError):
-                process.stdin.write(line + b"\n")
-                process.stdin.flush()
-            answer = self._answer(process)
-            if not answer.endswith(b"\n"):
-                raise self._failure(process)
+            try:
+                answer = self._exchange(self._started(), line)
+            except BaseException:  # also a signal's: the next request would get the answer to this one
+                self.close()
+                raise
         return json.loads(answer)
+
+    def _exchange(self, process: subprocess.Popen[bytes], line: bytes) -> bytes:
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(line + b"\n")
+            process.stdin.flush()
+        answer = self._answer(process)
+        if not answer.endswith(b"\n"):
+            raise self._failure(process)
+        return answer
 
     def _started(self) -> subprocess.Popen[bytes]:
         """Return the process, which a fork of this one does not share."""

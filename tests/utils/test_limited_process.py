@@ -1,4 +1,5 @@
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,22 @@ def test_work_in_c_code_is_ended(process, work, error, monkeypatch):
 def test_a_crash_is_contained(process):
     with pytest.raises(MemoryError):
         process.ask({"do": "crash"})
+    assert process.ask({"do": "echo"}) == {"do": "echo"}
+
+
+def test_an_interrupted_request_leaves_no_answer_behind(process):
+    """The next request would get it otherwise."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            process.ask({"do": "burn"})
+    finally:
+        signal.signal(signal.SIGALRM, previous)
     assert process.ask({"do": "echo"}) == {"do": "echo"}
 
 
