@@ -98,6 +98,9 @@ def everything() -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
 
 
+WAY_OUT = "merge the adapter in PEFT, or train one without it"
+
+
 def check(capsys: pytest.CaptureFixture[str], command: list[str], sentence: str, code: int = 1) -> None:
     """Run a command that must fail with this sentence alone, and leave nothing behind."""
     before = everything()
@@ -332,6 +335,25 @@ def test_invalid_setting_is_refused(flags, sentence, capsys):
         ("--train.max_steps #", "--train.max_steps (#) must be a whole number or null"),
         ("--precision int3", "--precision (int3) must be bf16-true, bf16-mixed or 32-true"),
         ("--quantize gptq", "--quantize (gptq) must be bnb.nf4, bnb.nf4-dq or null"),
+        (
+            "--lora_rank_pattern q_proj=4",
+            "--lora_rank_pattern (q_proj=4) must be a mapping such as {q_proj: 4} or null",
+        ),
+        (
+            "--lora_rank_pattern {q_proj:x}",
+            "--lora_rank_pattern ({q_proj:x}) must be a mapping such as {q_proj: 4} or null",
+        ),
+        ('--lora_rank_pattern {"q_proj":2.5}', "--lora_rank_pattern, q_proj (2.5) must be a whole number"),
+        ('--lora_alpha_pattern {"q_proj":x}', "--lora_alpha_pattern, q_proj (x) must be a number"),
+        (
+            r'--lora_alpha_pattern {"layers\.1\..*":32}',
+            r'--lora_alpha_pattern ({"layers\.1\..*":32}) is not valid YAML: '
+            "put the expression in single quotes, or double each backslash",
+        ),
+        (
+            "--modules_to_save lm_head",
+            "unrecognized --modules_to_save: not implemented, since adapters hold LoRA weights alone",
+        ),
         ("one two", "finetune_lora takes one CHECKPOINT, but 2 words stand without a flag"),
         ("other", "CHECKPOINT (other) and --checkpoint_dir (base) are the same setting: give one of them"),
     ],
@@ -426,6 +448,11 @@ def test_word_without_a_flag_is_taken_for_the_source(capsys):
          " line 1: precision (bf16) must be bf16-true, bf16-mixed or 32-true: did you mean bf16-true?"),
         ("lora_r: four\n", " line 1: lora_r (four) must be a whole number; see litlora finetune_lora --help"),
         ("lora_r: 4.0\n", " line 1: lora_r (4.0) must be a whole number; see litlora finetune_lora --help"),
+        ("lora_rank_pattern: {v_proj: 2, q_proj: 2.5}\n",
+         " line 1: lora_rank_pattern, q_proj (2.5) must be a whole number; see litlora finetune_lora --help"),
+        ("bias: none\n",
+         " line 1: unrecognized bias: not implemented, since adapters hold LoRA weights alone; "
+         "see litlora finetune_lora --help"),
         ("lora_r: true\n", " line 1: lora_r (true) must be a whole number; see litlora finetune_lora --help"),
         ("lora_r: [4]\n", " line 1: lora_r ([4]) must be a whole number; see litlora finetune_lora --help"),
         ("- lora_r\n", " must hold settings, one a line, such as NAME: VALUE; see litlora finetune_lora --help"),
@@ -582,12 +609,14 @@ def test_generate_refuses_invalid_arguments(flags, sentence, capsys):
         case("rank beyond any matrix", lambda: change("adapter/adapter_config.json", r=10**12),
              f'adapter/adapter_config.json has "r": {10**12}, '
              "but no matrix in adapter_model.safetensors has that many rows or columns"),
+        case("rank in quotes", lambda: change("adapter/adapter_config.json", r="8"),
+             "adapter/adapter_config.json has \"r\": '8', but it must be a whole number above 0, without quotes"),
         case("scale that is no number", lambda: change("adapter/adapter_config.json", lora_alpha=float("nan")),
              'adapter/adapter_config.json has "lora_alpha": nan, but it must be a number above 0'),
         case("pattern that takes years", lambda: change("adapter/adapter_config.json", target_modules="(.|.)*!"),
              "the layers that match (.|.)*! cannot be looked for: it takes more than 0.3 seconds"),
         case("another kind of adapter", lambda: change("adapter/adapter_config.json", use_qalora=True),
-             'adapter/adapter_config.json has "use_qalora": True, which litlora does not implement'),
+             'adapter/adapter_config.json has "use_qalora": True, which litlora does not implement: ' + WAY_OUT),
     ],
 )  # fmt: skip
 def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentence, capsys, monkeypatch):
@@ -609,7 +638,7 @@ def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentenc
              "no adapter in base (expected adapter_config.json); "
              "it is a checkpoint: name the folder of an adapter on it"),
         case("key", lambda: change("adapter/adapter_config.json", bias="all"), "--init_adapter adapter",
-             "adapter/adapter_config.json has \"bias\": 'all', which litlora does not implement"),
+             "adapter/adapter_config.json has \"bias\": 'all', which litlora does not implement: " + WAY_OUT),
         case("another base", nothing, "--init_adapter adapter --checkpoint_dir other",
              "the adapter in adapter was trained on a base other than other; name the one that it was trained on"),
         case("shape", lambda: change("adapter/adapter_config.json", r=4), "--init_adapter adapter",
@@ -673,7 +702,7 @@ def copy_adapter(**keys: object) -> None:
         case("another base", copy_adapter, "--checkpoint_dir other --adapters adapter,second",
              "the adapter in adapter was trained on a base other than other; name the one that it was trained on"),
         case("variant", lambda: copy_adapter(use_qalora=True), "--adapters adapter,second",
-             'second/adapter_config.json has "use_qalora": True, which litlora does not implement'),
+             'second/adapter_config.json has "use_qalora": True, which litlora does not implement: ' + WAY_OUT),
     ],
 )  # fmt: skip
 def test_adapters_that_have_no_sum_are_refused(command, spoil, flags, sentence, capsys):

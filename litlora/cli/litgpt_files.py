@@ -18,6 +18,13 @@ REASONS = {
 }
 """Keys that a file may have as null, and the reason that is reported for any other value."""
 KEYS = (DATA, *REASONS)
+VALUES = {"eval.evaluate_example": {"first": "0"}}
+"""Values of settings that have another name here."""
+HINTS = {
+    "eval.evaluate_example": {"random": "give a row of the validation split, such as 0"},
+    "devices": {"auto": "give the number of devices, such as 1"},
+}
+"""Values of settings that have no counterpart, and what to do."""
 TO_SETTINGS = ("mask_prompt", "prompt_style")
 """The init_args of a data module that are settings of finetune_lora."""
 TO_FLAGS = {
@@ -89,7 +96,7 @@ def translate(given: Mapping[str, Given], *, prepared: bool) -> tuple[dict[str, 
 
     `prepared` refuses a data block whose rows are not prepared yet, unless --data_dir replaces it.
     """
-    own = {name: value for name, value in given.items() if name not in KEYS}
+    own = {name: _translated(name, value) for name, value in given.items() if name not in KEYS}
     for name, reason in REASONS.items():
         if name in given and given[name].value is not None:
             raise UsageError(f"{given[name].source} {reason}")
@@ -102,6 +109,15 @@ def translate(given: Mapping[str, Given], *, prepared: bool) -> tuple[dict[str, 
     origin = "instead of the rows of" if "data_dir" in own else "prepared by"
     note = f"{block.source} ({block.module}): rows are read from {data_dir.value}, {origin}: {block.command}"
     return dict(block.settings()) | own | {"data_dir": data_dir}, [note + block.left_out]
+
+
+def _translated(name: str, given: Given) -> Given:
+    """Return a value of a setting as it is called here."""
+    if not isinstance(given.value, str):
+        return given
+    if hint := HINTS.get(name, {}).get(given.value):
+        raise UsageError(f"{given.source} ({given.value}) is not supported: {hint}")
+    return Given(given.source, VALUES.get(name, {}).get(given.value, given.value))
 
 
 def _read(given: Given) -> DataBlock:

@@ -15,7 +15,7 @@ from litlora.cli.config_files import Schema, parse_value, read_config, read_text
 from litlora.cli.help import command_help, overview, positional_of
 from litlora.cli.litgpt_files import KEYS, translate
 from litlora.cli.settings import Given, Setting, join, missing_from, refusal, sections_of, settings_of
-from litlora.cli.suggestions import near_flag, nearest
+from litlora.cli.suggestions import hint_for, nearest
 from litlora.errors import LitLoraError, UsageError
 
 FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
@@ -146,8 +146,8 @@ def _refuse_unknown(words: Words, known: Collection[str]) -> None:
         name = flag.removeprefix("--")
         is_optimizer = flag.startswith(f"{OPTIMIZER}.") and "optimizer" in known
         if name not in known and flag != CONFIG and not is_optimizer:
-            near = near_flag(flag, known)
-            faults.append(f"unrecognized {flag}: did you mean {near}?" if near else f"unrecognized {flag}")
+            hint = hint_for(flag, known)
+            faults.append(f"unrecognized {flag}{hint and f': {hint}'}")
     if faults:
         raise UsageError("; ".join(faults))
 

@@ -15,6 +15,7 @@ NEEDS = {
     NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "a text",
     SecretStr: "a text", dict: "a mapping", list: "a list",
 }  # fmt: skip
+FORM = "such as {q_proj: 4}"  # of a mapping to numbers
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Setting:
         return next((get_args(kind)[0] for kind in self.types if get_origin(kind) is tuple), None)
 
     @property
+    def number(self) -> Any:
+        """The type of the numbers in a mapping; None for another type."""
+        kinds = [get_args(kind)[1] for kind in self.types if get_origin(kind) is dict]
+        return next((kind for kind in kinds if kind in (int, float)), None)
+
+    @property
     def choices(self) -> list[str]:
         """The words that it can be, in the order in which they are declared."""
         return [word for kind in self.types if get_origin(kind) is Literal for word in get_args(kind)]
@@ -53,6 +60,7 @@ class Setting:
     def need(self) -> str:
         """What a value must be, in words."""
         others = [NEEDS[get_origin(kind) or kind] for kind in self.types if get_origin(kind) not in (Literal, tuple)]
+        others = [f"{need} {FORM}" if need == NEEDS[dict] and self.number else need for need in others]
         others += [f"a list, each item {NEEDS[self.item]}"] if self.item else []
         return join([*self.choices, *sorted(others, key=lambda need: need == "null")], "or")
 
@@ -94,12 +102,16 @@ def refusal(setting: Setting, given: Given) -> UsageError:
     """Return the error that states what a value must be, with the choice that was probably meant."""
     if SecretStr in setting.types:  # its value is never quoted
         return UsageError(f"{given.source} must be a text")
-    shown = "null" if given.value is None else str(given.value)
-    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    shown = cut("null" if given.value is None else str(given.value))
     null = ["null"] if setting.is_nullable else []
     fault = f"{given.source} ({shown}) must be {setting.need}"
     near = near_value(setting.name, shown, [*setting.choices, *null]) if isinstance(given.value, str) else None
     return UsageError(f"{fault}: did you mean {near}?" if near else fault)
+
+
+def cut(text: str) -> str:
+    """Return a value as an error quotes it."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def join(words: list[str], conjunction: str) -> str:

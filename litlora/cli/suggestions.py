@@ -1,6 +1,6 @@
 """Which flag, key or value was meant: names that other trainers use, else the nearest spelling."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 # What users of PEFT, TRL, Lit-GPT, torchtune and Axolotl type, and what it is called here: the first name that the
@@ -199,6 +199,15 @@ ALIASES: dict[str, Sequence[str]] = {
     "torch_compile": ("--compile true",),
     "dequantize": ("--dequantized_base true",),
 }
+LORA_ALONE = "not implemented, since adapters hold LoRA weights alone"
+ALWAYS = "it is always on"
+ANSWERS = {
+    "modules_to_save": LORA_ALONE, "lora_modules_to_save": LORA_ALONE, "trainable_token_indices": LORA_ALONE,
+    "bias": LORA_ALONE, "lora_bias": LORA_ALONE,
+    "packing": ALWAYS, "sample_packing": ALWAYS, "dataset.packed": ALWAYS, "flash_attention": ALWAYS,
+    "lr_scheduler_type": "the schedule is cosine with warmup, down to --train.min_lr",
+}  # fmt: skip
+"""Settings of training that have no name here, and why."""
 VALUES: dict[str, dict[str, str]] = {
     "precision": {
         "bf16": "bf16-true", "bfloat16": "bf16-true", "16-true": "bf16-true", "fp16": "bf16-true", "16": "bf16-true",
@@ -212,6 +221,14 @@ VALUES: dict[str, dict[str, str]] = {
     "lora_init": {"true": "zero", "default": "zero", "zeros": "zero", "gaussian": "zero"},
     "strategy": {"deepspeed": "fsdp", "fsdp2": "fsdp", "dp": "ddp", "zero3": "fsdp"},
 }  # fmt: skip
+
+
+def hint_for(flag: str, names: Collection[str]) -> str:
+    """Return why a flag has no name here, or the one that was probably meant; nothing where no name is near."""
+    if "lora_r" in names and (answer := ANSWERS.get(flag.lstrip("-").replace("-", "_"))):
+        return answer
+    near = near_flag(flag, names)
+    return f"did you mean {near}?" if near else ""
 
 
 def near_flag(flag: str, names: Iterable[str]) -> str | None:
@@ -235,6 +252,8 @@ def near_key(name: str, names: Iterable[str]) -> str:
     if own := [other for other in known if other.rpartition(".")[2] == key]:
         section = own[0].rpartition(".")[0]
         return f"it belongs under {section}:" if section else "it belongs at the top level"
+    if "lora_r" in known and (answer := ANSWERS.get(name) or ANSWERS.get(key)):
+        return answer
     flag = near_flag(key, known) or near_flag(name, known)
     if flag is None:
         return ""

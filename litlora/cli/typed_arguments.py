@@ -9,13 +9,14 @@ from argparse import ArgumentError
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 from litlora.args import SecretStr
-from litlora.cli.settings import Given, Setting, missing_from, refusal, settings_of
+from litlora.cli.config_files import parse_value
+from litlora.cli.settings import NEEDS, Given, Setting, cut, missing_from, refusal, settings_of
 from litlora.errors import UsageError
 
 KEY = re.compile(r'key "([^"]+)"')  # in a message of jsonargparse
@@ -70,7 +71,24 @@ def _listed(setting: Setting, value: Any) -> Any:
 
 def _as_sentence(error: ArgumentError, settings: Mapping[str, Setting], given: Mapping[str, Given]) -> UsageError:
     name = "".join(KEY.findall(str(error))[:1])
-    return refusal(settings[name], given[name]) if name in given else UsageError(" ".join(str(error).split()))
+    if name not in given:
+        return UsageError(" ".join(str(error).split()))
+    return _mapping_refusal(settings[name], given[name]) or refusal(settings[name], given[name])
+
+
+def _mapping_refusal(setting: Setting, given: Given) -> UsageError | None:
+    """Return the error that names what is wrong within a mapping; None where it is no mapping at all."""
+    if not any(get_origin(kind) is dict for kind in setting.types):
+        return None
+    value = parse_value(given.value) if isinstance(given.value, str) else given.value
+    if isinstance(value, str) and value.lstrip().startswith("{") and "\\" in value:
+        hint = "put the expression in single quotes, or double each backslash"
+        return UsageError(f"{given.source} ({cut(value)}) is not valid YAML: {hint}")
+    for key, number in value.items() if isinstance(value, dict) and setting.number else ():
+        right = int if setting.number is int else int | float
+        if number is not None and (not isinstance(number, right) or isinstance(number, bool)):  # {q_proj:4} is null
+            return UsageError(f"{given.source}, {key} ({cut(str(number))}) must be {NEEDS[setting.number]}")
+    return None
 
 
 def _settled(setting: Setting, given: Given, value: Any) -> Any:

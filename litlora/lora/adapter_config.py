@@ -27,6 +27,7 @@ WITHOUT_EFFECT = {
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Initializations that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ) train beside a changed one."""
+WAY_OUT = "merge the adapter in PEFT, or train one without it"
 CONVERSION = "save it in PEFT with path_initial_model_for_weight_conversion"
 ALL_LINEAR = r".*\.\d+\..*"
 """The layers of the blocks: PEFT leaves the head out."""
@@ -88,13 +89,14 @@ def of_base(config: Mapping[str, Any], key: str) -> Any:
 
 def _refuse_what_is_not_implemented(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise LitLoraError(f'{path} has "peft_type": {config.get("peft_type")!r}, but only LORA is implemented')
+        fault = f'{path} has "peft_type": {config.get("peft_type")!r}, but only LORA is implemented'
+        raise LitLoraError(f"{fault}: {WAY_OUT}")
     start = config.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise LitLoraError(f'{path} has "init_lora_weights": {start!r}, which changes the base as well: {CONVERSION}')
     for key, value in config.items():
         if key not in IMPLEMENTED | WITHOUT_EFFECT | {"init_lora_weights"} and value not in NEUTRAL:
-            raise LitLoraError(f'{path} has "{key}": {value!r}, which litlora does not implement')
+            raise LitLoraError(f'{path} has "{key}": {value!r}, which litlora does not implement: {WAY_OUT}')
 
 
 class _Keys:
@@ -109,7 +111,8 @@ class _Keys:
     def number(self, key: str, kind: Any) -> Any:
         value = self.config.get(key)
         if not _is_positive(value, kind):
-            raise self.refusal(key, "a number above 0")
+            quotes = ", without quotes" if isinstance(value, str) else ""
+            raise self.refusal(key, f"a {'whole ' if kind is int else ''}number above 0{quotes}")
         return value
 
     def pattern(self, key: str, kind: Any) -> dict[str, Any]:

@@ -408,15 +408,17 @@ class MultiModal:
 MULTI_MODAL = {"gemma3": MultiModal("gemma3_text", True), "mistral3": MultiModal("mistral", False)}
 
 
+DENSE = "and only dense decoders are implemented: choose one, such as a Llama, Qwen or Gemma model"
+
+
 def family_of(hub: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     """Return the family of a config.json, and the keys of its text model."""
     model_type = hub.get("model_type")
     if isinstance(model_type, str) and model_type in MULTI_MODAL:
         return _text_family(hub, MULTI_MODAL[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        kind = kind_of(hub)
-        reason = f"it is {kind}, and only dense decoders are" if kind else f"supported are {', '.join(SUPPORTED)}"
-        raise refusal("model_type", model_type, reason)
+        kind, names = kind_of(hub), ", ".join(SUPPORTED)
+        raise refusal("model_type", model_type, f"it is {kind}, {DENSE}" if kind else f"supported are {names}")
     return FAMILIES[model_type], hub
 
 

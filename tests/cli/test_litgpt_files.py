@@ -146,6 +146,24 @@ def test_keys_without_a_counterpart_are_answered(changes, sentence):
     assert sentence in str(error.value) and "hf_secret" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"devices": "auto"}, "devices (auto) is not supported: give the number of devices, such as 1"),
+        ({"eval": {"evaluate_example": "random"}}, "evaluate_example (random) is not supported: give a row of the"),
+    ],
+)
+def test_values_without_a_counterpart_are_answered(changes, sentence):
+    with pytest.raises(UsageError) as error:
+        parsed(litgpt(**changes), "--data_dir", "rows")
+    assert sentence in str(error.value)
+
+
+def test_first_example_is_row_0():
+    assert parsed(litgpt(eval={"evaluate_example": "first"}), "--data_dir", "rows").args.eval.evaluate_example == 0
+    assert parsed(litgpt(eval={"evaluate_example": 2}), "--data_dir", "rows").args.eval.evaluate_example == 2
+
+
 @pytest.mark.parametrize("data", [None, "Alpaca"])
 def test_data_may_be_null_or_a_name(data):
     assert len(parsed(litgpt(data=data, log=None, access_token=None), "--data_dir", "rows").notes) == bool(data)

@@ -8,7 +8,7 @@ import pytest
 from litlora.__main__ import main
 from litlora.args import COMMANDS
 from litlora.cli.settings import settings_of
-from litlora.cli.suggestions import ALIASES, VALUES, near_flag
+from litlora.cli.suggestions import ALIASES, ANSWERS, VALUES, hint_for, near_flag
 
 FINETUNE = ["finetune_lora", "checkpoints/pico", "--data_dir", "data"]
 FLAGS = {
@@ -115,6 +115,12 @@ def test_settings_of_the_page_are_answered_as_it_says(setting, meant):
     """The page and the suggestions agree; a setting with the same name here is no suggestion."""
     names = settings_of(COMMANDS["prepare_json" if meant in PREPARE else "finetune_lora"])
     assert setting in names or near_flag(f"--{setting}", names) == meant
+
+
+@pytest.mark.parametrize("setting", ANSWERS)
+def test_settings_without_a_name_here_stand_on_the_page(setting):
+    assert f"`{setting}`" in PAGE.read_text(encoding="utf-8")
+    assert hint_for(f"--{setting}", settings_of(COMMANDS["finetune_lora"])) == ANSWERS[setting]
 
 
 def test_the_page_has_most_of_its_rows_checked():
