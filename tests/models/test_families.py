@@ -29,8 +29,10 @@ from litlora.lora.selection import Weighted
 from litlora.lora.targets import excluded_modules, switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
+from litlora.models.families import SUPPORTED
 from litlora.models.rope_config import ORIGINAL, RopeConfig
 from litlora.models.transformer import GPT, evaluating
+from litlora.models.unsupported import KINDS
 from litlora.nn.loss import supervised_loss
 from litlora.nn.nf4 import Quantization
 
@@ -337,6 +339,10 @@ def refusal(hub: dict[str, object]) -> str:
 
 
 DENSE = "and only dense decoders are implemented: choose one, such as a Llama, Qwen or Gemma model"
+
+
+def test_no_supported_type_is_listed_as_unsupported():
+    assert not set(SUPPORTED) & {name for types in KINDS.values() for name in types}
 
 
 @pytest.mark.parametrize(
