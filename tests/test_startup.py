@@ -185,6 +185,11 @@ def test_refused_before_torch_is_imported(refused, name):
     assert before in ([], [f"litlora {__version__}: {REFUSED[name][0]}"])
 
 
+def test_head_that_cannot_be_parted_is_refused_before_processes_start(refused):
+    _, stderr = refused["parted head"]  # of this process: those that it starts have another
+    assert "--lora_init pissa cannot part a head from its embedding under --strategy fsdp: pass ddp" in stderr
+
+
 @pytest.fixture(scope="module")
 def run(tiny, data_dir, tmp_path_factory) -> list[str]:
     """Train for a step, and return the command; the run looks as if it had been killed after it."""
