@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs of this machine where no test is for one: a command takes the GPU that it sees."""
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(inductor_cache()))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(inductor_cache())  # which an import of torch has set already
 
 
 def inductor_cache() -> Path:

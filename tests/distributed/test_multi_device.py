@@ -96,8 +96,9 @@ def test_four_ranks_train_the_adapter_of_one_device(runs, alone, few, tmp_path, 
     assert_reported_once(runs.stderr.read_text())
 
 
+# Not PiSSA over NF4: the rounding of a decomposition, which threads change, can move a value to another of 16 levels.
 VARIANTS = {
-    "nf4": "--lora_init pissa --lora_use_dora true --lora_plus_ratio 4 --lora_mlp true --quantize bnb.nf4",
+    "nf4": "--lora_use_dora true --lora_plus_ratio 4 --lora_mlp true --quantize bnb.nf4",
     "dense": "--lora_use_dora true --lora_use_rslora true --lora_head true",
     "pissa": "--lora_init pissa --lora_layers 0-2",
 }
