@@ -20,9 +20,9 @@ from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_layers, add_lora, freeze_adapter, linear_layers, lora_layers, saved_tensors
 from litlora.lora.pissa import subtract_starts
 from litlora.lora.selection import Weighted
-from litlora.lora.targets import excluded_modules
+from litlora.lora.targets import HEAD_LAYER, excluded_modules
 from litlora.lora.variants import ROWS, variant_of
-from litlora.models.checkpoint import EMBEDDING, Checkpoint
+from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint
 from litlora.models.checkpoint_files import first_three
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
@@ -31,7 +31,7 @@ from litlora.nn.nf4 import Quantization, quantization_of
 from litlora.utils.files import read_json
 
 PREFIX = "base_model.model."
-HEAD, COPY = "lm_head", ".base_layer.weight"  # PEFT stores the frozen head beside its adapter
+COPY = ".base_layer.weight"  # PEFT stores the frozen head beside its adapter
 FINGERPRINT = "base_sha256"
 QUANTIZATION = "quantization_config"
 
@@ -112,10 +112,8 @@ def load_with_adapters(
     """Load the model of a base for inference, with the weighted sum of adapters if there are any."""
     if quantization is None:
         refuse_compensation(adapters, "pass --quantize bnb.nf4, or leave the flag out")
-    is_quantized = quantization is not None
-    adapter = (
-        read_adapters(adapters, base, is_quantized) if adapters else None
-    )  # a misfit is found before the base is loaded
+    # Before the base is loaded, so that a misfit is found first.
+    adapter = read_adapters(adapters, base, is_quantized=quantization is not None) if adapters else None
     model = base.load(dtype, device, quantization)
     if adapter is not None and adapter.has_starts and quantization is not None:
         add_as_trained(model, adapters[0].folder, base)
@@ -226,9 +224,9 @@ def _different_names(own: Set[str], expected: Set[str], config: GPTConfig) -> st
 
 def _is_head_of(base: Checkpoint, name: str, copy: Any) -> bool:
     """Tell whether a safetensors slice is the base's output head, up to rounding to 16 bits."""
-    if name != base.config.hub_name(HEAD) + COPY or copy.get_dtype() not in DTYPES:
+    if name != base.config.hub_name(HEAD_LAYER) + COPY or copy.get_dtype() not in DTYPES:
         return False
-    weight = base.weights.get(base.hub_name(f"{HEAD}.weight"))
+    weight = base.weights.get(base.hub_name(HEAD))
     own = base.tensor(EMBEDDING) if weight is None else weight  # which is tied
     if tuple(copy.get_shape()) != tuple(own.shape):
         return False

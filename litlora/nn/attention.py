@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.cpu.attention import visible
 from litlora.cpu.onednn import has_slow_products
+from litlora.nn.activation import softcap
 from litlora.nn.attention_spec import AttentionSpec
 from litlora.torch_private import flash_attention
 
@@ -60,7 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec) -> Tensor:
 
 def _attend_one_query(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Let one query (n_head, 1, head_dim) see all keys (n_head, S, head_dim), by loops that a compiler can fuse."""
-    scores = capped((q.float() * spec.scale * k.float()).sum(-1), spec)
+    scores = softcap((q.float() * spec.scale * k.float()).sum(-1), spec.softcap)
     y: Tensor = (scores.softmax(-1)[..., None] * v.float()).sum(-2, keepdim=True)
     return y.to(q.dtype)
 
@@ -68,13 +69,8 @@ def _attend_one_query(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> T
 def _attend_with_softcap(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None) -> Tensor:
     """Attend by the formula, since no kernel of torch has a softcap; without a mask, all positions are queries."""
     seen = visible(q.shape[1], k.shape[1], None, q.device) if mask is None else mask
-    scores = capped((q @ k.mT).float() * spec.scale, spec).masked_fill(~seen, -torch.inf)
+    scores = softcap((q @ k.mT).float() * spec.scale, spec.softcap).masked_fill(~seen, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
-
-
-def capped(scores: Tensor, spec: AttentionSpec) -> Tensor:
-    """Bound scores by the softcap, if there is one."""
-    return scores if spec.softcap is None else torch.tanh(scores / spec.softcap) * spec.softcap
 
 
 def _repeat_heads(t: Tensor, times: int) -> Tensor:

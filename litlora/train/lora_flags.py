@@ -11,14 +11,13 @@ from litlora.lora.checkpoint import read_adapter, read_lora_config, refuse_compe
 from litlora.lora.config import LoRAConfig, first_match
 from litlora.lora.layer import linear_layers
 from litlora.lora.selection import Weighted
-from litlora.lora.targets import excluded_modules, switch_targets
+from litlora.lora.targets import HEAD_LAYER, excluded_modules, switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.utils.console import log
 
 ALL_LINEAR = ["all-linear"]
 """PEFT's word for all linear layers but the head."""
-HEAD = "lm_head"
 
 
 def lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
@@ -78,7 +77,7 @@ def _pairs(pattern: Mapping[str, float]) -> str:
 def _targets(args: FinetuneLoraArgs, config: GPTConfig, layers: Iterable[str]) -> tuple[str, ...] | str:
     """Return what the adapter targets: the layers of --lora_targets, or else those of the switches."""
     if args.lora_targets == ALL_LINEAR:
-        return tuple(dict.fromkeys(_last_part(name) for name in layers if name != config.hub_name(HEAD)))
+        return tuple(dict.fromkeys(_last_part(name) for name in layers if name != config.hub_name(HEAD_LAYER)))
     if args.lora_targets is not None:
         return args.lora_targets if isinstance(args.lora_targets, str) else tuple(args.lora_targets)
     return switch_targets(args.lora_switches, config)
