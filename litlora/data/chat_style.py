@@ -49,7 +49,7 @@ class ChatStyle:
     def prompt(self, instruction: str, input: str = "", system: str = "") -> Rendered:
         """Return what a server sends for a first question."""
         messages = [*_system(system), Message("user", instruction, input)]
-        return Rendered.of(self._text(self._chat(messages), True, None))
+        return Rendered.of(self._text(self._chat(self._placed(messages)), True, None))
 
     def render(self, example: Example) -> list[Rendered]:
         """Return the sequences of an example."""
@@ -151,7 +151,6 @@ class ChatStyle:
 
     def _chat(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return messages as templates read them, with the special tokens in their texts marked."""
-        messages = self._placed(messages)
         form = self._writes_reasoning if any(message.reasoning for message in messages) else ""
         chat = [_assistant(m, form) if m.role == "assistant" else dict(m.to_chat()) for m in messages]
         guarded: list[dict[str, Any]] = self.special.guard(chat)

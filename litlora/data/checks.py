@@ -287,16 +287,20 @@ def find_flagged(data: CheckedData) -> Iterator[Finding]:
         yield from _of_sequences(data, masks, check)
 
 
+def _of_mask(
+    split: CheckedSplit, mask: NDArray[np.bool_], name: str, severity: Severity, description: str, consequence: str
+) -> Iterator[Finding]:
+    """Yield a finding of the sequences of a split that a mask marks, if there are any."""
+    if mask.any():
+        yield Finding(name, severity, int(mask.sum()), split.at(int(mask.argmax())), description, consequence)
+
+
 def find_unsupervised(data: CheckedData) -> Iterator[Finding]:
     """Find sequences without a supervised token, which are dropped; an error where no other is left."""
     for split in data.splits:
         mask = split.tokens.about["labels"] == 0
-        everything = bool(mask.all())
-        if mask.any():
-            consequence = "there is nothing to learn" if everything else "they are dropped"
-            severity = ERROR if everything else WARNING
-            first = split.at(int(mask.argmax()))
-            yield Finding("no_label", severity, int(mask.sum()), first, "without a supervised token", consequence)
+        severity, consequence = (ERROR, "there is nothing to learn") if mask.all() else (WARNING, "they are dropped")
+        yield from _of_mask(split, mask, "no_label", severity, "without a supervised token", consequence)
 
 
 def find_truncated(data: CheckedData) -> Iterator[Finding]:
@@ -316,8 +320,7 @@ def find_truncated(data: CheckedData) -> Iterator[Finding]:
             ("response_cut", cut & ~end, f"whose response is cut by {limit}, its end token lost"),
             ("end_cut", end, f"whose end token is cut by {limit}"),
         ):
-            if mask.any():
-                yield Finding(name, WARNING, int(mask.sum()), split.at(int(mask.argmax())), what, hint)
+            yield from _of_mask(split, mask, name, WARNING, what, hint)
 
 
 def find_duplicates(data: CheckedData) -> Iterator[Finding]:
@@ -328,10 +331,8 @@ def find_duplicates(data: CheckedData) -> Iterator[Finding]:
             ("duplicate", exact, "repeating an earlier row"),
             ("near_duplicate", similar & ~exact, "repeating an earlier row up to case and punctuation"),
         ):
-            if mask.any():
-                consequence = "they count several times: prepare the data without them"
-                first = split.at(int(mask.argmax()))
-                yield Finding(name, NOTE, int(mask.sum()), first, what, consequence)
+            consequence = "they count several times: prepare the data without them"
+            yield from _of_mask(split, mask, name, NOTE, what, consequence)
 
 
 def _repeated(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -355,9 +356,8 @@ def find_leaks(data: CheckedData) -> Iterator[Finding]:
         ("leak", exact, f"found in {train.path.name} as well"),
         ("near_leak", similar & ~exact, f"found in {train.path.name} as well, up to case and punctuation"),
     ):
-        if mask.any():
-            consequence = "the validation loss is too good: prepare the data without duplicates"
-            yield Finding(name, WARNING, int(mask.sum()), val.at(int(mask.argmax())), what, consequence)
+        consequence = "the validation loss is too good: prepare the data without duplicates"
+        yield from _of_mask(val, mask, name, WARNING, what, consequence)
 
 
 def find_unknown_ids(data: CheckedData) -> Iterator[Finding]:

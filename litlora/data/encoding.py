@@ -59,9 +59,7 @@ def _flags(
     tokenizer: Tokenizer,
 ) -> list[int]:
     """Return a bit for each check of sequences that found something, for each sequence."""
-    ends = np.cumsum(encodings.lengths)
-    ids = [encodings.ids[end - length : end] for end, length in zip(ends, encodings.lengths, strict=True)]
-    spans = [encodings.spans[end - length : end] for end, length in zip(ends, encodings.lengths, strict=True)]
+    ids, spans = encodings.by_text(encodings.ids), encodings.by_text(encodings.spans)
     prefixes = _prompts_are_prefixes(rendered, ids, spans, tokenizer)
     facts = map(SequenceFacts, rendered, ids, labels.tolist(), prefixes, [tokenizer.bos_id] * len(ids))
     return [flags_of_sequence(each) for each in facts]
@@ -81,8 +79,7 @@ def _prompts_are_prefixes(
     rests = [each.prompt_from(start) for each, start in zip(rendered, starts, strict=True)]
     unique = {rest: n for n, rest in enumerate(dict.fromkeys(rests))}
     alone = tokenizer.encode_rendered(list(unique), add_special_tokens=False)
-    ends = np.cumsum(alone.lengths)
-    pieces = [alone.ids[end - length : end] for end, length in zip(ends, alone.lengths, strict=True)]
+    pieces = alone.by_text(alone.ids)
     prompts = [pieces[unique[rest]] for rest in rests]
     firsts = [int(np.searchsorted(each[:, 1], start, side="right")) for each, start in zip(spans, starts, strict=True)]
     return [

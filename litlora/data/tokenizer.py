@@ -49,6 +49,10 @@ class Encodings(NamedTuple):
     spans: NDArray[np.int32]  # (tokens, 2)
     lengths: NDArray[np.int32]
 
+    def by_text(self, values: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+        """Return the ids or spans of each text."""
+        return [values[end - length : end] for end, length in zip(self.lengths.cumsum(), self.lengths, strict=True)]
+
 
 def check_prompt_style(checkpoint_dir: Path, settings: StyleSettings) -> str | None:
     """Refuse a checkpoint without a tokenizer or without what a prompt style needs, and return its chat template.

@@ -46,8 +46,5 @@ def _differing(path: Path, encoder: SplitEncoder, other: Any) -> Iterator[str]:
 def _differ(rendered: Sequence[Rendered], encoder: SplitEncoder, other: Any) -> list[bool]:
     ours = encoder.tokenizer.encode_rendered(rendered, add_special_tokens=False)
     theirs = other.encode_batch([each.text for each in rendered], add_special_tokens=False)
-    ends = ours.lengths.cumsum()
-    return [
-        ours.ids[end - length : end].tolist() != encoding.ids
-        for end, length, encoding in zip(ends, ours.lengths, theirs, strict=True)
-    ]
+    pairs = zip(ours.by_text(ours.ids), theirs, strict=True)
+    return [ids.tolist() != encoding.ids for ids, encoding in pairs]

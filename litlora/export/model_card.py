@@ -48,10 +48,6 @@ model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
 def _text(value: object) -> str:
     if value is None:
         return "not measured"
-    return (
-        f"{value:.4f}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value).replace("|", "\\|")
-    )
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
