@@ -4,18 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from litlora.args import EvalArgs as EvalArgs
-    from litlora.args import FinetuneLoraArgs as FinetuneLoraArgs
-    from litlora.args import TrainArgs as TrainArgs
+    from litlora.args.finetune import EvalArgs as EvalArgs
+    from litlora.args.finetune import FinetuneLoraArgs as FinetuneLoraArgs
+    from litlora.args.finetune import TrainArgs as TrainArgs
     from litlora.train.report import Report as Report
     from litlora.train.setup import finetune as finetune
 
 __version__ = "0.1.0"
 _EXPORTS = {
-    "EvalArgs": "litlora.args",
-    "FinetuneLoraArgs": "litlora.args",
+    "EvalArgs": "litlora.args.finetune",
+    "FinetuneLoraArgs": "litlora.args.finetune",
     "Report": "litlora.train.report",
-    "TrainArgs": "litlora.args",
+    "TrainArgs": "litlora.args.finetune",
     "finetune": "litlora.train.setup",
 }
 """Names by the module that is imported when they are first used: `import litlora` does not import torch."""

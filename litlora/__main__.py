@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from litlora import __version__
-from litlora.args import CommandArgs, FinetuneLoraArgs
+from litlora.args.common import CommandArgs
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.cli.parser import Call, parse
 from litlora.distributed.launcher import (
     adopt_srun_variables,

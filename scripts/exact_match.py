@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from litlora.args import GenerateArgs
+from litlora.args.inference import GenerateArgs
 from litlora.data.dataset import read_examples
 from litlora.data.examples import Turn
 from litlora.data.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from litlora.args import FinetuneLoraArgs
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.cli.parser import Call, parse
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig

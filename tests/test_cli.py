@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from litlora.__main__ import main
-from litlora.args import COMMANDS, FinetuneLoraArgs
+from litlora.args import COMMANDS
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.cli.parser import Call, parse
 
 NEEDED = ["--checkpoint_dir", "base", "--data_dir", "data"]

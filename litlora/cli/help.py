@@ -13,7 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_origin
 
-from litlora.args import COMMANDS, SecretStr
+from litlora.args import COMMANDS
+from litlora.args.common import SecretStr
 from litlora.cli.settings import Setting, sections_of, settings_of
 
 METAVARS = {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT", SecretStr: "TOKEN", dict: "{NAME: N}"}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from litlora import __version__
-from litlora.args import COMMANDS, require
+from litlora.args import COMMANDS
+from litlora.args.common import require
 from litlora.cli.config_files import Schema, parse_value, read_config, read_text
 from litlora.cli.help import command_help, overview, positional_of
 from litlora.cli.litgpt_files import KEYS, translate

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from litlora.args import SecretStr
+from litlora.args.common import SecretStr
 from litlora.cli.suggestions import near_value
 from litlora.errors import UsageError
 

@@ -14,7 +14,7 @@ from typing import Any, get_origin
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
-from litlora.args import SecretStr
+from litlora.args.common import SecretStr
 from litlora.cli.config_files import parse_value
 from litlora.cli.settings import NEEDS, Given, Setting, cut, missing_from, refusal, settings_of
 from litlora.errors import UsageError

@@ -8,7 +8,7 @@ from datetime import datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from litlora.args import CheckDataArgs
+from litlora.args.data import CheckDataArgs
 from litlora.data.checks import CheckedData, CheckedSplit, Severity, run_checks
 from litlora.data.dataset import choose_prompt_style
 from litlora.data.prompt_styles import StyleSettings

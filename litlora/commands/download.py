@@ -1,6 +1,6 @@
 """download: a repository of the Hub in, a checkpoint folder out."""
 
-from litlora.args import DownloadArgs
+from litlora.args.hub import DownloadArgs
 from litlora.hub.download import Repo, fetch_checkpoint
 from litlora.utils.console import log, output
 

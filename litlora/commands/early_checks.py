@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
-from litlora.args import CommandArgs, FinetuneLoraArgs, GenerateArgs, MergeLoraArgs, PrepareArgs, as_blocks
+from litlora.args.common import CommandArgs
+from litlora.args.data import PrepareArgs
+from litlora.args.finetune import FinetuneLoraArgs, as_blocks
+from litlora.args.inference import GenerateArgs, MergeLoraArgs
 from litlora.commands.prompt import Prompt
 from litlora.data.dataset import choose_prompt_style, read_example, read_examples
 from litlora.data.prepare import check_paths

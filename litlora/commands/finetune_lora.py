@@ -1,6 +1,6 @@
 """finetune_lora: a checkpoint and prepared data in, an adapter out."""
 
-from litlora.args import FinetuneLoraArgs
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.train.setup import finetune, forecast
 from litlora.utils.console import write

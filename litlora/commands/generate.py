@@ -2,7 +2,7 @@
 
 import torch
 
-from litlora.args import GenerateArgs
+from litlora.args.inference import GenerateArgs
 from litlora.commands.prompt import Prompt
 from litlora.errors import LitLoraError
 from litlora.generation.compile import compile_decode_step, prepare_for_decoding

@@ -1,6 +1,6 @@
 """merge_lora: adapters and their base in, a checkpoint out."""
 
-from litlora.args import MergeLoraArgs
+from litlora.args.inference import MergeLoraArgs
 from litlora.commands.early_checks import check_merge
 from litlora.lora.merge import merge_adapters
 from litlora.lora.selection import Adapters

@@ -3,7 +3,11 @@
 import shlex
 from pathlib import Path
 
-from litlora.args import CommandArgs, DownloadArgs, FinetuneLoraArgs, MergeLoraArgs, PrepareArgs
+from litlora.args.common import CommandArgs
+from litlora.args.data import PrepareArgs
+from litlora.args.finetune import FinetuneLoraArgs
+from litlora.args.hub import DownloadArgs
+from litlora.args.inference import MergeLoraArgs
 from litlora.lora.adapter_folder import FINAL
 
 DATA_DIR = Path("data/alpaca")

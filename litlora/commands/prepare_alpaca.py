@@ -1,6 +1,6 @@
 """Prepare the cleaned Alpaca archive for fine-tuning."""
 
-from litlora.args import PrepareAlpacaArgs
+from litlora.args.data import PrepareAlpacaArgs
 from litlora.data.prepare import prepare
 from litlora.data.row_formats import ALPACA
 

@@ -1,6 +1,6 @@
 """Prepare a file of your own for fine-tuning."""
 
-from litlora.args import PrepareJsonArgs
+from litlora.args.data import PrepareJsonArgs
 from litlora.data.prepare import prepare
 from litlora.data.row_formats import ANY, with_columns
 

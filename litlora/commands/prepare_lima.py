@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from litlora.args import PrepareLimaArgs
+from litlora.args.data import PrepareLimaArgs
 from litlora.data.prepare import prepare
 from litlora.data.readers import RowError
 from litlora.data.row_formats import Fields, ParsedRow, RowFormat, parse_conversation

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from litlora.args import NO_PROMPT, GenerateArgs
+from litlora.args.inference import NO_PROMPT, GenerateArgs
 from litlora.data.prompt_styles import AUTO, StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError

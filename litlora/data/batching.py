@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from litlora.args import TrainArgs
+from litlora.args.finetune import TrainArgs
 from litlora.data.tokens import Tokens
 from litlora.nn.backend import Backend
 from litlora.nn.loss import IGNORE_INDEX

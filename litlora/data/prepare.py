@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from litlora.args import PrepareArgs
+from litlora.args.data import PrepareArgs
 from litlora.data.checks import RowFindings
 from litlora.data.dataset import check_destination, require_rows, split, write_dataset
 from litlora.data.duplicates import Fingerprints, keep_groups_together, repeated, without_repeats

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from litlora import __version__
-from litlora.args import PrepareArgs
+from litlora.args.data import PrepareArgs
 from litlora.data.readers import PARSERS, RawFile
 from litlora.errors import LitLoraError
 from litlora.hub.datasets import fetch_dataset

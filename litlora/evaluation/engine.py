@@ -6,7 +6,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from litlora.args import Precision
+from litlora.args.finetune import Precision
 from litlora.data.batching import MicroBatch, optimize_layout
 from litlora.distributed.process_group import Ranks
 from litlora.models.transformer import GPT

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from litlora.args import GenerateArgs, MergeLoraArgs
+from litlora.args.inference import GenerateArgs, MergeLoraArgs
 from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import read_settings

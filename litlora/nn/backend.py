@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litlora.args import Precision
+from litlora.args.finetune import Precision
 from litlora.cpu import attention as cpu_attention
 from litlora.cpu import matmul, onednn, tuning, weight_layouts
 from litlora.cpu.allocator import configure_for_training

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from litlora.args import EvalArgs, TrainArgs
+from litlora.args.finetune import EvalArgs, TrainArgs
 from litlora.data.batching import (
     DUMMY_MICRO_BATCH,
     Batching,

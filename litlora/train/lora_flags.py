@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from litlora.args import FinetuneLoraArgs, as_blocks
+from litlora.args.finetune import FinetuneLoraArgs, as_blocks
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import read_prompt_style
 from litlora.lora.checkpoint import read_adapter, read_lora_config, refuse_compensation

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 
-from litlora.args import TrainArgs
+from litlora.args.finetune import TrainArgs
 from litlora.data.batching import Sample, Samples, longest_micro_batch, optimize_layout, pack
 from litlora.errors import LitLoraError, is_shortage
 from litlora.evaluation.engine import Engine

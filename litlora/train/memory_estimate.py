@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litlora.args import Precision
+from litlora.args.finetune import Precision
 from litlora.lora.config import PISSA, LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
 from litlora.lora.svd import decomposition_bytes

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from litlora.args import FinetuneLoraArgs, plain
+from litlora.args.common import plain
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import FINAL, is_adapter
 from litlora.utils.console import log

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from torch.optim import Optimizer
 
-from litlora.args import FinetuneLoraArgs, plain
+from litlora.args.common import plain
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import RESUME, LitLoraError
 from litlora.export.model_card import model_card

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from litlora.args import TrainArgs
+from litlora.args.finetune import TrainArgs
 from litlora.data.batching import Sample, Samples, epoch_order
 
 

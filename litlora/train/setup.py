@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from litlora.args import FinetuneLoraArgs
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.data.batching import Batching, Samples, epoch_order
 from litlora.data.checks import CheckedData, CheckedSplit, Finding, refuse_errors, run_checks
 from litlora.data.dataset import choose_prompt_style, read_example

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from litlora import __version__
 from litlora.__main__ import main
-from litlora.args import GenerateArgs
+from litlora.args.inference import GenerateArgs
 from litlora.commands.generate import storage
 from litlora.data.prompt_styles import ALPACA
 from litlora.nn.nf4 import Quantization

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from litlora.args import PrepareAlpacaArgs
+from litlora.args.data import PrepareAlpacaArgs
 from litlora.commands.prepare_alpaca import prepare_alpaca
 from litlora.data.dataset import read_examples
 from litlora.data.examples import Example, Turn

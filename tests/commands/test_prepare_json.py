@@ -5,7 +5,7 @@ import pytest
 
 from litlora import __version__
 from litlora.__main__ import main
-from litlora.args import PrepareJsonArgs
+from litlora.args.data import PrepareJsonArgs
 from litlora.commands.prepare_json import prepare_json
 from litlora.data.dataset import read_examples
 from litlora.data.examples import Example, Turn

@@ -3,7 +3,8 @@ import json
 import pytest
 from helpers.hub_server import reachable_hub
 
-from litlora.args import PrepareLimaArgs, SecretStr
+from litlora.args.common import SecretStr
+from litlora.args.data import PrepareLimaArgs
 from litlora.commands.prepare_lima import prepare_lima
 from litlora.data.dataset import read_examples
 from litlora.data.examples import Example, Turn

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litlora.args import TrainArgs
+from litlora.args.finetune import TrainArgs
 from litlora.data.batching import (
     DUMMY_MICRO_BATCH,
     Sample,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from litlora.__main__ import main
-from litlora.args import PrepareArgs
+from litlora.args.data import PrepareArgs
 from litlora.data.dataset import read_examples
 from litlora.data.prepare import prepare
 from litlora.data.row_formats import ANY

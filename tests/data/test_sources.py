@@ -10,7 +10,7 @@ from helpers.hub_server import reachable_hub
 from pyarrow import parquet
 
 from litlora.__main__ import main
-from litlora.args import PrepareArgs
+from litlora.args.data import PrepareArgs
 from litlora.data import sources
 from litlora.data.dataset import read_examples
 from litlora.data.sources import mix, open_source, split_weight

@@ -18,7 +18,7 @@ import torch
 
 import litlora.train.setup  # noqa: F401
 from litlora.__main__ import main
-from litlora.args import FinetuneLoraArgs
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.distributed import heartbeat
 from tests.helpers.gate import wait_at
 

@@ -2,7 +2,7 @@ from typing import get_args
 
 import torch
 
-from litlora.args import Start
+from litlora.args.finetune import Start
 from litlora.lora.init import INITIALIZERS, Calibration
 from litlora.lora.layer import LoRALinear
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from litlora.args import FinetuneLoraArgs, GenerateArgs
+from litlora.args.finetune import FinetuneLoraArgs
+from litlora.args.inference import GenerateArgs
 from litlora.commands.prompt import Prompt
 from litlora.data.dataset import choose_prompt_style
 from litlora.data.prompt_styles import StyleSettings

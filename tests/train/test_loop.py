@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from litlora.__main__ import main
-from litlora.args import TrainArgs
+from litlora.args.finetune import TrainArgs
 from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT
 from litlora.nn.nf4 import Quantization
 from litlora.train import loop

@@ -5,7 +5,7 @@ import torch
 from helpers.reference import with_peft
 from peft.optimizers import create_loraplus_optimizer
 
-from litlora.args import TrainArgs
+from litlora.args.finetune import TrainArgs
 from litlora.errors import LitLoraError
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig

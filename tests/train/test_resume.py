@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import litlora
 from litlora.__main__ import main
-from litlora.args import FinetuneLoraArgs, TrainArgs
+from litlora.args.finetune import FinetuneLoraArgs, TrainArgs
 from litlora.errors import RESUME, LitLoraError
 from litlora.train.resume import TOKENIZATION, Identity
 from litlora.utils.locks import locked

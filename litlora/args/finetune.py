@@ -1,57 +1,21 @@
-"""The flags and YAML keys of every command: type, default, help (the attribute docstrings) and validation."""
+"""The flags of finetune_lora."""
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from litlora.args.common import CommandArgs, Quantize, require, require_seed
 from litlora.errors import LitLoraError
 
 Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
-Quantize = Literal["bnb.nf4", "bnb.nf4-dq"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Start = Literal["zero", "fisher", "pissa", "pissa_niter_4", "pissa_niter_16"]
 
-
-NO_PROMPT = "the prompt is empty: give one with --prompt or on standard input"
-MASK = "**********"
 LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 BLOCKS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 """A block, or the first and last of some."""
-
-
-class SecretStr:
-    """A token, which shows itself in no message, log or file."""
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def get_secret_value(self) -> str:
-        """Return the token itself."""
-        return self._value
-
-    def __repr__(self) -> str:
-        return MASK
-
-
-def require(condition: bool, flag: str, value: object, need: str) -> None:
-    """Refuse a value of a flag unless a condition holds, and state what it must be."""
-    if not condition:
-        raise LitLoraError(f"{flag} ({value}) must be {need}")
-
-
-def require_seed(seed: int) -> None:
-    """Refuse a seed that torch's generators do not accept."""
-    require(0 <= seed < 2**63, "--seed", seed, "0 or more, and below 2^63")
-
-
-def require_token(token: SecretStr | None) -> None:
-    """Refuse what --print_config prints in place of a token."""
-    if token is not None and token.get_secret_value() == MASK:
-        fault = "is printed in place of a token: give the token itself, or leave the setting out"
-        raise LitLoraError(f"--access_token ({MASK}) {fault}", exit_code=2)
 
 
 def is_expression(text: object) -> bool:
@@ -89,40 +53,6 @@ def as_blocks(blocks: list[int] | int | str) -> list[int]:
     is_right = bool(ranges) and len(numbers) == len(ranges) and all(numbers)
     require(is_right, "--lora_layers", blocks, "blocks, such as 8-15 or 0,2,5")
     return sorted({number for some in numbers for number in some})
-
-
-def require_adapters(args: "GenerateArgs | MergeLoraArgs") -> None:
-    """Refuse a command that names neither checkpoint nor adapters, or weights that do not go with its adapters."""
-    adapters, weights = args.adapters, args.adapter_weights
-    if args.checkpoint_dir is None and not adapters:
-        raise LitLoraError("missing --checkpoint_dir or --adapters", exit_code=2)
-    if args.checkpoint_dir and args.base_dir and adapters:
-        raise LitLoraError("--checkpoint_dir and --base_dir both name the base of --adapters: leave one of them out")
-    shown = ",".join(map(str, weights))
-    if weights and not adapters:
-        raise LitLoraError(f"--adapter_weights ({shown}) needs --adapters: name the adapters there")
-    if weights and len(weights) != len(adapters):
-        need = f"must have one weight for each of --adapters ({len(adapters)})"
-        raise LitLoraError(f"--adapter_weights ({shown}) {need}, or be left out for 1 each")
-    require(all(map(math.isfinite, weights)), "--adapter_weights", shown, "finite numbers")
-    if weights and not any(weights):
-        raise LitLoraError(f"--adapter_weights ({shown}) leaves the base alone: give a weight other than 0")
-
-
-def plain(value: Any) -> Any:
-    """Turn nested dataclasses and paths into what YAML holds."""
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    return str(value) if isinstance(value, Path) else value
-
-
-@dataclass(frozen=True)
-class CommandArgs:
-    """What --help shows beside the summary and the flags of a command."""
-
-    groups: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Titles of groups of flags, and patterns of the names in each."""
-    examples: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -221,166 +151,6 @@ class EvalArgs:
             require(value is None or value >= 1, f"--eval.{name}", value, "at least 1, or null")
         for name in ("max_new_tokens", "evaluate_example"):
             require(getattr(self, name) >= 0, f"--eval.{name}", getattr(self, name), "0 or more")
-
-
-@dataclass(frozen=True)
-class DownloadArgs(CommandArgs):
-    """Download a checkpoint from the Hugging Face Hub."""
-
-    examples: ClassVar = (
-        "litlora download meta-llama/Llama-3.2-1B",
-        "litlora download mistralai/Mistral-7B-v0.3 --checkpoint_root /data/checkpoints",
-    )
-
-    repo_id: str
-    """Repository on the Hub."""
-    revision: str = "main"
-    """Branch, tag or commit of the repository."""
-    checkpoint_root: Path = Path("checkpoints")
-    """Parent folder: the checkpoint is saved as CHECKPOINT_ROOT/ORG/NAME."""
-    access_token: SecretStr | None = None
-    """Hub token for gated or private repositories; by default the environment's HF_TOKEN."""
-    tokenizer_only: bool = False
-    """Download the tokenizer and configuration without the weights."""
-
-    def __post_init__(self) -> None:
-        require_token(self.access_token)
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
-@dataclass(frozen=True)
-class PrepareArgs(CommandArgs):
-    """The settings that all prepare commands share."""
-
-    destination_path: Path
-    """Output folder for train.jsonl, val.jsonl and dataset.json."""
-    source: str | list[str]
-    """File, http(s) URL, or data set ORG/NAME of the Hub; several with weights, such as a.jsonl=0.7, are mixed."""
-    val_split_fraction: float
-    """Share of the rows in the validation split; unused with val_source."""
-    val_source: str | list[str] | None = None
-    """Source of the validation split, whose rows are not those of --source."""
-    deduplicate: bool = False
-    """Leave out rows that repeat another, and keep those that differ in case and punctuation only on one side."""
-    seed: int = 42
-    """Random seed of the split and of the mixture."""
-    encoding: str | None = None
-    """Encoding of the files, such as cp1252, by default UTF-8; UTF-16 and UTF-32 are recognized."""
-    split: str = "train"
-    """Split of a data set on the Hub."""
-    subset: str | None = None
-    """Subset of a data set on the Hub, by default the one that its card names as default."""
-    access_token: SecretStr | None = None
-    """Hub token for gated or private data sets; by default the environment's HF_TOKEN."""
-
-    @property
-    def sources(self) -> list[str]:
-        """The sources as a list."""
-        return _as_list(self.source)
-
-    @property
-    def val_sources(self) -> list[str]:
-        """The sources of the validation split as a list."""
-        return _as_list(self.val_source or [])
-
-    def __post_init__(self) -> None:
-        require_seed(self.seed)
-        require_token(self.access_token)
-        require(bool(self.sources), "--source", self.source, "a file, an http(s) address, or ORG/NAME of the Hub")
-        fraction = self.val_split_fraction
-        require(0 < fraction < 1, "--val_split_fraction", fraction, "between 0 and 1, both exclusive")
-
-
-@dataclass(frozen=True)
-class PrepareAlpacaArgs(PrepareArgs):
-    """Prepare the cleaned Alpaca archive, or another file with its keys, for fine-tuning."""
-
-    examples: ClassVar = (
-        "litlora prepare_alpaca",
-        "litlora prepare_alpaca --source rows.json --destination_path data/rows",
-    )
-
-    destination_path: Path = Path("data/alpaca")
-    source: str | list[str] = (
-        "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
-    )
-    val_split_fraction: float = 0.03865  # 2,000 of the archive's 51,759 rows, as in Lit-GPT
-
-
-@dataclass(frozen=True)
-class PrepareLimaArgs(PrepareArgs):
-    """Prepare LIMA, or another file in its format, for fine-tuning."""
-
-    examples: ClassVar = (
-        "litlora prepare_lima",
-        "litlora prepare_lima --include_multiturn_conversations true",
-    )
-
-    destination_path: Path = Path("data/lima")
-    source: str | list[str] = "GAIR/lima"
-    val_split_fraction: float = 0.1
-    include_multiturn_conversations: bool = False
-    """Include all turns of a conversation instead of the first turn."""
-
-
-@dataclass(frozen=True)
-class PrepareJsonArgs(PrepareArgs):
-    """Prepare a JSON, JSONL, CSV, TSV or Parquet file of your own for fine-tuning."""
-
-    examples: ClassVar = (
-        "litlora prepare_json --source rows.csv --destination_path data/rows",
-        "litlora prepare_json --source rows.csv --destination_path data/rows --columns instruction=Q,output=A",
-    )
-
-    destination_path: Path
-    source: str | list[str]
-    val_split_fraction: float = 0.1
-    columns: str | None = None
-    """Which columns are which key: instruction=Frage,output=Antwort; also for input, system, text, messages, ..."""
-
-    def column_names(self) -> dict[str, str]:
-        """Return the columns by the keys that they stand for."""
-        pairs = [pair.partition("=") for pair in (self.columns or "").split(",") if pair.strip()]
-        is_right = all(name.strip() and column.strip() for name, _, column in pairs)
-        require(is_right, "--columns", self.columns, "pairs such as instruction=Frage,output=Antwort")
-        return {name.strip(): column.strip() for name, _, column in pairs}
-
-
-@dataclass(frozen=True)
-class CheckDataArgs(CommandArgs):
-    """Check prepared data for what would teach the wrong thing, and show what is learned."""
-
-    examples: ClassVar = (
-        "litlora check_data checkpoints/ORG/NAME --data_dir data/alpaca",
-        "litlora check_data checkpoints/ORG/NAME --data_dir data/alpaca --show 3 --strict true",
-    )
-
-    checkpoint_dir: Path
-    """Folder of the base model: its tokenizer files and config.json, without weights if need be."""
-    data_dir: Path
-    """Folder with train.jsonl and val.jsonl, written by a prepare command."""
-    prompt_style: str = "auto"
-    """As in finetune_lora."""
-    prompt_style_variables: dict[str, Any] | None = None
-    """As in finetune_lora."""
-    mask_prompt: bool = True
-    """As in finetune_lora."""
-    max_seq_length: int | None = None
-    """Maximum number of tokens of an example, by default the checkpoint's limit."""
-    show: int = 0
-    """Print this many rows of the training split as they are learned, supervised tokens marked."""
-    tokens: bool = False
-    """Print the rows of --show with a token in each cell."""
-    strict: bool = False
-    """Treat warnings as errors."""
-
-    def __post_init__(self) -> None:
-        require(self.show >= 0, "--show", self.show, "0 or more")
-        length = self.max_seq_length
-        require(length is None or length >= 1, "--max_seq_length", length, "at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -566,99 +336,3 @@ class FinetuneLoraArgs(CommandArgs):
         """The enabled switches among query, key, value, projection, mlp and head."""
         names = ("query", "key", "value", "projection", "mlp", "head")
         return tuple(name for name in names if getattr(self, f"lora_{name}"))
-
-
-@dataclass(frozen=True)
-class GenerateArgs(CommandArgs):
-    """Complete a prompt with a checkpoint, or with an adapter on its base."""
-
-    examples: ClassVar = (
-        'litlora generate checkpoints/ORG/NAME --prompt "Once upon a time"',
-        'litlora generate out/alpaca/final --prompt "Name three primary colors." --temperature 0',
-    )
-
-    checkpoint_dir: Path | None = None
-    """Folder of a checkpoint or of an adapter; with --adapters, of their base."""
-    prompt: str | None = None
-    """Prompt, by default read from standard input."""
-    max_new_tokens: int = 50
-    """Maximum number of tokens of the completion."""
-    temperature: float = 0.8
-    """Sampling temperature; 0 is greedy decoding."""
-    top_k: int | None = 50
-    """Sample from the k most likely tokens; null for all."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens with this total probability."""
-    num_samples: int = 1
-    """Number of completions."""
-    seed: int = 1234
-    """Random seed of sampling."""
-    input: str = ""
-    """Input of the instruction, for models that were trained with inputs."""
-    system: str = ""
-    """System message before the prompt."""
-    prompt_style: str | None = None
-    """alpaca, none, chat, or a text with {instruction}; by default the adapter's, else none."""
-    prompt_style_variables: dict[str, Any] | None = None
-    """Variables of the chat template, such as {"enable_thinking": false}; by default those of the training."""
-    base_dir: Path | None = None
-    """Folder of the adapter's base, by default the one in its adapter_config.json."""
-    adapters: tuple[Path, ...] = ()
-    """Folders of adapters on the same base, whose weighted sum is added to it."""
-    adapter_weights: tuple[float, ...] = ()
-    """Weight of each of --adapters, by default 1."""
-    precision: Literal["bf16-true", "32-true"] | None = None
-    """Precision of the base, by default that in which a QLoRA adapter was trained, else bf16-true."""
-    quantize: Quantize | Literal["none"] | None = None
-    """Quantize the blocks of the base to 4 bits; by default as the adapter was trained, else none."""
-    compile: bool = False
-    """Compile the decoding step first, which takes seconds and needs a C++ compiler."""
-
-    def __post_init__(self) -> None:
-        require_adapters(self)
-        for name in ("max_new_tokens", "num_samples"):
-            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
-        if self.prompt == "":
-            raise LitLoraError(NO_PROMPT)
-        require_seed(self.seed)
-        require(self.temperature >= 0, "--temperature", self.temperature, "0 or more")
-        require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1, or null for all")
-        require(0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class MergeLoraArgs(CommandArgs):
-    """Merge an adapter into its base and write the result as a checkpoint."""
-
-    examples: ClassVar = (
-        "litlora merge_lora out/alpaca/final --out_dir out/merged",
-        "litlora merge_lora --adapters out/a/final,out/b/final --adapter_weights 0.7,0.3 --out_dir out/merged",
-    )
-
-    out_dir: Path
-    """Output folder for the merged checkpoint."""
-    checkpoint_dir: Path | None = None
-    """Folder of the adapter; with --adapters, of their base."""
-    base_dir: Path | None = None
-    """Folder of the base, by default the one in adapter_config.json."""
-    adapters: tuple[Path, ...] = ()
-    """Folders of adapters on the same base, whose weighted sum is merged into it."""
-    adapter_weights: tuple[float, ...] = ()
-    """Weight of each of --adapters, by default 1."""
-    dequantized_base: bool = False
-    """Merge into the dequantized 4-bit weights on which the adapter was trained."""
-
-    def __post_init__(self) -> None:
-        require_adapters(self)
-
-
-COMMANDS: dict[str, type[CommandArgs]] = {
-    "download": DownloadArgs,
-    "prepare_alpaca": PrepareAlpacaArgs,
-    "prepare_lima": PrepareLimaArgs,
-    "prepare_json": PrepareJsonArgs,
-    "check_data": CheckDataArgs,
-    "finetune_lora": FinetuneLoraArgs,
-    "generate": GenerateArgs,
-    "merge_lora": MergeLoraArgs,
-}

@@ -1,0 +1,21 @@
+"""The flags and YAML keys of every command: type, default, help (the attribute docstrings) and validation.
+
+A module holds the commands of one kind, and imports no torch. What a flag does stands in the packages, not here.
+"""
+
+from litlora.args.common import CommandArgs
+from litlora.args.data import CheckDataArgs, PrepareAlpacaArgs, PrepareJsonArgs, PrepareLimaArgs
+from litlora.args.finetune import FinetuneLoraArgs
+from litlora.args.hub import DownloadArgs
+from litlora.args.inference import GenerateArgs, MergeLoraArgs
+
+COMMANDS: dict[str, type[CommandArgs]] = {
+    "download": DownloadArgs,
+    "prepare_alpaca": PrepareAlpacaArgs,
+    "prepare_lima": PrepareLimaArgs,
+    "prepare_json": PrepareJsonArgs,
+    "check_data": CheckDataArgs,
+    "finetune_lora": FinetuneLoraArgs,
+    "generate": GenerateArgs,
+    "merge_lora": MergeLoraArgs,
+}

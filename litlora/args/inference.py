@@ -1,0 +1,113 @@
+"""The flags of the commands that load a checkpoint with adapters: generate and merge_lora."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from litlora.args.common import CommandArgs, Quantize, require, require_seed
+from litlora.errors import LitLoraError
+
+NO_PROMPT = "the prompt is empty: give one with --prompt or on standard input"
+
+
+def require_adapters(args: "GenerateArgs | MergeLoraArgs") -> None:
+    """Refuse a command that names neither checkpoint nor adapters, or weights that do not go with its adapters."""
+    adapters, weights = args.adapters, args.adapter_weights
+    if args.checkpoint_dir is None and not adapters:
+        raise LitLoraError("missing --checkpoint_dir or --adapters", exit_code=2)
+    if args.checkpoint_dir and args.base_dir and adapters:
+        raise LitLoraError("--checkpoint_dir and --base_dir both name the base of --adapters: leave one of them out")
+    shown = ",".join(map(str, weights))
+    if weights and not adapters:
+        raise LitLoraError(f"--adapter_weights ({shown}) needs --adapters: name the adapters there")
+    if weights and len(weights) != len(adapters):
+        need = f"must have one weight for each of --adapters ({len(adapters)})"
+        raise LitLoraError(f"--adapter_weights ({shown}) {need}, or be left out for 1 each")
+    require(all(map(math.isfinite, weights)), "--adapter_weights", shown, "finite numbers")
+    if weights and not any(weights):
+        raise LitLoraError(f"--adapter_weights ({shown}) leaves the base alone: give a weight other than 0")
+
+
+@dataclass(frozen=True)
+class GenerateArgs(CommandArgs):
+    """Complete a prompt with a checkpoint, or with an adapter on its base."""
+
+    examples: ClassVar = (
+        'litlora generate checkpoints/ORG/NAME --prompt "Once upon a time"',
+        'litlora generate out/alpaca/final --prompt "Name three primary colors." --temperature 0',
+    )
+
+    checkpoint_dir: Path | None = None
+    """Folder of a checkpoint or of an adapter; with --adapters, of their base."""
+    prompt: str | None = None
+    """Prompt, by default read from standard input."""
+    max_new_tokens: int = 50
+    """Maximum number of tokens of the completion."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 is greedy decoding."""
+    top_k: int | None = 50
+    """Sample from the k most likely tokens; null for all."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens with this total probability."""
+    num_samples: int = 1
+    """Number of completions."""
+    seed: int = 1234
+    """Random seed of sampling."""
+    input: str = ""
+    """Input of the instruction, for models that were trained with inputs."""
+    system: str = ""
+    """System message before the prompt."""
+    prompt_style: str | None = None
+    """alpaca, none, chat, or a text with {instruction}; by default the adapter's, else none."""
+    prompt_style_variables: dict[str, Any] | None = None
+    """Variables of the chat template, such as {"enable_thinking": false}; by default those of the training."""
+    base_dir: Path | None = None
+    """Folder of the adapter's base, by default the one in its adapter_config.json."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters on the same base, whose weighted sum is added to it."""
+    adapter_weights: tuple[float, ...] = ()
+    """Weight of each of --adapters, by default 1."""
+    precision: Literal["bf16-true", "32-true"] | None = None
+    """Precision of the base, by default that in which a QLoRA adapter was trained, else bf16-true."""
+    quantize: Quantize | Literal["none"] | None = None
+    """Quantize the blocks of the base to 4 bits; by default as the adapter was trained, else none."""
+    compile: bool = False
+    """Compile the decoding step first, which takes seconds and needs a C++ compiler."""
+
+    def __post_init__(self) -> None:
+        require_adapters(self)
+        for name in ("max_new_tokens", "num_samples"):
+            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
+        if self.prompt == "":
+            raise LitLoraError(NO_PROMPT)
+        require_seed(self.seed)
+        require(self.temperature >= 0, "--temperature", self.temperature, "0 or more")
+        require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1, or null for all")
+        require(0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class MergeLoraArgs(CommandArgs):
+    """Merge an adapter into its base and write the result as a checkpoint."""
+
+    examples: ClassVar = (
+        "litlora merge_lora out/alpaca/final --out_dir out/merged",
+        "litlora merge_lora --adapters out/a/final,out/b/final --adapter_weights 0.7,0.3 --out_dir out/merged",
+    )
+
+    out_dir: Path
+    """Output folder for the merged checkpoint."""
+    checkpoint_dir: Path | None = None
+    """Folder of the adapter; with --adapters, of their base."""
+    base_dir: Path | None = None
+    """Folder of the base, by default the one in adapter_config.json."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters on the same base, whose weighted sum is merged into it."""
+    adapter_weights: tuple[float, ...] = ()
+    """Weight of each of --adapters, by default 1."""
+    dequantized_base: bool = False
+    """Merge into the dequantized 4-bit weights on which the adapter was trained."""
+
+    def __post_init__(self) -> None:
+        require_adapters(self)
