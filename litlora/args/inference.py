@@ -1,7 +1,7 @@
-"""The flags of the commands that load a checkpoint with adapters: generate and merge_lora."""
+"""The flags of the commands that load a checkpoint with adapters: generate, evaluate and merge_lora."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from litlora.errors import LitLoraError
 NO_PROMPT = "the prompt is empty: give one with --prompt or on standard input"
 
 
-def require_adapters(args: "GenerateArgs | MergeLoraArgs") -> None:
+def require_adapters(args: "ModelArgs") -> None:
     """Refuse a command that names neither checkpoint nor adapters, or weights that do not go with its adapters."""
     adapters, weights = args.adapters, args.adapter_weights
     if args.checkpoint_dir is None and not adapters:
@@ -30,7 +30,38 @@ def require_adapters(args: "GenerateArgs | MergeLoraArgs") -> None:
 
 
 @dataclass(frozen=True)
-class GenerateArgs(CommandArgs):
+class ModelArgs(CommandArgs):
+    """Which model a command loads: a checkpoint, or adapters on it."""
+
+    checkpoint_dir: Path | None = None
+    """Folder of a checkpoint or of an adapter; with --adapters, of their base."""
+    base_dir: Path | None = None
+    """Folder of the adapter's base, by default the one in its adapter_config.json."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters on the same base, whose weighted sum is added to it."""
+    adapter_weights: tuple[float, ...] = ()
+    """Weight of each of --adapters, by default 1."""
+
+    def __post_init__(self) -> None:
+        require_adapters(self)
+
+
+@dataclass(frozen=True)
+class InferenceArgs(ModelArgs):
+    """How a command computes with a model: the prompts that it expects, and the storage of its base."""
+
+    prompt_style: str | None = None
+    """alpaca, none, chat, or a text with {instruction}; by default the adapter's, else none."""
+    prompt_style_variables: dict[str, Any] | None = None
+    """Variables of the chat template, such as {"enable_thinking": false}; by default those of the training."""
+    precision: Literal["bf16-true", "32-true"] | None = None
+    """Precision of the base, by default that in which a QLoRA adapter was trained, else bf16-true."""
+    quantize: Quantize | Literal["none"] | None = None
+    """Quantize the blocks of the base to 4 bits; by default as the adapter was trained, else none."""
+
+
+@dataclass(frozen=True)
+class GenerateArgs(InferenceArgs):
     """Complete a prompt with a checkpoint, or with an adapter on its base."""
 
     examples: ClassVar = (
@@ -38,8 +69,6 @@ class GenerateArgs(CommandArgs):
         'litlora generate out/alpaca/final --prompt "Name three primary colors." --temperature 0',
     )
 
-    checkpoint_dir: Path | None = None
-    """Folder of a checkpoint or of an adapter; with --adapters, of their base."""
     prompt: str | None = None
     """Prompt, by default read from standard input."""
     max_new_tokens: int = 50
@@ -58,25 +87,11 @@ class GenerateArgs(CommandArgs):
     """Input of the instruction, for models that were trained with inputs."""
     system: str = ""
     """System message before the prompt."""
-    prompt_style: str | None = None
-    """alpaca, none, chat, or a text with {instruction}; by default the adapter's, else none."""
-    prompt_style_variables: dict[str, Any] | None = None
-    """Variables of the chat template, such as {"enable_thinking": false}; by default those of the training."""
-    base_dir: Path | None = None
-    """Folder of the adapter's base, by default the one in its adapter_config.json."""
-    adapters: tuple[Path, ...] = ()
-    """Folders of adapters on the same base, whose weighted sum is added to it."""
-    adapter_weights: tuple[float, ...] = ()
-    """Weight of each of --adapters, by default 1."""
-    precision: Literal["bf16-true", "32-true"] | None = None
-    """Precision of the base, by default that in which a QLoRA adapter was trained, else bf16-true."""
-    quantize: Quantize | Literal["none"] | None = None
-    """Quantize the blocks of the base to 4 bits; by default as the adapter was trained, else none."""
     compile: bool = False
     """Compile the decoding step first, which takes seconds and needs a C++ compiler."""
 
     def __post_init__(self) -> None:
-        require_adapters(self)
+        super().__post_init__()
         for name in ("max_new_tokens", "num_samples"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
         if self.prompt == "":
@@ -88,7 +103,7 @@ class GenerateArgs(CommandArgs):
 
 
 @dataclass(frozen=True)
-class MergeLoraArgs(CommandArgs):
+class MergeLoraArgs(ModelArgs):
     """Merge an adapter into its base and write the result as a checkpoint."""
 
     examples: ClassVar = (
@@ -96,18 +111,9 @@ class MergeLoraArgs(CommandArgs):
         "litlora merge_lora --adapters out/a/final,out/b/final --adapter_weights 0.7,0.3 --out_dir out/merged",
     )
 
-    out_dir: Path
+    out_dir: Path = field(kw_only=True)
     """Output folder for the merged checkpoint."""
     checkpoint_dir: Path | None = None
     """Folder of the adapter; with --adapters, of their base."""
-    base_dir: Path | None = None
-    """Folder of the base, by default the one in adapter_config.json."""
-    adapters: tuple[Path, ...] = ()
-    """Folders of adapters on the same base, whose weighted sum is merged into it."""
-    adapter_weights: tuple[float, ...] = ()
-    """Weight of each of --adapters, by default 1."""
     dequantized_base: bool = False
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
-
-    def __post_init__(self) -> None:
-        require_adapters(self)

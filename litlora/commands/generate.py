@@ -8,10 +8,9 @@ from litlora.errors import LitLoraError
 from litlora.generation.compile import compile_decode_step, prepare_for_decoding
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate as stream_tokens
-from litlora.lora.checkpoint import load_with_adapters, shared_quantization
+from litlora.lora.checkpoint import load_with_adapters, requested_storage
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.backend import backend, default_device
-from litlora.nn.nf4 import Quantization
 from litlora.utils.console import write
 
 
@@ -21,9 +20,7 @@ def generate(args: GenerateArgs, prompt: Prompt | None = None) -> None:
     base, adapters, tokenizer = Checkpoint.open(prompt.base), prompt.adapters, prompt.tokenizer
 
     device = default_device()
-    dtype, quantization = storage(
-        args, shared_quantization(adapters, None if args.quantize else "choose one with --quantize")
-    )
+    dtype, quantization = requested_storage(args, adapters)
     if args.compile and quantization:
         raise LitLoraError(f"--compile does not work with a 4-bit base ({quantization.name}): leave one of them out")
     model = load_with_adapters(base, adapters, dtype, device, quantization)
@@ -37,12 +34,3 @@ def generate(args: GenerateArgs, prompt: Prompt | None = None) -> None:
         for text in tokenizer.stream(prompt.ids, tokens):
             write(text)
         write("\n")
-
-
-def storage(args: GenerateArgs, trained: Quantization | None) -> tuple[torch.dtype, Quantization | None]:
-    """Return dtype and quantization of the base: as requested, else as the adapter was trained."""
-    dtype = trained.dtype if trained else torch.bfloat16
-    if args.precision:
-        dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    name = args.quantize or (trained.name if trained else "none")
-    return dtype, None if name == "none" else Quantization(name, dtype)

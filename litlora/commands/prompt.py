@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from litlora.args.inference import NO_PROMPT, GenerateArgs
+from litlora.args.inference import NO_PROMPT, GenerateArgs, InferenceArgs
 from litlora.data.prompt_styles import AUTO, StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
@@ -37,7 +37,7 @@ class Prompt:
         return cls(base, adapters, tokenizer, ids, tokenizer.stop_ids_of(style))
 
 
-def style_settings(args: GenerateArgs, base_dir: Path, adapters: Adapters) -> StyleSettings:
+def style_settings(args: InferenceArgs, base_dir: Path, adapters: Adapters) -> StyleSettings:
     """Return the prompt style as requested, else as the adapters or the merged folder were trained, else none."""
     name, variables = args.prompt_style, args.prompt_style_variables
     if name is None or name == AUTO or len(adapters) == 1:

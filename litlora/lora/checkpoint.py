@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from litlora.args.inference import InferenceArgs
 from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.hub.origin import origin
@@ -171,6 +172,20 @@ def shared_quantization(adapters: Sequence[Weighted], hint: str | None) -> Quant
         one, other, *_ = trained.values()
         raise LitLoraError(f"{one} and {other} were trained on bases of different quantization: {hint}")
     return next(iter(trained)) if len(trained) == 1 else None
+
+
+def requested_storage(args: InferenceArgs, adapters: Sequence[Weighted]) -> tuple[torch.dtype, Quantization | None]:
+    """Return dtype and quantization of a base for inference: as requested, else as its adapters were trained."""
+    return storage(args, shared_quantization(adapters, None if args.quantize else "choose one with --quantize"))
+
+
+def storage(args: InferenceArgs, trained: Quantization | None) -> tuple[torch.dtype, Quantization | None]:
+    """Return dtype and quantization of the base: as requested, else as the adapter was trained."""
+    dtype = trained.dtype if trained else torch.bfloat16
+    if args.precision:
+        dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
+    name = args.quantize or (trained.name if trained else "none")
+    return dtype, None if name == "none" else Quantization(name, dtype)
 
 
 def load_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from litlora.args.inference import GenerateArgs, MergeLoraArgs
+from litlora.args.inference import ModelArgs
 from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import read_settings
@@ -22,7 +22,7 @@ class Weighted:
 Adapters = tuple[Weighted, ...]
 
 
-def find_folders(args: GenerateArgs | MergeLoraArgs) -> tuple[Path, Adapters]:
+def find_folders(args: ModelArgs) -> tuple[Path, Adapters]:
     """Return the base that a command's arguments name, and the adapters: none, one, or those of --adapters.
 
     LitLoraError names a setting of an adapter that is not implemented.
@@ -40,7 +40,7 @@ def find_folders(args: GenerateArgs | MergeLoraArgs) -> tuple[Path, Adapters]:
     return base, (Weighted(folder),)
 
 
-def find_adapters(args: MergeLoraArgs) -> tuple[Path, Adapters]:
+def find_adapters(args: ModelArgs) -> tuple[Path, Adapters]:
     """Return the base and the adapters that a command's arguments name; LitLoraError where there are none."""
     if args.checkpoint_dir is not None and not args.adapters:
         read_settings(args.checkpoint_dir)

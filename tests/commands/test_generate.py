@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from litlora import __version__
 from litlora.__main__ import main
 from litlora.args.inference import GenerateArgs
-from litlora.commands.generate import storage
 from litlora.data.prompt_styles import ALPACA
+from litlora.lora.checkpoint import storage
 from litlora.nn.nf4 import Quantization
 
 STARTED = f"litlora {__version__}: generate"
