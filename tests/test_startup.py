@@ -99,6 +99,9 @@ REFUSED = {
     "model_type": ["finetune_lora", "gpt2", "--data_dir", "data"],
     "parted head": ["finetune_lora", "tied", "--data_dir", "data", "--out_dir", "out", "--lora_init", "pissa",
                     "--lora_head", "--devices", "2", "--strategy", "fsdp"],
+    "lora_layers": [*FINETUNE, "--lora_layers", "2-9"],
+    "lora_targets": [*FINETUNE, "--lora_targets", "k_proj,nonsense"],
+    "rank_pattern": [*FINETUNE, "--lora_rank_pattern", '{"nonsense": 4}'],
     "no weights": ["finetune_lora", "unweighted", "--data_dir", "data"],
     "no tokenizer": ["finetune_lora", "untokenized", "--data_dir", "data"],
     "data": ["finetune_lora", "base", "--data_dir", "nowhere"],
@@ -183,6 +186,18 @@ def test_refused_before_torch_is_imported(refused, name):
     *before, sentence = stderr.splitlines()
     assert sentence.startswith("litlora: ")
     assert before in ([], [f"litlora {__version__}: {REFUSED[name][0]}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("lora_layers", "--lora_layers: there is no block 2, only the blocks 0-1"),
+        ("lora_targets", "--lora_targets: nonsense names no linear layer; there are q_proj, k_proj"),
+        ("rank_pattern", "--lora_rank_pattern: nonsense applies to no adapted layer"),
+    ],
+)
+def test_flags_that_name_no_layer_are_refused_before_torch_is_imported(refused, name, sentence):
+    assert sentence in refused[name][1]
 
 
 def test_head_that_cannot_be_parted_is_refused_before_processes_start(refused):

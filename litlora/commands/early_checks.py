@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from litlora.args.common import CommandArgs
 from litlora.args.data import PrepareArgs
-from litlora.args.finetune import FinetuneLoraArgs, as_blocks
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.inference import GenerateArgs, MergeLoraArgs
 from litlora.commands.prompt import Prompt
 from litlora.data.dataset import choose_prompt_style, read_example, read_examples
@@ -14,11 +14,10 @@ from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import refuse_adapter
-from litlora.lora.config import LoRAConfig
 from litlora.lora.selection import Adapters, find_adapters
-from litlora.lora.targets import refuse_parted_head, switch_targets
+from litlora.lora.targets import refuse_parted_head
 from litlora.models.checkpoint_files import CheckpointFiles
-from litlora.models.config import GPTConfig
+from litlora.train.lora_flags import new_adapter
 from litlora.train.optimizer_names import check_name
 from litlora.train.resume import AUTO, Identity, starting_point
 from litlora.utils.files import check_absent, check_writable
@@ -58,31 +57,17 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     # The run itself reports which checkpoint it takes, and with "auto" whether it is finished.
     start = None if args.resume == AUTO else starting_point(args, lambda _: None, find_truncation)
     refuse_adapter(args.checkpoint_dir)
-    adapter = read_settings(args.init_adapter) if args.init_adapter is not None else None
     base = CheckpointFiles.find(args.checkpoint_dir)
     template = check_prompt_style(base.dir, StyleSettings(args.prompt_style, args.prompt_style_variables or {}))
     args.check_model(base.config.hidden_size, base.config.positions)
+    lora = new_adapter(args, base.config) if args.init_adapter is None else read_settings(args.init_adapter)
     if args.strategy == "fsdp" and args.devices * args.num_nodes > 1:
-        refuse_parted_head(adapter or _new_adapter(args, base.config), base.config)
+        refuse_parted_head(lora, base.config)
     if start is not None:
         style, _ = choose_prompt_style(args.prompt_style, args.data_dir / "train.jsonl", template)
         Identity.of(replace(args, prompt_style=style), {}).check(start)
     _check_rows(args)
     return base
-
-
-def _new_adapter(args: FinetuneLoraArgs, config: GPTConfig) -> LoRAConfig:
-    """Return what the flags say of which layers are adapted; all-linear, which leaves the head out, matches none."""
-    targets = args.lora_targets if isinstance(args.lora_targets, str) else tuple(args.lora_targets or ())
-    layers = None if args.lora_layers is None else tuple(as_blocks(args.lora_layers))
-    return LoRAConfig(
-        args.lora_r,
-        args.lora_alpha,
-        args.lora_dropout,
-        targets or switch_targets(args.lora_switches, config),
-        init=args.lora_init,
-        layers_to_transform=layers,
-    )
 
 
 def _check_rows(args: FinetuneLoraArgs) -> None:

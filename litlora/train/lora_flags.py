@@ -1,56 +1,40 @@
-"""From the --lora_* flags to the configuration of an adapter; flags that choose no layer of the model are refused."""
+"""From the --lora_* flags to the configuration of a new adapter; flags that choose no layer of the model are refused.
+
+Nothing here imports torch: these flags are refused before.
+"""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from litlora.args.finetune import FinetuneLoraArgs, as_blocks
 from litlora.errors import LitLoraError
-from litlora.lora.adapter_folder import read_prompt_style
-from litlora.lora.checkpoint import read_adapter, read_lora_config, refuse_compensation
 from litlora.lora.config import LoRAConfig, first_match
-from litlora.lora.layer import linear_layers
-from litlora.lora.selection import Weighted
 from litlora.lora.targets import HEAD_LAYER, excluded_modules, switch_targets
-from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
-from litlora.utils.console import log
+from litlora.models.layer_names import linear_layer_names
 
 ALL_LINEAR = ["all-linear"]
 """PEFT's word for all linear layers but the head."""
 
 
-def lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
-    """Return the configuration of a run's adapter on the model of this checkpoint."""
-    if args.init_adapter is not None:
-        return _continued(args.init_adapter, args, checkpoint)
-    layers = linear_layers(checkpoint.outline())
+def new_adapter(args: FinetuneLoraArgs, base: GPTConfig) -> LoRAConfig:
+    """Return the configuration of a new adapter on the model of this configuration."""
+    layers = linear_layer_names(base)
     config = LoRAConfig(
         args.lora_r,
         args.lora_alpha,
         args.lora_dropout,
-        target_modules=_targets(args, checkpoint.config, layers),
+        target_modules=_targets(args, base, layers),
         use_rslora=args.lora_use_rslora,
         use_dora=args.lora_use_dora,
         init=args.lora_init,
         rank_pattern=args.lora_rank_pattern or {},
         alpha_pattern=args.lora_alpha_pattern or {},
         layers_to_transform=None if args.lora_layers is None else tuple(as_blocks(args.lora_layers)),
-        exclude_modules=excluded_modules(checkpoint.config),
+        exclude_modules=excluded_modules(base),
     )
     _refuse_unmatched(config, layers)
     return config
-
-
-def _continued(adapter_dir: Path, args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
-    """Return the configuration of the adapter that a run continues from, which must fit the base."""
-    if not args.quantize:
-        refuse_compensation([Weighted(adapter_dir)], "pass --quantize bnb.nf4")
-    style = read_prompt_style(adapter_dir)
-    if style and style.name != args.prompt_style:
-        log(f"{adapter_dir} was trained on the prompt style {style.name}, and this run is on {args.prompt_style}")
-    read_adapter(adapter_dir, checkpoint)  # only a check: its tensors are loaded into the model later
-    return replace(read_lora_config(adapter_dir), lora_dropout=args.lora_dropout)
 
 
 def described(args: FinetuneLoraArgs, lora: LoRAConfig) -> str:

@@ -45,8 +45,9 @@ from litlora.models.transformer import GPT, evaluating
 from litlora.models.weights import fingerprint
 from litlora.nn.backend import backend
 from litlora.nn.nf4 import Quantization, import_bitsandbytes
+from litlora.train.init_adapter import continued_adapter
 from litlora.train.loop import Run, fit, loss_and_gradients
-from litlora.train.lora_flags import lora_config
+from litlora.train.lora_flags import new_adapter
 from litlora.train.memory_check import (
     check_memory,
     concurrent_micro_batches,
@@ -174,13 +175,19 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     args = replace(args, prompt_style=settings.name)
     style = tokenizer.prompt_style(settings)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
-    lora = lora_config(args, checkpoint)
+    lora = _lora_config(args, checkpoint)
     check_optimizer(args.optimizer, args.train.learning_rate, device, args.lora_plus_ratio)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, settings, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
     return Inputs(args, checkpoint, tokenizer, style, why, args.init_adapter, lora, limit, encoder, splits)
+
+
+def _lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
+    if args.init_adapter is not None:
+        return continued_adapter(args.init_adapter, args, checkpoint)
+    return new_adapter(args, checkpoint.config)
 
 
 def find_prompt_style(args: FinetuneLoraArgs, tokenizer: Tokenizer, ranks: Ranks) -> tuple[StyleSettings, str]:

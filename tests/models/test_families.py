@@ -23,13 +23,14 @@ from litlora.generation.sampler import Sampler
 from litlora.generation.session import Session, generate
 from litlora.lora.checkpoint import load_matrices, read_adapter, read_lora_config, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
-from litlora.lora.layer import add_lora, lora_parameters
+from litlora.lora.layer import add_lora, linear_layers, lora_parameters
 from litlora.lora.merge import merge_adapters
 from litlora.lora.selection import Weighted
 from litlora.lora.targets import excluded_modules, switch_targets
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.families import SUPPORTED
+from litlora.models.layer_names import linear_layer_names
 from litlora.models.rope_config import ORIGINAL, RopeConfig
 from litlora.models.transformer import GPT, evaluating
 from litlora.models.unsupported import KINDS
@@ -118,6 +119,11 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
 
 def test_logits_equal_transformers(network):
     close(logits(network.ours), expected_logits(network.theirs))
+
+
+def test_names_of_linear_layers_are_those_of_the_model(network):
+    """So a flag that names no layer is refused before there is a model."""
+    assert linear_layer_names(network.config) == list(linear_layers(network.ours))
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def wait_until_saving(out_dir: Path, running: int) -> None:
         time.sleep(0.0002)
 
 
-@pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 20), (signal.SIGTERM, 20)])
+@pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 12), (signal.SIGTERM, 8)])
 def test_run_killed_at_random_moments_equals_the_unbroken_one(runs, unbroken, few, tmp_path, number, kills):
     expected, seconds = unbroken
     out_dir, random, killed, finished = tmp_path / "out", Random(number), 0, 0
