@@ -12,9 +12,9 @@ ORDER = """
     cli
     commands
     train
-    evaluation
+    evaluation export
     distributed generation
-    lora export
+    lora
     data models
     hub
     nn

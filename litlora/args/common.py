@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 from litlora.errors import LitLoraError
 
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq"]
+Server = Literal["vllm", "llama.cpp", "peft", "ollama"]
+"""What an adapter may be deployed on."""
 
 MASK = "**********"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from litlora.args.common import CommandArgs, Quantize, require, require_seed
+from litlora.args.common import CommandArgs, Quantize, Server, require, require_seed
 from litlora.errors import LitLoraError
 
 Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
@@ -243,6 +243,8 @@ class FinetuneLoraArgs(CommandArgs):
     """Resume from out_dir's newest intact checkpoint (true), if there is one (auto), or from the one at this path."""
     overwrite: bool = False
     """Replace the run in out_dir; with --resume, replace only the final adapter of a finished run."""
+    deploy: tuple[Server, ...] = ()
+    """Servers that will load the adapter, such as vllm,llama.cpp: refuse settings that they do not support."""
     dry_run: bool = False
     """Print steps, tokens and estimated peak memory of the run, and exit without loading weights."""
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from litlora.args import COMMANDS
 from litlora.args.common import SecretStr
@@ -119,7 +119,8 @@ def metavar_of(setting: Setting) -> str:
     kinds = [get_origin(kind) or kind for kind in setting.types]
     others = [METAVARS[kind] for kind in kinds if kind in METAVARS]
     if setting.item:
-        return f"{METAVARS[setting.item]},..."
+        words = [*get_args(setting.item)]
+        return f"{{{'|'.join(words)}}},..." if words else f"{METAVARS[setting.item]},..."
     if setting.name == "optimizer":
         return "NAME"
     if others:

@@ -61,7 +61,9 @@ class Setting:
         """What a value must be, in words."""
         others = [NEEDS[get_origin(kind) or kind] for kind in self.types if get_origin(kind) not in (Literal, tuple)]
         others = [f"{need} {FORM}" if need == NEEDS[dict] and self.number else need for need in others]
-        others += [f"a list, each item {NEEDS[self.item]}"] if self.item else []
+        items = get_args(self.item) if get_origin(self.item) is Literal else ()
+        each = join([*map(str, items)], "or") if items else NEEDS.get(self.item)
+        others += [f"a list, each item {each}"] if self.item else []
         return join([*self.choices, *sorted(others, key=lambda need: need == "null")], "or")
 
 

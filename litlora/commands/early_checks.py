@@ -12,6 +12,7 @@ from litlora.data.prepare import check_paths
 from litlora.data.prompt_styles import StyleSettings
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
+from litlora.export.server_limits import refuse_faults, server_limits
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import refuse_adapter
 from litlora.lora.selection import Adapters, find_adapters
@@ -63,6 +64,7 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     lora = new_adapter(args, base.config) if args.init_adapter is None else read_settings(args.init_adapter)
     if args.strategy == "fsdp" and args.devices * args.num_nodes > 1:
         refuse_parted_head(lora, base.config)
+    refuse_faults(args.deploy, server_limits(args, lora, base.hub_config))
     if start is not None:
         style, _ = choose_prompt_style(args.prompt_style, args.data_dir / "train.jsonl", template)
         Identity.of(replace(args, prompt_style=style), {}).check(start)

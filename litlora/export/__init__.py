@@ -1,1 +1,1 @@
-"""What others read of an adapter: its model card. Knows no model and no training loop."""
+"""What others read of an adapter: its model card, and what servers load of it. Knows no training loop."""

@@ -32,6 +32,7 @@ from litlora.errors import LitLoraError
 from litlora.evaluation.engine import Engine
 from litlora.evaluation.samples import sample_completion
 from litlora.evaluation.validation import validate
+from litlora.export.server_limits import log_notes, refuse_faults, server_limits
 from litlora.lora.adapter_folder import CONFIG, WEIGHTS, read_prompt_style, refuse_adapter
 from litlora.lora.checkpoint import load_matrices
 from litlora.lora.config import LoRAConfig
@@ -176,6 +177,9 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     style = tokenizer.prompt_style(settings)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
     lora = _lora_config(args, checkpoint)
+    limits = server_limits(args, lora, checkpoint.hub_config)
+    refuse_faults(args.deploy, limits)
+    log_notes(limits)
     check_optimizer(args.optimizer, args.train.learning_rate, device, args.lora_plus_ratio)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
