@@ -41,9 +41,9 @@ def test_quickstart_teaches_pico_to_answer(tmp_path):
     (folder / ".venv").symlink_to(sys.prefix)  # installed already, so that the script need not reach for the internet
     done = subprocess.run([folder / "scripts/quickstart"], capture_output=True, text=True, env=os.environ | {"CI": "1"})
     assert done.returncode == 0, done.stderr
-    before, after = (float(share) for share in re.findall(r"exact match: .* = ([\d.]+)%", done.stdout))
-    assert before <= 5
-    assert after >= 90
+    before, after = (float(share) for share in re.findall(r"^exact_match +([\d.]+)", done.stdout, re.MULTILINE))
+    assert before <= 0.05
+    assert after >= 0.9
     shown = next(block for block in blocks(ROOT / "README.md") if block.text.startswith("== Before"))
     printed = {shape(line) for line in (done.stdout + done.stderr).splitlines()}
     missing = {line for line in shown.text.splitlines() if shape(line) not in printed and "answered:" not in line}

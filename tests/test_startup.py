@@ -132,6 +132,8 @@ REFUSED = {
     "adapter key": ["generate", "strange"],
     "merged adapter key": ["merge_lora", "strange", "--out_dir", "merged"],
     "style": ["generate", "adapter", "--prompt_style", "nonsense"],
+    "choices": ["evaluate", "base", "--data_dir", "data", "--metrics", "accuracy", "--choices", "yes,no"],
+    "baseline": ["evaluate", "base", "--data_dir", "data", "--baseline", "nowhere"],
     "merge": ["merge_lora", "base", "--out_dir", "merged"],
     "out_dir": ["merge_lora", "adapter", "--out_dir", "data"],
     "destination": ["prepare_json", "--source", "data/train.jsonl", "--destination_path", "/proc/litlora"],

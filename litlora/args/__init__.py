@@ -7,7 +7,7 @@ from litlora.args.common import CommandArgs
 from litlora.args.data import CheckDataArgs, PrepareAlpacaArgs, PrepareJsonArgs, PrepareLimaArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.hub import DownloadArgs
-from litlora.args.inference import GenerateArgs, MergeLoraArgs
+from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
 
 COMMANDS: dict[str, type[CommandArgs]] = {
     "download": DownloadArgs,
@@ -17,5 +17,6 @@ COMMANDS: dict[str, type[CommandArgs]] = {
     "check_data": CheckDataArgs,
     "finetune_lora": FinetuneLoraArgs,
     "generate": GenerateArgs,
+    "evaluate": EvaluateArgs,
     "merge_lora": MergeLoraArgs,
 }

@@ -8,6 +8,13 @@ from typing import Any, ClassVar, Literal
 from litlora.args.common import CommandArgs, Quantize, require, require_seed
 from litlora.errors import LitLoraError
 
+METRICS = {
+    "loss": ("loss", "perplexity"),
+    "exact_match": ("exact_match",),
+    "rouge": ("rouge1", "rouge2", "rougeL"),
+    "accuracy": ("accuracy", "weighted_f1"),
+}
+"""What --metrics can name, and the metrics that each reports."""
 NO_PROMPT = "the prompt is empty: give one with --prompt or on standard input"
 
 
@@ -117,3 +124,85 @@ class MergeLoraArgs(ModelArgs):
     """Folder of the adapter; with --adapters, of their base."""
     dequantized_base: bool = False
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
+
+
+@dataclass(frozen=True)
+class EvaluateArgs(InferenceArgs):
+    """Measure a checkpoint or an adapter on rows of data, with intervals, and compare it with another."""
+
+    examples: ClassVar = (
+        "litlora evaluate out/alpaca/final --data_dir data/alpaca --metrics loss,exact_match,rouge",
+        "litlora evaluate out/claims/final --data_dir claims.jsonl --metrics accuracy --choices true,false",
+    )
+
+    data_dir: Path | None = None
+    """Prepared data folder, or a .jsonl file of rows."""
+    split: Literal["val", "train"] = "val"
+    """Split of the data folder."""
+    metrics: tuple[str, ...] = ("loss",)
+    """What is measured: loss (with perplexity), exact_match, rouge, accuracy (with weighted F1)."""
+    choices: tuple[str, ...] = ()
+    """The possible answers, for accuracy: the model's is the likeliest. Each row's answer must be one of them."""
+    baseline: Path | None = None
+    """Folder of a checkpoint or an adapter that is measured on the same rows, for the differences."""
+    fail_below: tuple[str, ...] = ()
+    """Exit with code 1 if a metric is worse, such as exact_match=0.9: lower, or for loss and perplexity higher."""
+    out_file: Path | None = None
+    """JSON file for the metrics and what was measured for each row."""
+    show: int = 0
+    """Print this many rows with the expected answer and the model's."""
+    max_new_tokens: int = 256
+    """Maximum number of tokens of a completion."""
+    max_seq_length: int | None = None
+    """Number of tokens to which rows are cut for the loss, by default the checkpoint's positions."""
+    seed: int = 1234
+    """Random seed of the intervals."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data_dir is None:
+            raise LitLoraError("missing --data_dir", exit_code=2)
+        require(bool(self.metrics), "--metrics", ",".join(self.metrics), f"some of {', '.join(METRICS)}")
+        for name in self.metrics:
+            require(name in METRICS, "--metrics", name, f"some of {', '.join(METRICS)}")
+        self._check_choices()
+        for name in ("max_new_tokens", "max_seq_length"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name}", value, "at least 1")
+        require(self.show >= 0, "--show", self.show, "0 or more")
+        require_seed(self.seed)
+        if self.show and set(self.metrics) == {"loss"}:
+            raise LitLoraError("--show needs answers: add exact_match, rouge or accuracy to --metrics")
+        _ = self.thresholds  # only a check
+
+    def _check_choices(self) -> None:
+        if ("accuracy" in self.metrics) != bool(self.choices):
+            needed = "--metrics accuracy needs --choices: name the answers" if not self.choices else None
+            raise LitLoraError(needed or "--choices is for accuracy: add it to --metrics, or leave --choices out")
+        shown = ",".join(self.choices)
+        require(all(choice.strip() for choice in self.choices), "--choices", shown, "texts that are not empty")
+        distinct = len({choice.strip() for choice in self.choices})
+        require(distinct == len(self.choices) != 1, "--choices", shown, "two or more different answers")
+
+    @property
+    def reported(self) -> list[str]:
+        """The names of the metrics that are reported."""
+        return [name for metric in METRICS if metric in self.metrics for name in METRICS[metric]]
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """What --fail_below says, by the name of the metric."""
+        found = {}
+        for text in self.fail_below:
+            name, _, value = text.partition("=")
+            need = f"NAME=VALUE with one of the reported metrics ({', '.join(self.reported)}) and a number"
+            require(name in self.reported and _is_number(value), "--fail_below", text, need)
+            found[name] = float(value)
+        return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

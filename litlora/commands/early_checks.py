@@ -5,13 +5,14 @@ from dataclasses import replace
 from litlora.args.common import CommandArgs
 from litlora.args.data import PrepareArgs
 from litlora.args.finetune import FinetuneLoraArgs
-from litlora.args.inference import GenerateArgs, MergeLoraArgs
+from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
 from litlora.commands.prompt import Prompt
 from litlora.data.dataset import choose_prompt_style, read_example, read_examples
 from litlora.data.prepare import check_paths
 from litlora.data.prompt_styles import StyleSettings
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
+from litlora.evaluation.rows import Comparison
 from litlora.export.server_limits import refuse_faults, server_limits
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import refuse_adapter
@@ -34,6 +35,8 @@ def check_early(args: CommandArgs) -> tuple[object, ...]:
             return (check_training(args),)
         case GenerateArgs():
             return (Prompt.read(args),)
+        case EvaluateArgs():
+            return (Comparison.read(args),)
         case MergeLoraArgs():
             return check_merge(args)
         case PrepareArgs():

@@ -1,15 +1,13 @@
 """What `generate` completes: the tokens of a prompt, and the checkpoint that they are for. Read without torch."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
-from litlora.args.inference import NO_PROMPT, GenerateArgs, InferenceArgs
-from litlora.data.prompt_styles import AUTO, StyleSettings
+from litlora.args.inference import NO_PROMPT, GenerateArgs
+from litlora.data.prompt_styles import StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.lora.adapter_folder import read_prompt_style
-from litlora.lora.selection import Adapters, find_folders, shared_prompt_style
+from litlora.lora.selection import Adapters, find_folders, style_settings
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.utils.console import read_input
 
@@ -30,21 +28,11 @@ class Prompt:
         base_dir, adapters = find_folders(args)
         base = CheckpointFiles.find(base_dir)
         tokenizer = Tokenizer(base.dir, base.hub_config)
-        style = tokenizer.prompt_style(style_settings(args, base.dir, adapters))
+        style = tokenizer.prompt_style(style_settings(args, base.dir, adapters, StyleSettings("none")))
         ids = tokenizer.encode_prompt(style, style.prompt(read_text(args.prompt), args.input, args.system))
         check_length(len(ids), args.max_new_tokens, base.config.positions)
         base.config.check_ids("the prompt", max(ids, default=0))
         return cls(base, adapters, tokenizer, ids, tokenizer.stop_ids_of(style))
-
-
-def style_settings(args: InferenceArgs, base_dir: Path, adapters: Adapters) -> StyleSettings:
-    """Return the prompt style as requested, else as the adapters or the merged folder were trained, else none."""
-    name, variables = args.prompt_style, args.prompt_style_variables
-    if name is None or name == AUTO or len(adapters) == 1:
-        trained = shared_prompt_style(adapters) or read_prompt_style(base_dir) or StyleSettings("none")
-        if name in (None, AUTO, trained.name):
-            return StyleSettings(trained.name, trained.variables if variables is None else variables)
-    return StyleSettings(str(name), variables or {})
 
 
 def read_text(given: str | None) -> str:

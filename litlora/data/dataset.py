@@ -26,9 +26,14 @@ ROWS_FOR_STYLE = 100  # of the training split, which --prompt_style auto looks a
 
 def read_examples(path: Path) -> list[Example]:
     """Read the examples of a prepared split."""
+    return [example for _, example in read_located_examples(path)]
+
+
+def read_located_examples(path: Path) -> list[tuple[str, Example]]:
+    """Read the examples of a prepared split, each with the location of its row."""
     with open_split(path) as file:
         raw = RawFile.from_bytes(str(path), path.suffix, file.read())
-    return [row.example for _, row in read_file(raw, ANY)]
+    return [(location, row.example) for location, row in read_file(raw, ANY)]
 
 
 def open_split(path: Path) -> BufferedReader:

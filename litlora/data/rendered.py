@@ -42,3 +42,9 @@ class Rendered:
         """Return the prompt from a position on."""
         prompt = self.prompt[start:]
         return Rendered(prompt, (), tuple(at - start for at in self.literal if start <= at < start + len(prompt)))
+
+    @property
+    def last_prompt(self) -> "Rendered":
+        """The text before the last response."""
+        end = self.supervised[-1][0]
+        return Rendered(self.text[:end], (), tuple(at for at in self.literal if at < end))

@@ -1,1 +1,1 @@
-"""Measuring a model: validation loss and sample completions. Nothing here trains or writes files."""
+"""Measuring a model: validation loss, sample completions, and metrics of rows. Nothing here trains or writes files."""

@@ -17,7 +17,9 @@ def validate(engine: Engine, samples: Samples, batching: Batching, max_iters: in
     batches = islice(chain.from_iterable(map(batching.micro_batches, groups)), max_iters)
     with evaluating(engine.gpt):
         rounds = zip_longest(*[batches] * ranks.world_size, fillvalue=DUMMY_MICRO_BATCH)  # a micro-batch for each rank
-        for loss, tokens in engine.workers.map(partial(_loss, engine), (round_[ranks.rank] for round_ in rounds)):
+        for loss, tokens in engine.workers.map(
+            partial(loss_and_tokens, engine), (round_[ranks.rank] for round_ in rounds)
+        ):
             total += loss
             supervised += tokens
     sums = ranks.all_reduce(torch.tensor([total, supervised], dtype=torch.float64, device=engine.fabric.device))
@@ -25,6 +27,6 @@ def validate(engine: Engine, samples: Samples, batching: Batching, max_iters: in
 
 
 @torch.no_grad()  # in the worker thread: the setting holds for one thread only
-def _loss(engine: Engine, micro: MicroBatch) -> tuple[float, int]:
+def loss_and_tokens(engine: Engine, micro: MicroBatch) -> tuple[float, int]:
     """Return the sum of a micro-batch's losses, and the number of its supervised tokens."""
     return engine.summed_loss(micro).item(), micro.supervised

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from litlora.args.inference import ModelArgs
-from litlora.data.prompt_styles import StyleSettings
+from litlora.args.inference import InferenceArgs, ModelArgs
+from litlora.data.prompt_styles import AUTO, StyleSettings
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import find_base, find_named_base, is_adapter, read_prompt_style, same_style
@@ -72,3 +72,13 @@ def shared_prompt_style(adapters: Iterable[Weighted]) -> StyleSettings | None:
             fault = f"{first} and {folder} were trained on different prompt styles ({one.name}, {style.name})"
             raise LitLoraError(f"{fault}: choose one with --prompt_style")
     return styles[0][1] if styles else None
+
+
+def style_settings(args: InferenceArgs, base_dir: Path, adapters: Adapters, untrained: StyleSettings) -> StyleSettings:
+    """Return the prompt style as requested, else that of the adapters or the merged folder, else `untrained`."""
+    name, variables = args.prompt_style, args.prompt_style_variables
+    if name is None or name == AUTO or len(adapters) == 1:
+        trained = shared_prompt_style(adapters) or read_prompt_style(base_dir) or untrained
+        if name in (None, AUTO, trained.name):
+            return StyleSettings(trained.name, trained.variables if variables is None else variables)
+    return StyleSettings(str(name), variables or {})
