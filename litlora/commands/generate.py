@@ -7,7 +7,7 @@ from litlora.commands.prompt import Prompt
 from litlora.errors import LitLoraError
 from litlora.generation.compile import compile_decode_step, prepare_for_decoding
 from litlora.generation.sampler import Sampler
-from litlora.generation.session import generate as stream_tokens
+from litlora.generation.session import generate_samples
 from litlora.lora.checkpoint import load_with_adapters, requested_storage
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.backend import backend, default_device
@@ -29,8 +29,10 @@ def generate(args: GenerateArgs, prompt: Prompt | None = None) -> None:
     elif args.max_new_tokens * args.num_samples >= backend(device).repacking_pays_from:
         prepare_for_decoding(model)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
-    for _ in range(args.num_samples):
-        tokens = stream_tokens(model, prompt.ids, sampler, max_new_tokens=args.max_new_tokens, stop_ids=prompt.stop_ids)
+    samples = generate_samples(
+        model, prompt.ids, sampler, args.num_samples, max_new_tokens=args.max_new_tokens, stop_ids=prompt.stop_ids
+    )
+    for tokens in samples:
         for text in tokenizer.stream(prompt.ids, tokens):
             write(text)
         write("\n")

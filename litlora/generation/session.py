@@ -36,20 +36,53 @@ class Session:
             logits: Tensor = self.model.logits(hidden[-1:])
         return logits[0]
 
+    @torch.inference_mode()
+    def rewind(self, length: int) -> None:
+        """Forget the tokens after the first `length`; these are computed again if their rotary frequencies differ."""
+        regimes, kept = self.model.config.rope_regimes, self.tokens[:length]
+        changed = regimes(self.cache.length) != regimes(length)
+        self.tokens, self.cache.length = kept, length
+        if changed:
+            self.tokens, self.cache.length = kept[:0], 0
+            self.next_logits(kept)
 
-@torch.inference_mode()
+
 def generate(
     model: GPT, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int, stop_ids: Collection[int]
 ) -> Iterator[int]:
     """Yield the tokens that follow the prompt, until a stop id (not yielded), the limit, or the last position."""
+    yield from next(generate_samples(model, prompt, sampler, 1, max_new_tokens=max_new_tokens, stop_ids=stop_ids))
+
+
+@torch.inference_mode()
+def generate_samples(
+    model: GPT, prompt: Sequence[int], sampler: Sampler, count: int, *, max_new_tokens: int, stop_ids: Collection[int]
+) -> Iterator[Iterator[int]]:
+    """Yield several completions of a prompt, which is computed once; each must be read before the next."""
     length = min(len(prompt) + max_new_tokens, model.config.positions)
+    if length <= len(prompt):
+        yield from (iter(()) for _ in range(count))
+        return
     session = Session(model, length)
-    tokens = torch.tensor(prompt, device=session.device)
     with evaluating(model):
-        for _ in range(length - len(prompt)):
-            chosen = sampler.choose(session.next_logits(tokens))
+        logits = session.next_logits(torch.tensor(prompt, device=session.device))
+    for _ in range(count):
+        with evaluating(model):
+            session.rewind(len(prompt))
+        yield _complete(session, logits, sampler, length - len(prompt), stop_ids)
+
+
+@torch.inference_mode()
+def _complete(
+    session: Session, logits: Tensor, sampler: Sampler, limit: int, stop_ids: Collection[int]
+) -> Iterator[int]:
+    """Yield the tokens that follow those of a session, given the logits after these."""
+    with evaluating(session.model):
+        for n in range(1, limit + 1):
+            chosen = sampler.choose(logits)
             token = checked(int(chosen))
             if token in stop_ids:
                 return
             yield token
-            tokens = chosen[None]
+            if n < limit:
+                logits = session.next_logits(chosen[None])

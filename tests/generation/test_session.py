@@ -10,7 +10,7 @@ from litlora.__main__ import main
 from litlora.cpu.tuning import REPACK_TOKENS
 from litlora.generation.compile import compile_decode_step, prepare_for_decoding
 from litlora.generation.sampler import Sampler
-from litlora.generation.session import Session, generate
+from litlora.generation.session import Session, generate, generate_samples
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
 from litlora.models.checkpoint import Checkpoint
@@ -86,6 +86,21 @@ def test_repacked_weights_give_the_same_logits(checkpoints, family, stored, dtyp
     prepare_for_decoding(model)
     tolerances = {torch.float32: {}, torch.bfloat16: {"atol": 0.02, "rtol": 0.02}}[dtype]
     torch.testing.assert_close(logits_of(model, tokens), expected, **tolerances)
+
+
+@pytest.mark.parametrize(("name", "frequencies"), [("gemma2-0", 1), ("qwen2-lengths-1", 2)])
+def test_samples_compute_their_prompt_once(name, frequencies, tmp_path, tokenizer_files, device):
+    """It is computed again only where a completion has grown into other rotary frequencies."""
+    next(case for case in MATRIX if case.name == name).write(tmp_path, tokenizer_files)
+    model = adapted(tmp_path, torch.float32, device)
+    prompt, limits = [5, 6, 7, 8, 9], {"max_new_tokens": 20, "stop_ids": []}
+    sampler, again = (Sampler(1.0, None, 1.0, torch.Generator(device).manual_seed(3)) for _ in range(2))
+    assert (len({model.config.rope_regimes(length) for length in (5, 25)})) == frequencies
+    expected = [list(generate(model, prompt, sampler, **limits)) for _ in range(3)]
+    computed = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: computed.append(len(inputs[0])))
+    assert [list(tokens) for tokens in generate_samples(model, prompt, again, 3, **limits)] == expected
+    assert computed.count(len(prompt)) == (1 if frequencies == 1 else 3)
 
 
 def test_repacking_leaves_completions_unchanged(pico, capsys):
