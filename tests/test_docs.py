@@ -32,7 +32,7 @@ ADDED = {
     "prepare_alpaca": {"--source": "archive.json"},
     "finetune_lora": {"--train.max_steps": "2", "--eval.max_iters": "1", "--eval.max_new_tokens": "4"},
 }
-FLAGS_OF_OTHERS = {"--index-url", "--max-lora-rank", "--hypothesis-profile", "--lr"}
+FLAGS_OF_OTHERS = {"--index-url", "--lora", "--max-lora-rank", "--hypothesis-profile", "--lr"}
 
 
 def named(pages: list[Path]) -> dict[str, Path]:

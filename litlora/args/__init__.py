@@ -5,6 +5,7 @@ A module holds the commands of one kind, and imports no torch. What a flag does 
 
 from litlora.args.common import CommandArgs
 from litlora.args.data import CheckDataArgs, PrepareAlpacaArgs, PrepareJsonArgs, PrepareLimaArgs
+from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.hub import DownloadArgs
 from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
@@ -19,4 +20,5 @@ COMMANDS: dict[str, type[CommandArgs]] = {
     "generate": GenerateArgs,
     "evaluate": EvaluateArgs,
     "merge_lora": MergeLoraArgs,
+    "export": ExportArgs,
 }

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from litlora.args.common import CommandArgs
 from litlora.args.data import PrepareArgs
+from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
 from litlora.commands.prompt import Prompt
@@ -12,11 +13,12 @@ from litlora.data.prepare import check_paths
 from litlora.data.prompt_styles import StyleSettings
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
+from litlora.errors import LitLoraError
 from litlora.evaluation.rows import Comparison
 from litlora.export.server_limits import refuse_faults, server_limits
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import refuse_adapter
-from litlora.lora.selection import Adapters, find_adapters
+from litlora.lora.selection import Adapters, find_adapters, find_folders
 from litlora.lora.targets import refuse_parted_head
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.train.lora_flags import new_adapter
@@ -39,6 +41,8 @@ def check_early(args: CommandArgs) -> tuple[object, ...]:
             return (Comparison.read(args),)
         case MergeLoraArgs():
             return check_merge(args)
+        case ExportArgs():
+            return check_export(args)
         case PrepareArgs():
             check_writable(args.destination_path, "--destination_path")
             check_paths(args)
@@ -49,6 +53,17 @@ def check_merge(args: MergeLoraArgs) -> tuple[CheckpointFiles, Adapters]:
     """Refuse adapters or an output folder that do not do, and return base and adapters."""
     base_dir, adapters = find_adapters(args)
     check_absent(args.out_dir, "--out_dir")
+    base = CheckpointFiles.find(base_dir)
+    check_prompt_style(base.dir, StyleSettings("none"))
+    return base, adapters
+
+
+def check_export(args: ExportArgs) -> tuple[CheckpointFiles, Adapters]:
+    """Refuse a checkpoint, adapters or an output folder that do not do, and return base and adapters."""
+    base_dir, adapters = find_folders(args)
+    check_absent(args.out_dir, "--out_dir")
+    if args.format == "gguf-lora" and not adapters:
+        raise LitLoraError(f"--format gguf-lora needs an adapter, and {base_dir} is a checkpoint: use --format gguf")
     base = CheckpointFiles.find(base_dir)
     check_prompt_style(base.dir, StyleSettings("none"))
     return base, adapters

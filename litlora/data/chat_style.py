@@ -48,8 +48,11 @@ class ChatStyle:
 
     def prompt(self, instruction: str, input: str = "", system: str = "") -> Rendered:
         """Return what a server sends for a first question."""
-        messages = [*_system(system), Message("user", instruction, input)]
-        return Rendered.of(self._text(self._chat(self._placed(messages)), True, None))
+        return Rendered.of(self.conversation([*_system(system), Message("user", instruction, input)]))
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """Return the text of messages up to the next answer, with the special tokens in their texts marked."""
+        return self._text(self._chat(self._placed(messages)), True, None)
 
     def render(self, example: Example) -> list[Rendered]:
         """Return the sequences of an example."""

@@ -52,8 +52,8 @@ class SentencePieceModel:
         """
         with_prefix = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self._plain = sentencepiece.SentencePieceProcessor(model_proto=proto + WITHOUT_PREFIX)
-        self._has_prefix = prefix and with_prefix.encode("x") != self._plain.encode("x")
-        self._prefixed = with_prefix if self._has_prefix else self._plain
+        self.has_prefix = prefix and with_prefix.encode("x") != self._plain.encode("x")
+        self._prefixed = with_prefix if self.has_prefix else self._plain
         self._prefix_each = prefix_each
         self._digest = sha256(proto).hexdigest()
         pieces = [with_prefix.id_to_piece(token_id) for token_id in range(len(with_prefix))]
@@ -79,7 +79,7 @@ class SentencePieceModel:
     def decoder(self) -> decoders.Decoder:
         """The decoder that undoes the segmentation."""
         steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if self._has_prefix else steps)
+        return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if self.has_prefix else steps)
 
     def add_tokens(self, tokens: Sequence[AddedToken]) -> None:
         """Recognise tokens in a text: pieces by their ids, others by the next free id."""
@@ -106,6 +106,10 @@ class SentencePieceModel:
         """Write these tokens before and after every text."""
         self._before, self._after = ([self._ids[token] for token in tokens] for tokens in (before, after))
 
+    def score(self, token_id: int) -> float:
+        """Return by which score a piece is merged; 0 for an added token, which never is."""
+        return float(self._plain.get_score(token_id)) if token_id < len(self._plain) else 0.0
+
     def get_vocab_size(self) -> int:
         """Return the number of tokens, added ones included."""
         return len(self._tokens)
@@ -129,7 +133,7 @@ class SentencePieceModel:
     def to_str(self) -> str:
         """Return a text that differs wherever ids could."""
         added = [[token_id, str(token.__getstate__())] for token_id, token in self._added.items()]
-        prefix = [self._has_prefix, self._prefix_each]
+        prefix = [self.has_prefix, self._prefix_each]
         return json.dumps([self._digest, sentencepiece.__version__, prefix, added, self._before, self._after])
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[SentencePieceEncoding]:
@@ -169,7 +173,7 @@ class SentencePieceModel:
         """Return the characters of each token; the tokens of one character share its span."""
         data = np.frombuffer(segment.text.replace(SPACE, " ").encode(), np.uint8)
         characters = np.cumsum((data & 0xC0) != 0x80)  # begun up to each byte
-        ends = np.cumsum(self._sizes[ids]) - (self._has_prefix and segment.has_prefix)
+        ends = np.cumsum(self._sizes[ids]) - (self.has_prefix and segment.has_prefix)
         starts = np.maximum(ends - self._sizes[ids], 0)
         first = np.append(characters - 1, len(segment.text))[starts]
         last = np.concatenate([[0], characters])[ends]

@@ -21,6 +21,7 @@ from litlora.data.rendered import Rendered
 from litlora.data.sentencepiece_model import SPACE, SentencePieceEncoding
 from litlora.data.special_tokens import LiteralEncoder, SpecialTokens
 from litlora.data.tokenizer_files import (
+    Backend,
     no_tokenizer,
     probe_decoder,
     read_backend,
@@ -85,6 +86,7 @@ class Tokenizer:
             settings = read_settings(checkpoint_dir)
             config = read_optional_json(checkpoint_dir / "config.json") if hub_config is None else hub_config
             self._backend = read_backend(checkpoint_dir, settings)
+            self.unknown_token = token_text(settings.get("unk_token"))
             self.files = tuple(path for name in TOKENIZER_FILES if (path := checkpoint_dir / name).is_file())
             self.chat_template = read_chat_template(checkpoint_dir, settings)
             self.vocab_size = self._backend.get_vocab_size()
@@ -96,7 +98,7 @@ class Tokenizer:
             self._register([*special_token_texts(settings), self.eos_token])
             self._added = self._backend.get_added_tokens_decoder()
             self._named_tokens = _named_tokens(settings)
-            self._is_byte_level, self._drops_first_space = probe_decoder(checkpoint_dir, self._backend)
+            self.is_byte_level, self._drops_first_space = probe_decoder(checkpoint_dir, self._backend)
 
     def _eos_ids(self, checkpoint_dir: Path, settings: dict[str, Any], config: dict[str, Any]) -> list[int]:
         """Return every end-of-text id, the tokenizer's own first."""
@@ -121,6 +123,11 @@ class Tokenizer:
             raise ValueError("a token has an id of 2^31 or more")
         missing = [text for text in texts if text in vocabulary and text not in known]
         self._backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+
+    @property
+    def backend(self) -> Backend:
+        """What tokenizes: a tokenizer of tokenizers, or a sentencepiece model."""
+        return self._backend
 
     @cached_property
     def style_tokens(self) -> StyleTokens:
@@ -180,7 +187,7 @@ class Tokenizer:
             if each.literal:
                 spans = self.style_tokens.special.spans(each.text, each.literal)
                 pairs[n] = self._literal_encoder.encode(each.text, spans)
-        prefix = self._added_before if add_special_tokens else []
+        prefix = self.added_ids[0] if add_special_tokens else []
         pairs = [pair if not prefix or pair[0][: len(prefix)] == prefix else _prefixed(prefix, *pair) for pair in pairs]
         lengths = np.array([len(ids) for ids, _ in pairs], np.int32)
         ids = np.fromiter(chain.from_iterable(ids for ids, _ in pairs), np.int32, lengths.sum())
@@ -192,12 +199,16 @@ class Tokenizer:
         return LiteralEncoder(self._backend)
 
     @cached_property
-    def _added_before(self) -> list[int]:
-        """The ids that the tokenizer adds before a text, usually BOS."""
+    def added_ids(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer adds before and after a text, usually BOS and nothing."""
         ids, bare = (self._backend.encode_batch(["x"], add_special_tokens=add)[0].ids for add in (True, False))
         before = next((n for n in range(len(ids)) if ids[n : n + len(bare)] == bare), 0)
-        prefix: list[int] = ids[:before]
-        return prefix
+        return ids[:before], ids[before + len(bare) :]
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether BOS is added before a text, and nothing else."""
+        return self.bos_id is not None and self.added_ids[0] == [self.bos_id]
 
     def last_special(self, rendered: Rendered) -> int:
         """Return where the last special token of a prompt starts, 0 without one."""
@@ -234,7 +245,7 @@ class Tokenizer:
         if added := self._added.get(token_id):
             return b"" if added.special else added.content.encode()
         token = self._backend.id_to_token(token_id) or ""  # an embedding may have more rows than the vocabulary
-        if self._is_byte_level and BYTE_OF_CHARACTER.keys() >= set(token):
+        if self.is_byte_level and BYTE_OF_CHARACTER.keys() >= set(token):
             return bytes(BYTE_OF_CHARACTER[character] for character in token)
         if re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])

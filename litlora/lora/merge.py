@@ -26,14 +26,8 @@ from litlora.utils.files import atomic_directory, copy_own
 
 def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path, *, dequantized: bool) -> None:
     """Merge adapters into their base, whose weights are dequantized first if requested, and write a checkpoint."""
-    if not dequantized:
-        refuse_compensation(adapters, "pass --dequantized_base true")
-    quantized = quantized_weights(base, adapters) if dequantized else {}
-    sources = " and ".join(str(adapter.folder) for adapter in adapters)
-    merge = Merge(read_adapters(adapters, base, dequantized), quantized, sources)
-    if not dequantized:
-        log_other_base(adapters)
-    untie = base.config.tie_word_embeddings and merge.changes(base.config.hub_name(HEAD))
+    merge = read_merge(adapters, base, dequantized=dequantized)
+    untie = merge.unties(base)
     with atomic_directory(out_dir) as folder:
         tokenizer = Tokenizer(base.dir, base.hub_config)
         copy_other_files(folder, base, tokenizer)
@@ -42,6 +36,18 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
             write_prompt_files(folder, tokenizer, styles[0])
         write_weights(folder, base, merge, untie)
         write_config(folder, base, untie)
+
+
+def read_merge(adapters: Sequence[Weighted], base: Checkpoint, *, dequantized: bool) -> "Merge":
+    """Read adapters that are to be merged into their base, whose weights are dequantized first if requested."""
+    if not dequantized:
+        refuse_compensation(adapters, "pass --dequantized_base true")
+    quantized = quantized_weights(base, adapters) if dequantized else {}
+    sources = " and ".join(str(adapter.folder) for adapter in adapters)
+    merge = Merge(read_adapters(adapters, base, dequantized), quantized, sources)
+    if not dequantized:
+        log_other_base(adapters)
+    return merge
 
 
 def log_other_base(adapters: Sequence[Weighted]) -> None:
@@ -81,6 +87,14 @@ class Merge:
 
     def changes(self, weight: str) -> bool:
         return weight.removesuffix(".weight") in self.adapter.layers
+
+    def unties(self, base: Checkpoint) -> bool:
+        """Tell whether a head that was tied to the embedding is changed, and a tensor of its own now."""
+        return base.config.tie_word_embeddings and self.changes(base.config.hub_name(HEAD))
+
+    def in_float32(self, name: str, base: Checkpoint) -> Tensor:
+        """Return a tensor by the model's name, merged in float32 and not rounded to the base's dtype."""
+        return self.merged(base.config.hub_name(name), base.read(name).float())
 
     def merged(self, weight: str, base: Tensor) -> Tensor:
         """Return a tensor of the base, named as in transformers, merged with the adapter's where a layer is adapted."""

@@ -108,6 +108,10 @@ class Checkpoint:
         """Return a tensor by the model's name, as a memory map of its own."""
         return self.weights[self.hub_name(name)]
 
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by the model's name; a tied head is the embedding."""
+        return self.tensor(EMBEDDING if name == HEAD and self.config.tie_word_embeddings else name)
+
     def hub_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor of the model, or the one that transformers would give it."""
         return self._hub_names.get(name, self.config.hub_name(name))

@@ -1,0 +1,35 @@
+"""The flags of the command that writes files for other programs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from litlora.args.inference import ModelArgs
+from litlora.errors import LitLoraError
+
+
+@dataclass(frozen=True)
+class ExportArgs(ModelArgs):
+    """Write a checkpoint or an adapter as a GGUF file for llama.cpp and Ollama."""
+
+    examples: ClassVar = (
+        "litlora export out/alpaca/final --out_dir out/gguf --outtype q8_0",
+        "litlora export out/alpaca/final --format gguf-lora --out_dir out/gguf-lora",
+    )
+
+    out_dir: Path = field(kw_only=True)
+    """Output folder for the GGUF file and the Modelfile."""
+    format: Literal["gguf", "gguf-lora"] = "gguf"
+    """gguf: the model, with the adapter merged into it; gguf-lora: the adapter alone."""
+    outtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
+    """Type of the weights, by default f16, and f32 for an adapter alone."""
+    dequantized_base: bool = False
+    """Merge into the dequantized 4-bit weights on which the adapter was trained."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = self.format == "gguf-lora"
+        if alone and self.outtype in ("q8_0", "q4_0"):
+            raise LitLoraError(f"--outtype ({self.outtype}) must be f32, f16 or bf16 for an adapter alone")
+        if alone and self.dequantized_base:
+            raise LitLoraError("--dequantized_base is for a merged model: leave it out, or use --format gguf")

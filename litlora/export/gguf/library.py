@@ -1,0 +1,10 @@
+"""The gguf package, which is an extra."""
+
+from litlora.errors import LitLoraError
+
+try:
+    import gguf
+except ImportError as error:
+    raise LitLoraError("export needs the gguf package: pip install 'litlora[gguf]'") from error
+
+__all__ = ["gguf"]

@@ -1,0 +1,224 @@
+"""What llama.cpp answers from an exported file is what litlora answers."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from string import ascii_lowercase
+
+import gguf
+import pytest
+import torch
+from helpers.families import LONGROPE, MATRIX, YARN, Case
+from helpers.llama_cpp import answers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from litlora.__main__ import main
+from litlora.lora.checkpoint import load_with_adapters, write_adapter
+from litlora.lora.config import TARGET_MODULES, LoRAConfig
+from litlora.lora.layer import add_lora, lora_parameters
+from litlora.lora.selection import Weighted
+from litlora.lora.targets import excluded_modules, switch_targets
+from litlora.models.checkpoint import Checkpoint
+
+CPU = torch.device("cpu")
+TOKENS, EOS = 6, 1
+PROMPTS = [[0, 45, 200, 7, 31, 102, 250, 88, 19, 64, 5, 77], [3, 140, 21], [9, 80], [77, 131, 250, 40]]
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+LONG = 300  # tokens, more than those of the prompts
+WIDE_WINDOW = {"sliding_window": 200}
+PLAIN_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
+FOUR_LAYERS = {"num_hidden_layers": 4, "no_rope_layer_interval": 4}
+# What llama.cpp lacks of a first config of the matrix, which the issue of a family is not about.
+CHANGED = {
+    "gemma2-0": PLAIN_GEMMA,
+    "gemma3_text-0": PLAIN_GEMMA,
+    "gemma3": PLAIN_GEMMA,
+    "smollm3-0": FOUR_LAYERS,
+    "stablelm-0": {"qk_layernorm": False},
+    "exaone4-0": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "olmo3-1": {"rope_parameters": {"full_attention": YARN["rope_parameters"], "sliding_attention": PLAIN_ROPE}},
+    "phi3-0": {
+        "rope_parameters": LONGROPE["rope_parameters"] | {"original_max_position_embeddings": LONG},
+        "original_max_position_embeddings": LONG,
+        "max_position_embeddings": 2 * LONG,
+    },
+    "qwen2-0": {"rope_parameters": PLAIN_ROPE},
+}
+NAMES = [case.name for case in MATRIX if case.name.endswith("-0") or case.name in ("gemma3", "mistral3")]
+MORE = ["llama-1", "llama-2", "mistral-1", "mistral-2", "olmo3-1", "granite-1", "glm4-2", "ministral3-2", "phi3-1"]
+
+
+WITHOUT_WINDOW = "mistral", "starcoder2", "phi3", "ministral3"
+
+
+def changed(name: str) -> Case:
+    case = next(case for case in MATRIX if case.name == name)
+    window = WIDE_WINDOW if name.startswith(WITHOUT_WINDOW) and "sliding_window" in case.keys else {}
+    return replace(case, keys=case.keys | window | CHANGED.get(name, {}))
+
+
+@dataclass
+class Exported:
+    """A checkpoint with an adapter, and its files."""
+
+    base: Path
+    adapter: Path
+    merged: Path
+    alone: Path
+    plain: Path
+
+
+def random_adapter(base: Path, folder: Path, **settings) -> Path:
+    """Write an adapter of all linear layers of the blocks, with random matrices."""
+    checkpoint = Checkpoint.open(base)
+    model = checkpoint.load(torch.float32, CPU)
+    switches = [switch for switch in TARGET_MODULES if switch != "head"]
+    targets, excluded = switch_targets(switches, model.config), excluded_modules(model.config)
+    lora = LoRAConfig(4, 6, 0.0, targets, exclude_modules=excluded, **settings)
+    add_lora(model, lora)
+    torch.manual_seed(1)
+    for parameter in lora_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    folder.mkdir()
+    write_adapter(folder, model, lora, base, checkpoint.fingerprint(), "alpaca")
+    return folder
+
+
+def export(source: Path, out_dir: Path, *flags: str) -> Path:
+    assert main(["export", str(source), "--out_dir", str(out_dir), *flags]) == 0
+    return next(out_dir.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def ascii_tokenizer(tmp_path_factory) -> Path:
+    """Return a tokenizer in which each token is text: llama.cpp's server leaves out tokens that end in a character."""
+    folder = tmp_path_factory.mktemp("ascii")
+    texts = ["<s>", "</s>", *ascii_lowercase, *map("".join, product(ascii_lowercase, repeat=2))]
+    bpe = Tokenizer(models.BPE({text: token for token, text in enumerate(texts[:300])}, [("a", "a")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<s>", "</s>"])
+    bpe.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, ascii_tokenizer) -> dict[str, Exported]:
+    files = {}
+    for name in [*NAMES, *MORE]:
+        folder = tmp_path_factory.mktemp(name)
+        changed(name).write(base := folder / "base", ascii_tokenizer)
+        adapter = random_adapter(base, folder / "adapter")
+        merged = export(adapter, folder / "merged", "--outtype", "f32")
+        plain = export(base, folder / "plain", "--outtype", "f32")
+        alone = export(adapter, folder / "alone", "--format", "gguf-lora")
+        files[name] = Exported(base, adapter, merged, alone, plain)
+    return files
+
+
+@pytest.fixture(scope="module")
+def answered(exported) -> dict[str, list]:
+    """Return what llama.cpp answers: with the merged file, and with the adapter on the base's."""
+    requests = []
+    for its in exported.values():
+        common = {"prompts": PROMPTS, "tokens": TOKENS}
+        requests.append({"model": str(its.merged), **common})
+        requests.append({"model": str(its.plain), "adapter": str(its.alone), **common})
+    found = answers(requests)
+    return dict(zip(exported, zip(found[::2], found[1::2], strict=True), strict=True))
+
+
+@torch.no_grad()
+def check(base: Path, adapter: Path | None, found: list, atol: float = 1e-3, prompts=PROMPTS) -> None:
+    """Compare greedy tokens and their log-probabilities with litlora's."""
+    model = load_with_adapters(Checkpoint.open(base), [Weighted(adapter)] if adapter else [], torch.float32, CPU)
+    assert sum(map(len, found)) > TOKENS
+    for prompt, choices in zip(prompts, found, strict=True):
+        ids = [*prompt, *(token for token, _ in choices)]
+        logits = model.logits(model(torch.tensor(ids), [len(ids)]))[len(prompt) - 1 :]
+        best, own = logits.log_softmax(1).max(1), logits.log_softmax(1)
+        assert len(choices) == TOKENS or EOS in (ids[-1], int(best.indices[-1]))
+        for n, (token, logprob) in enumerate(choices):
+            assert math.isclose(logprob, float(own[n, token]), abs_tol=atol)
+            assert float(own[n, token]) > float(best.values[n]) - atol, "it is not the most likely token"
+
+
+@pytest.mark.parametrize("name", [*NAMES, *MORE])
+def test_merged_model_answers_alike(name, exported, answered):
+    check(exported[name].base, exported[name].adapter, answered[name][0])
+
+
+@pytest.mark.parametrize("name", [*NAMES, *MORE])
+def test_base_with_adapter_answers_alike(name, exported, answered):
+    check(exported[name].base, exported[name].adapter, answered[name][1])
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0", "q4_0"])
+def test_types_hold_the_weights(outtype, exported, tmp_path):
+    """Each type has as many bits as its name says, and the weights are close to those of the checkpoint."""
+    its = exported["llama-0"]
+    reader = gguf.GGUFReader(export(its.base, tmp_path / outtype, "--outtype", outtype))
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_down.weight")
+    assert tensor.tensor_type.name == outtype.upper()
+    expected = Checkpoint.open(its.base).read("model.layers.0.mlp.down_proj.weight").numpy()
+    error = abs(gguf.quants.dequantize(tensor.data, tensor.tensor_type) - expected).max() / abs(expected).max()
+    assert error < {"f16": 1e-3, "bf16": 4e-3, "q8_0": 0.01, "q4_0": 0.15}[outtype]
+
+
+def test_scales_of_all_layers_are_exact(exported, tmp_path):
+    """llama.cpp knows one alpha: rsLoRA and patterns of ranks and scales go into B."""
+    base = exported["llama-0"].base
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 11}, "use_rslora": True}
+    adapter = random_adapter(base, tmp_path / "adapter", **patterns)
+    alone = export(adapter, tmp_path / "alone", "--format", "gguf-lora")
+    request = {"model": str(exported["llama-0"].plain), "adapter": str(alone), "prompts": PROMPTS, "tokens": TOKENS}
+    check(base, adapter, answers([request])[0])
+
+
+def test_pico_answers_alike_in_f16(pico, tmp_path):
+    requests = [
+        {"model": str(export(pico, tmp_path / kind, "--outtype", kind)), "prompts": PROMPTS, "tokens": TOKENS}
+        for kind in ("f32", "f16")
+    ]
+    whole, half = answers(requests)
+    check(pico, None, whole)
+    check(pico, None, half, atol=0.02)
+
+
+def test_llama_cpp_splits_text_alike(checkpoints, tmp_path):
+    """A prompt as text gives the same answer as its tokens."""
+    base = checkpoints("llama")
+    texts = ["Name a fruit that is green.", "Add 2 and  3:\n\nit's 5!"]
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    ids = [tokenizer.encode(text).ids for text in texts]
+    common = {"model": str(export(base, tmp_path / "out", "--outtype", "f32")), "tokens": 3}
+    as_text, as_ids = answers([{**common, "prompts": texts}, {**common, "prompts": ids}])
+    assert as_text == as_ids
+
+
+@pytest.mark.parametrize(("name", "refusal"), [("qwen2-0", "rope_type"), ("gemma2-0", "query_pre_attn_scalar")])
+def test_other_networks_are_refused(name, refusal, tmp_path, ascii_tokenizer, capfd):
+    """A network that llama.cpp would compute otherwise is refused before a file is written."""
+    next(case for case in MATRIX if case.name == name).write(tmp_path / "base", ascii_tokenizer)
+    assert main(["export", str(tmp_path / "base"), "--out_dir", str(tmp_path / "out")]) == 1
+    assert refusal in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dora_alone_is_refused(exported, tmp_path, capfd):
+    adapter = random_adapter(exported["llama-0"].base, tmp_path / "dora", use_dora=True)
+    command = ["export", str(adapter), "--format", "gguf-lora", "--out_dir", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "has no DoRA" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_modelfile_has_the_template_that_was_trained(exported):
+    text = (exported["llama-0"].merged.parent / "Modelfile").read_text(encoding="utf-8")
+    assert "### Instruction:\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}\n\n### Response:\n" in text
+    assert 'PARAMETER stop "</s>"' in text
+    assert text.startswith("FROM ./model.gguf\n")
