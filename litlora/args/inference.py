@@ -137,6 +137,14 @@ class EvaluateArgs(InferenceArgs):
 
     data_dir: Path | None = None
     """Prepared data folder, or a .jsonl file of rows."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval instead of rows of data."""
+    task_dir: Path | None = None
+    """Folder with YAML files of tasks of your own."""
+    num_fewshot: int | None = None
+    """Examples before each question of a task, by default as many as the task says."""
+    limit: int | None = None
+    """Compute only this many questions of each task."""
     split: Literal["val", "train"] = "val"
     """Split of the data folder."""
     metrics: tuple[str, ...] = ("loss",)
@@ -160,8 +168,7 @@ class EvaluateArgs(InferenceArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data_dir is None:
-            raise LitLoraError("missing --data_dir", exit_code=2)
+        self._check_source()
         require(bool(self.metrics), "--metrics", ",".join(self.metrics), f"some of {', '.join(METRICS)}")
         for name in self.metrics:
             require(name in METRICS, "--metrics", name, f"some of {', '.join(METRICS)}")
@@ -174,6 +181,18 @@ class EvaluateArgs(InferenceArgs):
         if self.show and set(self.metrics) == {"loss"}:
             raise LitLoraError("--show needs answers: add exact_match, rouge or accuracy to --metrics")
         _ = self.thresholds  # only a check
+
+    def _check_source(self) -> None:
+        if (self.data_dir is None) == (not self.tasks):
+            fault = "leave one of --data_dir and --tasks out" if self.tasks else "missing --data_dir or --tasks"
+            raise LitLoraError(fault, exit_code=2)
+        for name, least in {"task_dir": None, "num_fewshot": 0, "limit": 1}.items():
+            value = getattr(self, name)
+            if value is not None and not self.tasks:
+                raise LitLoraError(f"--{name} ({value}) needs --tasks: name the tasks there")
+            require(value is None or least is None or value >= least, f"--{name}", value, f"at least {least}")
+        if self.tasks and (self.baseline or self.choices or self.fail_below or self.show):
+            raise LitLoraError("--baseline, --choices, --fail_below and --show go with --data_dir, not with --tasks")
 
     def _check_choices(self) -> None:
         if ("accuracy" in self.metrics) != bool(self.choices):

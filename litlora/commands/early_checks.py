@@ -15,6 +15,7 @@ from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
 from litlora.errors import LitLoraError
 from litlora.evaluation.rows import Comparison
+from litlora.evaluation.tasks import Benchmark
 from litlora.export.server_limits import refuse_faults, server_limits
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import refuse_adapter
@@ -37,6 +38,8 @@ def check_early(args: CommandArgs) -> tuple[object, ...]:
             return (check_training(args),)
         case GenerateArgs():
             return (Prompt.read(args),)
+        case EvaluateArgs() if args.tasks:
+            return (Benchmark.read(args),)
         case EvaluateArgs():
             return (Comparison.read(args),)
         case MergeLoraArgs():

@@ -94,16 +94,17 @@ def predicted_choices(scores: Scores) -> list[int]:
 def details(args: EvaluateArgs, comparison: Comparison, scores: Scores, baseline: Scores | None) -> dict[str, Any]:
     """Return what was measured, and how, beside the metrics."""
     subject, other = comparison.task.subject, comparison.baseline
-    content: dict[str, Any] = _about(subject) | {"data": str(args.data_dir), "seed": args.seed}
+    content: dict[str, Any] = about(subject) | {"data": str(args.data_dir), "seed": args.seed}
     content |= {"choices": list(args.choices)} if args.choices else {}
     content["rows"] = [_row(args, *each, scores) for each in enumerate(comparison.rows)]
     if other is not None and baseline is not None:
         rows = [_row(args, *each, baseline) for each in enumerate(comparison.rows)]
-        content["baseline"] = _about(other.subject) | {"rows": rows}
+        content["baseline"] = about(other.subject) | {"rows": rows}
     return content
 
 
-def _about(subject: Subject) -> dict[str, Any]:
+def about(subject: Subject) -> dict[str, Any]:
+    """Return which model was measured."""
     adapters = {str(adapter.folder): adapter.weight for adapter in subject.adapters}
     return {"base": str(subject.base.dir), "adapters": adapters, "prompt_style": subject.settings.name}
 
@@ -144,6 +145,15 @@ def table(results: Results) -> list[str]:
         for line, base, change in zip(lines, results.baseline.values(), results.differences.values(), strict=True):
             line += [_cells(base)[0], *_cells(change, "+")]
     return aligned([heads, *lines])
+
+
+def task_table(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """Return the metrics of tasks as lines of aligned columns."""
+    lines = []
+    for name, each in metrics.items():
+        low, high = each["low"], each["high"]
+        lines.append([name, f"{each['value']:.4f}", "" if low is None or high is None else f"{low:.4f} to {high:.4f}"])
+    return aligned([["metric", "value", "95 % interval"], *lines])
 
 
 def confusion_table(choices: Sequence[str], counts: NDArray[np.int64]) -> list[str]:

@@ -59,12 +59,13 @@ class Subject:
     settings: StyleSettings
 
     @classmethod
-    def find(cls, args: EvaluateArgs, rows: Path, untrained: StyleSettings | None = None) -> Self:
+    def find(cls, args: EvaluateArgs, rows: Path | None, untrained: StyleSettings | None = None) -> Self:
         """Find a model; without a prompt style of its own, it has `untrained`, or that of a training on these rows."""
         base_dir, adapters = find_folders(args)
         base = CheckpointFiles.find(base_dir)
         tokenizer = Tokenizer(base.dir, base.hub_config)
         if untrained is None:
+            assert rows is not None
             untrained = StyleSettings(choose_prompt_style(AUTO, rows, tokenizer.chat_template)[0])
         return cls(args, base, adapters, tokenizer, style_settings(args, base.dir, adapters, untrained))
 

@@ -57,13 +57,18 @@ def score(task: Task, rows: int) -> Scores:
 
 def load_engine(subject: Subject) -> Engine:
     """Load a model on the first device."""
-    device, adapters = default_device(), subject.adapters
-    dtype, quantization = requested_storage(subject.args, adapters)
-    gpt = load_with_adapters(Checkpoint.open(subject.base), adapters, dtype, device, quantization)
-    one = backend(device)
+    gpt = load_model(subject)
+    weight = gpt.model.embed_tokens.weight
+    one = backend(weight.device)
     workers = one.worker_pool(one.workers(TrainArgs.parallel_micro_batches))
-    precision: Precision = "32-true" if dtype is torch.float32 else "bf16-true"
-    return Engine(gpt, Fabric(devices=1), precision, workers, Ranks(0, 1, device))
+    precision: Precision = "32-true" if weight.dtype is torch.float32 else "bf16-true"
+    return Engine(gpt, Fabric(devices=1), precision, workers, Ranks(0, 1, weight.device))
+
+
+def load_model(subject: Subject) -> GPT:
+    """Load a model with its adapters on the first device."""
+    dtype, quantization = requested_storage(subject.args, subject.adapters)
+    return load_with_adapters(Checkpoint.open(subject.base), subject.adapters, dtype, default_device(), quantization)
 
 
 def row_losses(engine: Engine, text: Tokens, rows: int, limit: int | None, name: str) -> tuple[Floats, Floats]:
@@ -95,6 +100,6 @@ def complete(model: GPT, task: Task) -> Iterator[str]:
         yield "".join(tokenizer.stream(ids, tokens))
 
 
-def progress(items: Iterable[T], name: str, total: int) -> Iterator[T]:
+def progress(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
     """Show on stderr how far a measurement is."""
     yield from tqdm(items, desc=name, total=total, unit="row", delay=2)

@@ -209,7 +209,7 @@ def test_wrong_flags_are_refused_in_a_sentence(tiny, data_dir, refused, flags, s
 
 
 def test_missing_data_is_refused(tiny, tmp_path, refused):
-    assert refused(tiny, code=2) == "missing --data_dir"
+    assert refused(tiny, code=2) == "missing --data_dir or --tasks"
     assert refused(tiny, "--data_dir", tmp_path).startswith(f"no val.jsonl in {tmp_path}; prepare one with: ")
     (tmp_path / "rows.csv").write_text("instruction,output\n", encoding="utf-8")
     sentence = refused(tiny, "--data_dir", tmp_path / "rows.csv")
