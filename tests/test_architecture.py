@@ -12,7 +12,7 @@ ORDER = """
     cli
     commands
     train
-    evaluation export
+    evaluation export report
     distributed generation
     lora
     data models

@@ -44,6 +44,10 @@ class Report:
     """What the checks of the data found."""
     template_date: str | None
     """The day that the chat template wrote as today's, if it writes one."""
+    start_val_loss: float | None
+    """Validation loss before the first step; None if it was not measured."""
+    warning: str | None
+    """What to change where the validation loss ends above its start."""
 
     @classmethod
     def of(
@@ -54,6 +58,8 @@ class Report:
         adapter: str,
         findings: Sequence[Finding],
         template_date: str | None,
+        start_val_loss: float | None,
+        rate: float,
     ) -> Self:
         """Summarize a run whose final adapter has this validation loss."""
         return cls(
@@ -72,6 +78,8 @@ class Report:
             versions={package: version(package) for package in ("litlora", "torch", "bitsandbytes")},
             findings=[asdict(finding) for finding in findings],
             template_date=template_date,
+            start_val_loss=start_val_loss,
+            warning=divergence(start_val_loss, val_loss, rate),
         )
 
     @classmethod
@@ -84,6 +92,14 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write the report into the folder of a final adapter."""
         (folder / REPORT).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def divergence(before: float | None, after: float | None, rate: float) -> str | None:
+    """Return what to change if the validation loss has ended above its start, else None."""
+    if before is None or after is None or after <= before:
+        return None
+    fault = f"the validation loss ends at {after:.4f}, above the {before:.4f} before the first step"
+    return f"{fault}: lower --train.learning_rate ({rate:g})"
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -24,6 +24,7 @@ from litlora.hub.origin import origin
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.models.transformer import GPT
+from litlora.report.page import PAGE, changed, page, read_metrics
 from litlora.train.lora_flags import described
 from litlora.train.report import Report
 from litlora.train.resume import (
@@ -37,6 +38,7 @@ from litlora.train.resume import (
     step_of,
 )
 from litlora.train.train_state import Progress, write_state
+from litlora.utils.console import log
 from litlora.utils.files import YAML_ERRORS, atomic_directory, copy_own, reporting_write_errors, write_atomically
 from litlora.utils.manifest import write_manifest
 
@@ -169,7 +171,26 @@ class RunFolder:
             self._write_adapter(folder, model)
             report.write(folder)
             self._write_model_card(folder, report)
+            self._write_page(folder, report)
         return self.final
+
+    def start_val_loss(self) -> float | None:
+        """Return the validation loss before the first step, also of a run that has resumed."""
+        rows = read_metrics(self._metrics_text())
+        return next((row.get("val_loss") for row in rows if row.get("step") == 0), None)
+
+    def _metrics_text(self) -> str:
+        return self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.is_file() else ""
+
+    def _write_page(self, folder: Path, report: Report) -> None:
+        """Write the page of the run; no adapter is lost because of it."""
+        try:
+            settings = changed(plain(self.args), defaults())
+            html = page(self.path.name, settings, read_metrics(self._metrics_text()), vars(report))
+        except Exception as error:
+            log(f"warning: {PAGE} is not written: {' '.join(str(error).split())}")
+            return
+        (folder / PAGE).write_text(html, encoding="utf-8")
 
     def _write_model_card(self, folder: Path, report: Report) -> None:
         base_dir = self.args.checkpoint_dir.resolve()
@@ -199,6 +220,13 @@ class ReadOnlyRunFolder(RunFolder):
     def save_final(self, model: GPT, report: Report) -> Path:
         """Return the folder that rank 0 writes."""
         return self.final
+
+
+def defaults() -> dict[str, Any]:
+    """Return the default settings; what has none is left out."""
+    settings = {field.name: field for field in dataclasses.fields(FinetuneLoraArgs)}
+    made = {n: plain(f.default_factory()) for n, f in settings.items() if f.default_factory is not dataclasses.MISSING}
+    return made | {n: plain(f.default) for n, f in settings.items() if f.default is not dataclasses.MISSING}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -312,7 +312,10 @@ def carry_out(
             fit(run, progress)
         val_loss = select_final_adapter(run.engine.gpt, progress)
         date = run.folder.prompt_style.date
-        report = Report.of(run.engine.gpt, progress, val_loss, run.folder.adapter, findings, date)
+        before, rate = run.folder.start_val_loss(), run.train.learning_rate
+        report = Report.of(run.engine.gpt, progress, val_loss, run.folder.adapter, findings, date, before, rate)
+        if report.warning:
+            log(f"warning: {report.warning}")
         final = run.folder.save_final(run.engine.gpt, report)
     log(f"adapter in {final}")
     return report

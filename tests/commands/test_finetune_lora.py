@@ -27,7 +27,8 @@ def test_a_run_leaves_what_it_promises(run):
     assert {path.name for path in run.iterdir()} == {"hyperparameters.yaml", "metrics.csv", "step-000002", "final"}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "prompt_style.yaml"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in (run / "final").iterdir()} == adapter | tokenizer | {"report.json", "README.md"}
+        "report.html",
+        "README.md",
     state = {"training_state.json", "training_state.safetensors", "run.json", "manifest.json"}
     assert {path.name for path in (run / "step-000002").iterdir()} == adapter | tokenizer | state
 
@@ -40,7 +41,8 @@ def test_a_loss_has_a_perplexity_as_far_as_floats_go():
 def test_the_report_says_what_was_done(run):
     report = json.loads((run / "final" / "report.json").read_text())
     expected = "train_loss val_loss val_perplexity steps supervised_tokens tokens seconds tokens_per_second "
-    expected += "peak_memory_gb trainable_parameters frozen_parameters versions findings template_date adapter"
+    expected += "peak_memory_gb trainable_parameters frozen_parameters versions findings template_date adapter "
+    expected += "start_val_loss warning"
     assert set(report) == set(expected.split())
     assert report["steps"] == 3
     assert report["trainable_parameters"] == 2 * 2 * 4 * (32 + 32)
