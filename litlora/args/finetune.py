@@ -75,8 +75,8 @@ class TrainArgs:
     """Stop and save a resumable checkpoint after this many seconds."""
     max_seq_length: int | None = None
     """Maximum number of tokens of an example, by default the checkpoint's limit; longer examples are truncated."""
-    learning_rate: float = 2e-4
-    """Peak learning rate."""
+    learning_rate: float | Literal["auto"] = 2e-4
+    """Peak learning rate; auto follows from the checkpoint's hidden size, and the run records the number."""
     lr_warmup_steps: int | None = None
     """Warmup steps; overrides lr_warmup_fraction."""
     lr_warmup_fraction: float = 0.05
@@ -109,11 +109,19 @@ class TrainArgs:
         require(steps is None or steps >= 0, "--train.lr_warmup_steps", steps, "0 or more, or null")
         fraction = self.lr_warmup_fraction
         require(0 <= fraction <= 1, "--train.lr_warmup_fraction", fraction, "between 0 and 1")
-        require(self.learning_rate > 0, "--train.learning_rate", self.learning_rate, "above 0")
-        in_range = 0 <= self.min_lr <= self.learning_rate
-        require(in_range, "--train.min_lr", self.min_lr, f"between 0 and learning_rate ({self.learning_rate})")
+        rate = self.learning_rate
+        require(rate == "auto" or rate > 0, "--train.learning_rate", rate, "above 0")
+        in_range = 0 <= self.min_lr and (rate == "auto" or self.min_lr <= rate)
+        require(in_range, "--train.min_lr", self.min_lr, f"between 0 and learning_rate ({rate})")
         norm = self.max_norm
         require(norm is None or norm > 0, "--train.max_norm", norm, "above 0, or null for no clipping")
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate as a number, which auto is not before the checkpoint is known."""
+        if self.learning_rate == "auto":
+            raise LitLoraError("--train.learning_rate (auto) needs a checkpoint: give a number")
+        return self.learning_rate
 
     def sequence_limit(self, positions: int) -> int:
         """Return the maximum number of tokens of an example, given the checkpoint's number of positions."""

@@ -34,6 +34,11 @@ def total_steps(samples: int, args: TrainArgs) -> int:
     return requested if args.max_steps is None else min(requested, args.max_steps)
 
 
+def automatic_rate(hidden_size: int) -> float:
+    """Return the peak rate that Tinker's rule for LoRA on Llama gives: the wider the model, the lower."""
+    return float(f"{5e-5 * 10 * (2000 / hidden_size) ** 0.781:.3g}")  # as many digits as a user would write
+
+
 def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
     """Return the rate of a step, counted from 1: linear warm-up, then cosine decay towards `min_lr`.
 
@@ -43,6 +48,6 @@ def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
     steps = args.lr_warmup_steps if args.lr_warmup_steps is not None else int(args.lr_warmup_fraction * total_steps)
     warmup = min(max(steps, 1), total_steps)
     if step <= warmup:
-        return args.learning_rate * step / warmup
+        return args.peak_rate * step / warmup
     done = (step - warmup) / (total_steps - warmup + 1)
-    return args.min_lr + (args.learning_rate - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    return args.min_lr + (args.peak_rate - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done))

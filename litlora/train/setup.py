@@ -63,7 +63,7 @@ from litlora.train.optimizers import adapter_groups, build_optimizer, check_opti
 from litlora.train.report import Report
 from litlora.train.resume import BASE, START, TOKENIZATION, Identity, checkpoints_in, no_checkpoint
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
-from litlora.train.schedule import orders, total_steps
+from litlora.train.schedule import automatic_rate, orders, total_steps
 from litlora.train.train_state import Progress, restore_state
 from litlora.utils.console import log
 from litlora.utils.files import refuse_foreign_link
@@ -140,7 +140,7 @@ class Inputs:
     """What a run reads, found and checked."""
 
     args: FinetuneLoraArgs
-    """The settings, with the prompt style that auto stands for."""
+    """The settings, with the prompt style and the learning rate that auto stands for."""
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     style: PromptStyle
@@ -175,17 +175,27 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     settings, why = find_prompt_style(args, tokenizer, ranks)
     args = replace(args, prompt_style=settings.name)
     style = tokenizer.prompt_style(settings)
+    args = with_rate(args, checkpoint.config.hidden_size)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
     lora = _lora_config(args, checkpoint)
     limits = server_limits(args, lora, checkpoint.hub_config)
     refuse_faults(args.deploy, limits)
     log_notes(limits)
-    check_optimizer(args.optimizer, args.train.learning_rate, device, args.lora_plus_ratio)
+    check_optimizer(args.optimizer, args.train.peak_rate, device, args.lora_plus_ratio)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, settings, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
     return Inputs(args, checkpoint, tokenizer, style, why, args.init_adapter, lora, limit, encoder, splits)
+
+
+def with_rate(args: FinetuneLoraArgs, hidden_size: int) -> FinetuneLoraArgs:
+    """Replace a learning rate of auto by its number, which is what the run records and a resumed run compares."""
+    if args.train.learning_rate != "auto":
+        return args
+    rate = automatic_rate(hidden_size)
+    log(f"--train.learning_rate auto is {rate:g}: the checkpoint's hidden_size is {hidden_size}")
+    return replace(args, train=replace(args.train, learning_rate=rate))
 
 
 def _lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:
@@ -268,7 +278,7 @@ def build_run(
     torch.manual_seed(args.seed)
     gpt = build_model(args, inputs.checkpoint, folder.lora, fabric, sharded=is_sharded(args, network, data, ranks))
     groups = adapter_groups(lora_layers(gpt).values(), args.lora_plus_ratio)
-    optimizer = build_optimizer(args.optimizer, groups, args.train.learning_rate)
+    optimizer = build_optimizer(args.optimizer, groups, args.train.peak_rate)
     _, wrapped = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
     progress = restore(inputs.checkpoint, start, gpt, cast(Optimizer, wrapped))
     workers = 1 if isinstance(gpt, FSDPModule) else network.backend.workers(args.train.parallel_micro_batches)

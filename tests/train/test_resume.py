@@ -18,6 +18,8 @@ from litlora.__main__ import main
 from litlora.args.finetune import FinetuneLoraArgs, TrainArgs
 from litlora.errors import RESUME, LitLoraError
 from litlora.train.resume import TOKENIZATION, Identity
+from litlora.train.run_dir import read_yaml
+from litlora.train.schedule import automatic_rate
 from litlora.utils.locks import locked
 
 
@@ -81,6 +83,19 @@ def test_changed_settings_are_refused_by_name(stopped, capsys):
     was += "--seed was 1337 and is 1, the rows or the tokenizer of train.jsonl have changed, "
     was += "the rows or the tokenizer of val.jsonl have changed"
     assert refusal(capsys, "--resume", "true", "--train.max_steps", 2, *changed) == other_run(was)
+
+
+def test_an_automatic_rate_is_recorded_and_resumed_as_its_number(world, capsys):
+    automatic = ["--train.learning_rate", "auto"]
+    assert run("--train.max_steps", 1, *automatic) == 0
+    hidden_size = json.loads(Path("base/config.json").read_text(encoding="utf-8"))["hidden_size"]
+    rate = automatic_rate(hidden_size)
+    assert f"--train.learning_rate auto is {rate:g}: " in capsys.readouterr().err
+    assert read_yaml(Path("out/hyperparameters.yaml"))["train"]["learning_rate"] == rate
+    shutil.rmtree("out/final")
+    assert run("--resume", "true", "--train.max_steps", 2, "--train.learning_rate", rate) == 0
+    shutil.rmtree("out/final")
+    assert run("--resume", "true", "--train.max_steps", 3, *automatic) == 0
 
 
 def test_fewer_steps_are_refused(stopped, capsys):
