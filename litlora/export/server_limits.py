@@ -133,7 +133,7 @@ RULES = (
         "note",
     ),
     # convert_lora_to_gguf.py writes lora_alpha alone, and llama.cpp scales each layer by alpha / its own rank: a rank
-    # pattern is right, rsLoRA and an alpha pattern are not. Ollama's converter is alike.
+    # pattern is right, rsLoRA and an alpha pattern are not. Ollama's does the same.
     Rule(GGML, _set("use_rslora"), "scales rsLoRA by alpha / rank in its own converter", CONVERT, "note"),
     Rule(GGML, _set("alpha_pattern"), "drops alpha_pattern in its own converter", MERGE),
     # For a tied head llama.cpp's converter raises an error; Ollama's knows the layers of the blocks alone.

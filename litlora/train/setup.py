@@ -322,7 +322,7 @@ def carry_out(
             fit(run, progress)
         val_loss = select_final_adapter(run.engine.gpt, progress)
         date = run.folder.prompt_style.date
-        before, rate = run.folder.start_val_loss(), run.train.learning_rate
+        before, rate = run.folder.start_val_loss(), run.train.peak_rate
         report = Report.of(run.engine.gpt, progress, val_loss, run.folder.adapter, findings, date, before, rate)
         if report.warning:
             log(f"warning: {report.warning}")

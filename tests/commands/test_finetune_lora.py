@@ -27,8 +27,11 @@ def test_a_run_leaves_what_it_promises(run):
     assert {path.name for path in run.iterdir()} == {"hyperparameters.yaml", "metrics.csv", "step-000002", "final"}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "prompt_style.yaml"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (run / "final").iterdir()} == adapter | tokenizer | {
+        "report.json",
         "report.html",
         "README.md",
+    }
     state = {"training_state.json", "training_state.safetensors", "run.json", "manifest.json"}
     assert {path.name for path in (run / "step-000002").iterdir()} == adapter | tokenizer | state
 
