@@ -16,7 +16,7 @@ from litlora.cli.parser import Call, parse
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.weights import Weights
-from litlora.train.lora_flags import lora_config
+from litlora.train.lora_flags import new_adapter
 from litlora.train.memory_check import USABLE
 from litlora.train.memory_estimate import Load, Network, breakdown
 
@@ -94,7 +94,7 @@ def peak_gigabytes(path: Path) -> float:
     """Return the peak memory of a recipe on each of its GPUs."""
     args, checkpoint = read(path), outline(path.parent.name)
     shards = args.devices if args.strategy == "fsdp" else 1
-    lora = lora_config(args, checkpoint)
+    lora = new_adapter(args, checkpoint.config)
     network = Network(checkpoint.config, lora, args.precision, args.quantize, torch.device("cuda"), shards)
     lengths = (args.train.max_seq_length or 0,) * args.train.micro_batch_size
     load = Load(lengths, sum(lengths), args.train.activation_checkpointing)

@@ -21,6 +21,7 @@ from benchmarks.memory import peak_memory_gb
 from litlora.__main__ import run
 from litlora.data.batching import epoch_order
 from litlora.distributed.launcher import let_threads_sleep
+from litlora.generation.sampler import Sampler
 from litlora.models.transformer import GPT
 
 PACKAGES = ("litlora", "torch", "bitsandbytes")
@@ -71,9 +72,15 @@ def generate(job: Job) -> Result:
     runs: list[tuple[float, list[int]]] = []
     compilations: list[float] = []
 
-    def timed(model: GPT, prompt: Sequence[int], *arguments: Any, **options: Any) -> Iterator[int]:
-        start, ids = time.perf_counter(), list(prompt[: jobs.PROMPT_TOKENS])
-        for token in stream(model, tuple(ids), *arguments, **{**options, "stop_ids": ()}):
+    def timed(
+        model: GPT, prompt: Sequence[int], sampler: Sampler, count: int, **options: Any
+    ) -> Iterator[Iterator[int]]:
+        for _ in range(count):  # each with a prompt of its own, as the other programs compute it
+            yield complete(model, prompt[: jobs.PROMPT_TOKENS], sampler, options)
+
+    def complete(model: GPT, prompt: Sequence[int], sampler: Sampler, options: dict[str, Any]) -> Iterator[int]:
+        start, ids = time.perf_counter(), list(prompt)
+        for token in next(samples(model, prompt, sampler, 1, **{**options, "stop_ids": ()})):
             ids.append(token)
             yield token
         runs.append((time.perf_counter() - start, ids))
@@ -83,8 +90,8 @@ def generate(job: Job) -> Result:
         compile_decode_step(model)
         compilations.append(time.perf_counter() - start)
 
-    stream, compile_decode_step = command.stream_tokens, command.compile_decode_step
-    with patch.multiple(command, stream_tokens=timed, compile_decode_step=timed_compilation):
+    samples, compile_decode_step = command.generate_samples, command.compile_decode_step
+    with patch.multiple(command, generate_samples=timed, compile_decode_step=timed_compilation):
         run(generate_flags(job))
     seconds, ids = runs[1]
     return Result(
