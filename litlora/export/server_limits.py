@@ -10,6 +10,7 @@ from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import ALL_LINEAR, INIT, of_base, settings_as_keys
 from litlora.lora.adapter_folder import BASE
 from litlora.lora.config import LoRAConfig
+from litlora.models.layer_names import HEAD_LAYER
 from litlora.utils.console import log
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -66,7 +67,7 @@ class Facts:
         """Whether the output head is among the adapted layers."""
         targets, excluded = (self._modules(key) for key in ("target_modules", "exclude_modules"))
         lora = LoRAConfig(1, 1.0, 0.0, targets, exclude_modules=excluded)
-        return any(lora.adapted([name]) for name in ("lm_head", "embed_out"))  # embed_out is that of GPT-NeoX
+        return any(lora.adapted([name]) for name in (HEAD_LAYER, "embed_out"))  # embed_out is that of GPT-NeoX
 
     def _modules(self, key: str) -> tuple[str, ...] | str:
         value = self.adapter.get(key) or ()

@@ -21,11 +21,12 @@ from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_layers, add_lora, freeze_adapter, linear_layers, lora_layers, saved_tensors
 from litlora.lora.pissa import subtract_starts
 from litlora.lora.selection import Weighted
-from litlora.lora.targets import HEAD_LAYER, excluded_modules
+from litlora.lora.targets import excluded_modules
 from litlora.lora.variants import ROWS, variant_of
 from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint
 from litlora.models.checkpoint_files import first_three
 from litlora.models.config import GPTConfig
+from litlora.models.layer_names import HEAD_LAYER
 from litlora.models.transformer import GPT
 from litlora.models.weights import DTYPES, open_safetensors
 from litlora.nn.nf4 import Quantization, quantization_of

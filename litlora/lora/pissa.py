@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from litlora.lora.layer import LoRALinear
 from litlora.lora.svd import leading_singular
-from litlora.lora.targets import HEAD_LAYER
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
+from litlora.models.layer_names import HEAD_LAYER
 from litlora.nn.nf4 import NF4Weight
 
 

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable
 from litlora.errors import LitLoraError
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.models.config import GPTConfig
+from litlora.models.layer_names import HEAD_LAYER
 
-HEAD_LAYER = "lm_head"
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"
 FUSED_QKV = {"q_proj": QKV, "k_proj": QKV, "v_proj": QKV}
 FUSED_GATE_UP = {"gate_proj": GATE_UP, "up_proj": GATE_UP}

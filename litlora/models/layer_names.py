@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from litlora.models.config import GPTConfig
 
+HEAD_LAYER = "lm_head"
+
 
 def linear_layer_names(config: GPTConfig) -> list[str]:
     """Return the names that transformers and PEFT have for the model's linear layers, in the model's order."""
@@ -17,4 +19,4 @@ def _names(config: GPTConfig) -> Iterator[str]:
     for layer in range(config.num_hidden_layers):
         yield from (f"model.layers.{layer}.self_attn.{name}" for name in attention)
         yield from (f"model.layers.{layer}.mlp.{name}" for name in mlp)
-    yield "lm_head"
+    yield HEAD_LAYER

@@ -9,9 +9,9 @@ from dataclasses import replace
 from litlora.args.finetune import FinetuneLoraArgs, as_blocks
 from litlora.errors import LitLoraError
 from litlora.lora.config import LoRAConfig, first_match
-from litlora.lora.targets import HEAD_LAYER, excluded_modules, switch_targets
+from litlora.lora.targets import excluded_modules, switch_targets
 from litlora.models.config import GPTConfig
-from litlora.models.layer_names import linear_layer_names
+from litlora.models.layer_names import HEAD_LAYER, linear_layer_names
 
 ALL_LINEAR = ["all-linear"]
 """PEFT's word for all linear layers but the head."""

@@ -15,6 +15,7 @@ from litlora.lora.config import PISSA, LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
 from litlora.lora.svd import decomposition_bytes
 from litlora.models.config import GPTConfig
+from litlora.models.layer_names import HEAD_LAYER
 from litlora.models.transformer import GPT
 from litlora.nn.attention_spec import AttentionSpec
 from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend, compute_dtype
@@ -25,7 +26,6 @@ from litlora.nn.nf4 import DOUBLE, OUTER_BLOCK
 from litlora.train.optimizers import build_optimizer
 
 BFLOAT16 = 2  # bytes
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def activation_bytes(network: Network, load: Load) -> int:
 
 def _head_gradient_bytes(network: Network) -> int:
     """Return the bytes of the gradient of an adapted head, which the forward pass computes already."""
-    head = network.adapted.get(HEAD)
+    head = network.adapted.get(HEAD_LAYER)
     return sum(p.nbytes for p in head.adapter_parameters().values()) if head else 0
 
 
@@ -365,7 +365,7 @@ def _loss_bytes(network: Network, load: Load) -> int:
     copies = 3 if config.logit_softcap else 1  # of the logits, what tanh saves and what it gives
     logits = config.vocab_size * (copies * rows * network.product + float32_rows * FLOAT32)
     cast = BFLOAT16 * config.vocab_size * config.hidden_size if network.precision == "bf16-mixed" else 0
-    head = network.adapted.get(HEAD)
+    head = network.adapted.get(HEAD_LAYER)
     scaled = rows * head.variant.widest_temporary(head) * FLOAT32 if head else 0
     return logits + cast + scaled + load.supervised * config.hidden_size * network.stream
 
@@ -389,7 +389,7 @@ def _attention_bytes(network: Network, load: Load) -> int:
 
 def _branch_bytes(network: Network, load: Load) -> int:
     """Return the bytes of the widest float32 tensor of an adapter layer: itself, with dropout, and its gradient."""
-    blocks = (layer for name, layer in network.adapted.items() if name != HEAD)
+    blocks = (layer for name, layer in network.adapted.items() if name != HEAD_LAYER)
     return load.tokens * max((layer.variant.widest_temporary(layer) for layer in blocks), default=0) * 3 * FLOAT32
 
 
