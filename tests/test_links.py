@@ -148,3 +148,41 @@ def test_a_hub_cache_may_have_links_to_its_blobs(tiny, adapter, folder):
     assert main(["merge_lora", str(adapter), "--base_dir", str(snapshot), "--out_dir", str(folder / "merged")]) == 0
     assert json.loads((folder / "merged/config.json").read_text())
     assert not [path for path in (folder / "merged").iterdir() if path.is_symlink()]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("command", ["merge_lora", "export"])
+def test_weights_from_elsewhere_are_not_published(command, name, tiny, adapter, folder, capsys, monkeypatch):
+    base = Path(shutil.copytree(tiny, folder / "base"))
+    elsewhere = Path(shutil.copytree(tiny, folder / "elsewhere"))
+    (base / name).unlink()
+    (base / name).symlink_to(elsewhere / name)
+    run = [command, str(adapter), "--base_dir", str(base), "--out_dir", str(folder / "made")]
+    assert main(run) == 1
+    assert "is a link out of its folder, to " in capsys.readouterr().err
+    assert not (folder / "made").exists()
+    monkeypatch.setenv("LITLORA_LINK_FOLDERS", f"/nowhere:{elsewhere}")
+    assert main(run) == 0
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "prompt_style.yaml"])
+def test_adapter_from_elsewhere_is_not_merged(name, tiny, adapter, folder, capsys):
+    own = Path(shutil.copytree(adapter, folder / "adapter"))
+    (own / name).unlink()
+    (own / name).symlink_to(adapter / name)
+    run = ["merge_lora", str(own), "--base_dir", str(tiny), "--out_dir", str(folder / "merged")]
+    assert main(run) == 1
+    assert "is a link out of its folder, to " in capsys.readouterr().err
+
+
+def test_token_cache_behind_a_link_is_not_pruned(tiny, data_dir, folder, tmp_path, capsys):
+    data = Path(shutil.copytree(data_dir, folder / "data", ignore=shutil.ignore_patterns("tokenized")))
+    runs = tmp_path / "runs"
+    for n in range(9):
+        (runs / f"train-{n}").mkdir(parents=True)
+    (data / "tokenized").symlink_to(runs)
+    assert (
+        main(["finetune_lora", str(tiny), "--data_dir", str(data), "--out_dir", str(folder / "out"), "--dry_run"]) == 1
+    )
+    assert OWN in capsys.readouterr().err
+    assert len(list(runs.iterdir())) == 9

@@ -5,8 +5,10 @@ A few cases of each kind run always; `--hypothesis-profile thorough` runs a thou
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from litlora.train.resume import COUNTERS, METRICS, RUN, Identity, intact
 from litlora.train.run_dir import rows_until
 from litlora.train.train_state import TENSORS, restore_state
 from litlora.utils import resource_limits
+from litlora.utils.files import read_json
 from litlora.utils.manifest import MANIFEST, find_corruption, write_manifest
 
 SPARE = 64_000_000  # bytes that reading may take: what is spoiled are files of less than two million
@@ -463,3 +466,93 @@ def test_expression_that_compiles_for_minutes_is_refused(adapter, tmp_path, monk
     change_adapter(folder, lambda stored: stored, **{key: {expression: 4} if key == "rank_pattern" else expression})
     with pytest.raises(LitLoraError, match=key):
         read_settings(folder)
+
+
+@pytest.mark.parametrize("expression", [r"(.*.*)*x", "(?:(?:a+)+)+b", "a" * 20_000 + "+"])
+def test_expression_that_matches_for_years_ends_in_a_process_of_its_own(adapter, tmp_path, monkeypatch, expression):
+    """Also in a thread, where no alarm is heard."""
+    monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.2)
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    change_adapter(folder, lambda stored: stored, target_modules=expression)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(LitLoraError, match=r"target_modules|cannot be looked for"):
+        pool.submit(lambda: read_settings(folder).adapted(["a" * 5000])).result()
+
+
+def test_more_expressions_than_layers_are_refused(adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    change_adapter(folder, lambda stored: stored, rank_pattern={f"layer{n}": 4 for n in range(5001)})
+    with pytest.raises(LitLoraError, match="with at most 5,000 keys"):
+        read_settings(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_rslora", "yes"), ("use_rslora", 1), ("use_dora", "false"), ("fan_in_fan_out", "no"),
+        ("inference_mode", 0),
+        ("lora_dropout", "0.1"), ("lora_dropout", True), ("lora_dropout", -1), ("lora_dropout", None),
+        ("base_model_name_or_path", 5), ("revision", ["a"]), ("task_type", {}), ("peft_version", 1.0),
+        ("auto_mapping", "x"), ("auto_mapping", {"lora_init": 5}), ("rank_pattern", []), ("alpha_pattern", False),
+        ("r", "8"), ("r", 8.5), ("r", True), ("lora_alpha", "16"), ("lora_alpha", [16]),
+        ("layers_to_transform", "1"), ("layers_to_transform", [1.5]), ("layers_pattern", 0), ("layers_pattern", [1]),
+        ("target_modules", 0), ("target_modules", [1]), ("exclude_modules", False), ("exclude_modules", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_value_of_another_type_is_refused(adapter, tmp_path, key, value):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    change_adapter(folder, lambda stored: stored, **{key: value})
+    with pytest.raises(LitLoraError, match=f'"{key}": .* must be '):
+        read_settings(folder)
+
+
+def test_aliases_of_a_prompt_style_do_not_multiply(tmp_path):
+    lines = ["prompt_style: chat", "prompt_style_variables:", "  a0: &a0 [x, x]"]
+    lines += [f"  a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)]
+    (tmp_path / "prompt_style.yaml").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(LitLoraError, match="holds more than 10,000 values, or an alias of itself"):
+        read_prompt_style(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
+def test_device_in_place_of_a_file_is_refused(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(LitLoraError, match="not a file but a device or a pipe"):
+        read_json(tmp_path / name)
+
+
+def test_pipe_and_huge_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(LitLoraError, match="not a file but a device or a pipe"):
+        read_json(tmp_path / "pipe.json")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(LitLoraError, match="1,000,000 MB, more than any file of its kind"):
+        read_json(tmp_path / "huge.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("line", 0), ("line", -5), ("flags", 2**31), ("last_label", 10**6), ("last_label", -2), ("labels", -1),
+     ("labels", 10**6)],
+)  # fmt: skip
+def test_tokens_with_impossible_facts_are_tokenized_again(data_dir, tmp_path, encoder, field, value):
+    shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns(FOLDER), dirs_exist_ok=True)
+    split = find_split(tmp_path / "data/train.jsonl", encoder)
+    expected = open_splits([split], encoder)[0].about.copy()
+    about = expected.copy()
+    about[field][0] = value
+    (split.folder / ABOUT).write_bytes(about.tobytes())
+    (split.folder / MANIFEST).write_text(json.dumps(token_cache.hash_files(split.folder)), encoding="utf-8")
+    assert (open_splits([split], encoder)[0].about == expected).all()
+
+
+def test_tokens_beyond_the_vocabulary_are_one_sentence(tiny, data_dir, tmp_path, capsys):
+    data = Path(shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns(FOLDER)))
+    command = ["finetune_lora", str(tiny), "--data_dir", str(data), "--out_dir", str(tmp_path / "out"), "--dry_run"]
+    assert main(command) == 0
+    for folder in (data / FOLDER).iterdir():
+        (folder / IDS).write_bytes(b"\xff\xff\xff\x7f" * (len((folder / IDS).read_bytes()) // 4))
+        (folder / MANIFEST).write_text(json.dumps(token_cache.hash_files(folder)), encoding="utf-8")
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "with token ids that the model does not have" in capsys.readouterr().err.splitlines()[-1]

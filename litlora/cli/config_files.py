@@ -11,10 +11,9 @@ import yaml
 from litlora.cli.settings import Given
 from litlora.cli.suggestions import near_key
 from litlora.errors import LitLoraError, UsageError
-from litlora.utils.files import YAML_ERRORS
+from litlora.utils.files import YAML_ERRORS, yaml_nodes
 
 NULL = "tag:yaml.org,2002:null"
-MOST_VALUES = 10_000  # of a YAML file; aliases can make a few lines stand for any number of them
 FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")  # YAML 1.1 reads 1e-3 as a text
 
 
@@ -59,7 +58,7 @@ def read_text(source: str, text: str, schema: Schema, section: str = "") -> dict
     try:
         loader = Loader(text)
         root = loader.get_single_node()
-        _check_size(source, root)
+        _check_values(source, root)
         return dict(_Reader(source, loader, schema).read(root, f"{section}." if section else ""))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
@@ -69,18 +68,11 @@ def read_text(source: str, text: str, schema: Schema, section: str = "") -> dict
         raise LitLoraError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _check_size(source: str, root: yaml.Node | None) -> None:
+def _check_values(source: str, root: yaml.Node | None) -> None:
     """Refuse endless aliases and repeated keys before anything is built."""
-    nodes, seen = [root], 0
-    while nodes:
-        node, seen = nodes.pop(), seen + 1
-        if seen > MOST_VALUES:
-            raise LitLoraError(f"{source} holds more than {MOST_VALUES:,} values, or an alias of itself: shorten it")
+    for node in yaml_nodes(source, root):
         if isinstance(node, yaml.MappingNode):
             _refuse_repeated_keys(source, [key for key, _ in node.value])
-            nodes += [value for _, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
 
 
 def _refuse_repeated_keys(source: str, keys: Sequence[yaml.Node]) -> None:

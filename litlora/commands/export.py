@@ -11,7 +11,7 @@ from litlora.export.gguf.model import Model, write_model
 from litlora.export.ollama import modelfile
 from litlora.lora.adapter_folder import read_prompt_style
 from litlora.lora.checkpoint import read_adapters
-from litlora.lora.merge import read_merge
+from litlora.lora.merge import read_merge, refuse_foreign_links
 from litlora.lora.selection import Adapters, shared_prompt_style
 from litlora.lora.variants import MAGNITUDE, A, B
 from litlora.models.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ def export(args: ExportArgs, files: CheckpointFiles | None = None, adapters: Ada
     if files is None:
         files, adapters = check_export(args)
     base = Checkpoint.open(files)
+    refuse_foreign_links(adapters, base)
     model = _model(base, args.checkpoint_dir or args.out_dir)
     with atomic_directory(args.out_dir) as folder:
         if args.format == "gguf-lora":

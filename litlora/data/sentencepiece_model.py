@@ -17,7 +17,8 @@ import sentencepiece
 from tokenizers import AddedToken, decoders
 
 SPACE = "▁"  # sentencepiece's character for a space
-WITHOUT_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false: of a repeated field, the last wins
+# normalizer_spec.precompiled_charsmap = "" and add_dummy_prefix = false: of a repeated field, the last wins
+PLAIN = b"\x1a\x04\x12\x00\x18\x00"
 PROBE = "\nOnce upon  a time,\n\tein Fluß; 東京 ﬁ 🦙 and 12.5 %"
 
 
@@ -51,8 +52,9 @@ class SentencePieceModel:
         `prefix` has the model write its prefix space before a text, `prefix_each` also after each added token.
         """
         with_prefix = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self._plain = sentencepiece.SentencePieceProcessor(model_proto=proto + WITHOUT_PREFIX)
+        self._plain = sentencepiece.SentencePieceProcessor(model_proto=proto + PLAIN)
         self.has_prefix = prefix and with_prefix.encode("x") != self._plain.encode("x")
+        self._has_charsmap = len(self._plain.serialized_model_proto()) < len(with_prefix.serialized_model_proto())
         self._prefixed = with_prefix if self.has_prefix else self._plain
         self._prefix_each = prefix_each
         self._digest = sha256(proto).hexdigest()
@@ -71,7 +73,12 @@ class SentencePieceModel:
         return 1 if self._plain.is_byte(token_id) else len(self._tokens[token_id].replace(SPACE, " ").encode())
 
     def is_lossless(self) -> bool:
-        """Tell whether pieces hold each byte of a text: unknown text has byte pieces, and nothing is normalized."""
+        """Tell whether pieces hold each byte of a text: unknown text has byte pieces, and nothing is normalized.
+
+        A character map can make megabytes of one character, and is not tried.
+        """
+        if self._has_charsmap:
+            return False
         ids = self._plain.encode(PROBE)
         return self._plain.unk_id() not in ids and int(self._sizes[ids].sum()) == len(PROBE.encode())
 

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from litlora.data.sentencepiece_model import SentencePieceModel
+from litlora.data.tokenizer_limits import encode_in_time
 
 GUARD = "\ufdd0"  # a code point that is never a character, so no text needs it
 DIGITS = [chr(code) for code in range(0xFDD1, 0xFDF0)]
@@ -109,7 +110,7 @@ class LiteralEncoder:
         """Return the ids of a text and their spans; only the special tokens at `spans` are encoded as such."""
         for start, end in spans:
             text = text[:start] + self._alias.get(text[start:end], text[start:end]) + text[end:]
-        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        encoding = encode_in_time(self._backend, [text], False)[0]
         return [self._ids.get(i, i) for i in encoding.ids], encoding.offsets
 
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from litlora.data.checks import NAMES
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.tokens import ABOUT as ABOUT_TYPE
 from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError
 from litlora.utils.console import log
-from litlora.utils.files import atomic_directory, check_writable, digest, read_json
+from litlora.utils.files import atomic_directory, check_writable, digest, read_json, refuse_link
 
 FOLDER = "tokenized"
 IDS, OFFSETS, FIRST_LABELS, ABOUT = "ids.int32", "offsets.int64", "first_labels.int32", "about.records"
@@ -79,6 +80,8 @@ def _is_cached(folder: Path) -> bool:
 
     A missing entry may appear at any time, written by a concurrent run, and is never removed.
     """
+    refuse_link(folder.parent)
+    refuse_link(folder)
     if not folder.is_dir():
         return False
     try:
@@ -117,7 +120,22 @@ def _is_consistent(tokens: Tokens) -> bool:
     ):
         return False
     lengths = np.diff(offsets)
-    return bool((lengths > 0).all() and (firsts >= 0).all() and (firsts < lengths).all())
+    return bool((lengths > 0).all() and (firsts >= 0).all() and (firsts < lengths).all()) and _are_facts(tokens)
+
+
+def _are_facts(tokens: Tokens) -> bool:
+    """Return whether what is stored of each sequence can be true of it."""
+    about, inputs = tokens.about, np.diff(tokens.offsets) - 1
+    lines, last, labels = about["line"], about["last_label"], about["labels"]
+    has_label = labels > 0
+    faults = (
+        about["flags"] >> len(NAMES) != 0,
+        lines < 1,
+        np.diff(lines) < 0,
+        (labels < 0) | (labels > inputs),
+        np.where(has_label, (last < tokens.first_labels) | (last >= inputs), last != -1),
+    )
+    return not any(fault.any() for fault in faults)
 
 
 @contextmanager

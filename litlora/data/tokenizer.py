@@ -32,6 +32,7 @@ from litlora.data.tokenizer_files import (
     special_token_texts,
     token_text,
 )
+from litlora.data.tokenizer_limits import encode_in_time
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import TOKENIZER_FILES, TOKENIZERS
 
@@ -168,7 +169,7 @@ class Tokenizer:
         """Tokenize many texts on all cores."""
         try:
             with reporting_failure("the tokenizer"):
-                encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+                encodings = encode_in_time(self._backend, list(texts), add_special_tokens)
         except TypeError as error:
             raise LitLoraError("a text contains an unpaired surrogate, which is not a character") from error
         lengths = np.array([len(encoding) for encoding in encodings], np.int32)
@@ -179,7 +180,7 @@ class Tokenizer:
     def encode_rendered(self, rendered: Sequence[Rendered], add_special_tokens: bool = True) -> Encodings:
         """Tokenize rendered texts on all cores, with special tokens of an example's own text as plain text."""
         try:
-            batch = self._backend.encode_batch([each.text for each in rendered], add_special_tokens=False)
+            batch = encode_in_time(self._backend, [each.text for each in rendered], False)
         except TypeError as error:
             raise LitLoraError("a text contains an unpaired surrogate, which is not a character") from error
         pairs = [(encoding.ids, encoding.offsets) for encoding in batch]

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import tokenizers
 from tokenizers import AddedToken
 
 from litlora.data.sentencepiece_model import SPACE, SentencePieceModel
+from litlora.data.tokenizer_limits import check_cost
 from litlora.errors import LitLoraError
+from litlora.utils.files import read_whole
 
 Backend = tokenizers.Tokenizer | SentencePieceModel
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return TextIOWrapper(BytesIO(read_whole(path)), encoding="utf-8").read()
     except (OSError, UnicodeDecodeError) as error:
         raise LitLoraError(f"{path} cannot be read ({error}); download the checkpoint again") from error
 
@@ -105,6 +108,7 @@ def no_tokenizer(checkpoint_dir: Path) -> LitLoraError:
 def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     """Read the file as it stands, whatever class the settings name: it is what the model was pre-trained with."""
     text = _read_text(path)
+    _refuse_expensive(path, text)
     try:
         # Offsets without the spaces around a word would miss characters of a response
         backend = tokenizers.Tokenizer.from_str(re.sub(r'("trim_offsets"\s*:\s*)true', r"\1false", text))
@@ -115,12 +119,24 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
+def _refuse_expensive(path: Path, text: str) -> None:
+    """Refuse a file that would hold the machine; what the library does not read is left to it."""
+    try:
+        file = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    try:
+        check_cost(file if isinstance(file, dict) else {})
+    except (MemoryError, TimeoutError, ValueError) as error:
+        raise LitLoraError(f"{path} asks for too much: {error}; choose another checkpoint") from error
+
+
 def _read_sentencepiece(checkpoint_dir: Path, settings: dict[str, Any]) -> SentencePieceModel:
     """Read a sentencepiece model, whose bos, eos and prefix space the settings may change."""
     path = checkpoint_dir / "tokenizer.model"
     prefix, prefix_each = settings.get("add_prefix_space") is not False, bool(settings.get("legacy"))
     try:
-        model = SentencePieceModel(path.read_bytes(), prefix=prefix, prefix_each=prefix_each)
+        model = SentencePieceModel(read_whole(path), prefix=prefix, prefix_each=prefix_each)
     except (OSError, RuntimeError) as error:
         raise LitLoraError(f"{path} is not a sentencepiece model; download the checkpoint again") from error
     if not model.is_lossless():

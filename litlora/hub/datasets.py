@@ -4,17 +4,20 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import constants
 
 from litlora.errors import LitLoraError
-from litlora.hub.download import Repo, reporting_errors, with_retries
+from litlora.hub.download import Repo, check_commit, refusing_malformed, reporting_errors, with_retries
 from litlora.utils.console import log
+from litlora.utils.resource_limits import limited_file_size
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|package|config|croissant)\.json$", re.ASCII)
 SHOWN = 5  # file names in an error message
+LONGEST_NAME = 1_000
+SPARE = 10_000_000  # bytes that huggingface_hub may write of its own
 
 
 def fetch_dataset(
@@ -23,16 +26,49 @@ def fetch_dataset(
     """Fetch the files of a split into huggingface_hub's cache, unless they are there; return them by name."""
     repo = Repo(repo_id, "dataset", "main", token)
     with reporting_errors(repo, Path(constants.HF_HUB_CACHE), "HF_HOME"):
-        info = with_retries(lambda: repo.api.dataset_info(repo_id, revision=repo.revision))
-        names = [file.rfilename for file in info.siblings or ()]
-        readable = [name for name in names if name.lower().endswith(tuple(suffixes)) and not METADATA.search(name)]
-        patterns = _patterns(info.card_data and info.card_data.get("configs"), split, subset, repo)
+        listing = _request(repo)
+        readable = [name for name in listing.sizes if name.lower().endswith(tuple(suffixes))]
+        readable = [name for name in readable if not METADATA.search(name)]
+        with refusing_malformed(repo):
+            patterns = _patterns(listing.configs, split, subset, repo)
         chosen = _matching(readable, patterns) if patterns is not None else _by_name(readable, split, subset)
         if not chosen:
-            raise LitLoraError(_without_split(repo, split, subset, readable, names))
+            raise LitLoraError(_without_split(repo, split, subset, readable, list(listing.sizes)))
         log(f"reading {', '.join(chosen[:SHOWN])}{', ...' if len(chosen) > SHOWN else ''} of {repo}")
-        fetch = repo.api.hf_hub_download
-        return {name: Path(fetch(repo_id, name, repo_type="dataset", revision=info.sha)) for name in chosen}
+        return {name: _fetch(repo, name, listing) for name in chosen}
+
+
+class Listing(NamedTuple):
+    """What a data set's repository has at one commit."""
+
+    commit: str
+    configs: Any
+    """What its card says of its files."""
+    sizes: Mapping[str, int]
+    """Its files, in bytes."""
+
+
+def _request(repo: Repo) -> Listing:
+    """Request the files of a data set; those with a name that a path cannot have are left alone."""
+    with refusing_malformed(repo):
+        info = with_retries(lambda: repo.api.dataset_info(repo.id, revision=repo.revision, files_metadata=True))
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if _is_path(file.rfilename)}
+        if not all(isinstance(size, int) and 0 <= size < 2**62 for size in sizes.values()):
+            raise ValueError("the size of a file is a number")
+        check_commit(info.sha)
+        return Listing(str(info.sha), info.card_data and info.card_data.get("configs"), sizes)
+
+
+def _is_path(name: str) -> bool:
+    """Tell whether a name is that of a file below a folder, and nothing that acts elsewhere."""
+    return name.isprintable() and len(name) < LONGEST_NAME and not {"", ".", ".."} & set(re.split(r"[/\\]", name))
+
+
+def _fetch(repo: Repo, name: str, listing: Listing) -> Path:
+    """Fetch a file, but no more of it than is listed."""
+    with limited_file_size(listing.sizes[name] + SPARE):
+        path = repo.api.hf_hub_download(repo.id, name, repo_type="dataset", revision=listing.commit)
+    return Path(path)
 
 
 def _without_split(repo: Repo, split: str, subset: str | None, readable: Sequence[str], names: Sequence[str]) -> str:

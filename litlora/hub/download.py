@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from litlora import __version__
@@ -44,7 +44,7 @@ from litlora.hub.filenames import (
     WEIGHTS,
 )
 from litlora.hub.origin import Origin, origin, write_origin
-from litlora.utils.console import log
+from litlora.utils.console import log, redacted
 from litlora.utils.files import open_own, read_json, refuse_link, sync
 
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
@@ -57,6 +57,8 @@ STAGING = ".download"  # folder of partial files inside a checkpoint folder
 TRANSIENT = {429, 500, 502, 503, 504}
 WAITS = (1.0, 2.0, 4.0)  # seconds before a retry, unless the Hub sends Retry-After
 LONGEST_WAIT = 300.0
+LISTING = re.compile("/api/(models|datasets)/")  # in the path of an address
+MOST_LISTED, LONGEST_LISTING = 100_000_000, 120.0  # bytes and seconds of a listing
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -86,7 +88,10 @@ class Repo:
 
     @property
     def api(self) -> HfApi:
-        """The Hub's client for this token."""
+        """The Hub's client for this token, which takes no endless answer."""
+        hooks = get_session().event_hooks
+        if _read_bounded not in hooks["response"]:
+            get_session().event_hooks = hooks | {"response": [*hooks["response"], _read_bounded]}
         return HfApi(token=self.token, library_name="litlora", library_version=__version__)
 
     @property
@@ -98,6 +103,19 @@ class Repo:
     def page(self) -> str:
         """The repository's web page."""
         return f"{_endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+
+
+def _read_bounded(response: httpx2.Response) -> None:
+    """Read a listing or a redirect here: huggingface_hub would take one of any size, also what unpacks to it."""
+    if not LISTING.search(response.url.path) and not response.has_redirect_location:
+        return
+    content, deadline = bytearray(), time.monotonic() + LONGEST_LISTING
+    for piece in response.iter_bytes():
+        content += piece
+        if len(content) > MOST_LISTED or time.monotonic() > deadline:
+            limits = f"{MOST_LISTED / 1e6:.0f} MB or {LONGEST_LISTING:.0f} seconds"
+            raise httpx2.RemoteProtocolError(f"the list of its files does not end within {limits}")
+    response._content = bytes(content)  # as its read() does, which then does nothing
 
 
 Response = TypeVar("Response")
@@ -129,15 +147,12 @@ class Snapshot:
     def request(cls, repo: Repo) -> "Snapshot":
         """Request the list of files once, so that all fetched files are of one commit."""
         timeout = constants.HF_HUB_ETAG_TIMEOUT
-        try:
+        with refusing_malformed(repo):
             info = with_retries(
                 lambda: repo.api.model_info(repo.id, revision=repo.revision, files_metadata=True, timeout=timeout)
             )
             files = {file.rfilename: file for file in info.siblings or () if _is_usable(file)}
-        except (AttributeError, KeyError, TypeError) as error:  # huggingface_hub takes what a server sends as it is
-            raise _malformed_listing(repo) from error
-        if not COMMIT.fullmatch(str(info.sha)):
-            raise _malformed_listing(repo)
+            check_commit(info.sha)
         license = getattr(info.card_data, "license", None)
         return cls(repo, str(info.sha), license if LICENSE.fullmatch(str(license)) else None, files)
 
@@ -213,13 +228,27 @@ def _is_usable(file: RepoSibling) -> bool:
     return NAME.fullmatch(file.rfilename) is not None
 
 
-def _malformed_listing(repo: Repo) -> LitLoraError:
-    return LitLoraError(f"the server at {_endpoint()} lists the files of {repo} as no Hub does: check HF_ENDPOINT")
+@contextmanager
+def refusing_malformed(repo: Repo) -> Iterator[None]:
+    """Turn errors about an unexpected type or value into a LitLoraError: huggingface_hub takes a listing as it is."""
+    try:
+        yield
+    except json.JSONDecodeError:  # of a server that is no Hub at all
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fault = f"lists the files of {repo} as no Hub does"
+        raise LitLoraError(f"the server at {_endpoint()} {fault}: check HF_ENDPOINT") from error
+
+
+def check_commit(commit: str | None) -> None:
+    """Refuse what is no hash of a commit: it becomes a part of addresses and paths."""
+    if not COMMIT.fullmatch(str(commit)):
+        raise ValueError("a commit is a hexadecimal number")
 
 
 def _endpoint() -> str:
     """Return the Hub's address without the password that HF_ENDPOINT may have."""
-    return re.sub("//[^/@]*@", "//...@", constants.ENDPOINT)
+    return redacted(constants.ENDPOINT)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,14 @@
 """adapter_config.json: PEFT's keys as a LoRAConfig; what would not be honoured is refused. Imports no torch."""
 
-import re
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import BASE, CONFIG, require_adapter
-from litlora.lora.config import LAST_PARTS, NUMBER_IN, LoRAConfig
+from litlora.lora.config import LAST_PARTS, NUMBER_IN, LoRAConfig, compiles
 from litlora.utils.files import read_json
-from litlora.utils.resource_limits import limited_resources
 
 INIT = "lora_init"
 IMPLEMENTED = {
@@ -24,11 +21,18 @@ WITHOUT_EFFECT = {
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
     "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # as init_lora_weights is checked
 }  # fmt: skip
+KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("fan_in_fan_out", "inference_mode", "use_dora", "use_rslora"), (bool, "true or false")),
+    **dict.fromkeys(("base_model_name_or_path", "peft_version", "revision", "task_type"), (str, "a text")),
+    **dict.fromkeys((BASE, "alpha_pattern", "rank_pattern"), (dict, "an object")),
+}
+"""The types of keys for which null is as good as no key."""
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Initializations that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ) train beside a changed one."""
 WAY_OUT = "merge the adapter in PEFT, or train one without it"
 CONVERSION = "save it in PEFT with path_initial_model_for_weight_conversion"
+MOST_PATTERNS = 5_000  # of an adapter, one a layer
 ALL_LINEAR = r".*\.\d+\..*"
 """The layers of the blocks: PEFT leaves the head out."""
 
@@ -40,20 +44,21 @@ def read_settings(adapter_dir: Path) -> LoRAConfig:
     config = read_json(path)
     _refuse_what_is_not_implemented(path, config)
     keys = _Keys(path, config)
+    keys.refuse_other_types()
     saved = LoRAConfig(
         r=keys.number("r", int),
         lora_alpha=keys.number("lora_alpha", int | float),
         lora_dropout=0.0,  # acts in training only
         target_modules=keys.target_modules(),
-        use_rslora=config.get("use_rslora") is True,
-        use_dora=config.get("use_dora") is True,
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
         rank_pattern=keys.pattern("rank_pattern", int),
         alpha_pattern=keys.pattern("alpha_pattern", int | float),
         layers_to_transform=keys.blocks() or None,
         layers_pattern=keys.texts("layers_pattern"),
         exclude_modules=keys.modules("exclude_modules"),
     )
-    trained = saved.of_file(str(of_base(config, INIT) or LoRAConfig.init))
+    trained = saved.of_file(keys.init())
     if trained.saved.rank_pattern != saved.rank_pattern or trained.saved.r != saved.r:
         raise keys.refusal("r", "even, as that of an adapter with its start beside it")
     return trained
@@ -108,6 +113,22 @@ class _Keys:
     def refusal(self, key: str, need: str) -> LitLoraError:
         return LitLoraError(f'{self.path} has "{key}": {self.config.get(key)!r}, but it must be {need}')
 
+    def refuse_other_types(self) -> None:
+        """Refuse values that another program could take for something else, such as "yes" for true."""
+        for key, (kind, need) in KINDS.items():
+            if not isinstance(self.config.get(key), kind | None):
+                raise self.refusal(key, need)
+        dropout = self.config.get("lora_dropout", 0)
+        if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise self.refusal("lora_dropout", "a number from 0 to 1")
+
+    def init(self) -> str:
+        """Return how the adapter was initialized, as litlora has recorded it."""
+        init = of_base(self.config, INIT) or LoRAConfig.init
+        if not isinstance(init, str):
+            raise self.refusal(BASE, f"an object with a text as its {INIT}")
+        return init
+
     def number(self, key: str, kind: Any) -> Any:
         value = self.config.get(key)
         if not _is_positive(value, kind):
@@ -118,7 +139,9 @@ class _Keys:
     def pattern(self, key: str, kind: Any) -> dict[str, Any]:
         """Return numbers by regular expressions for layer names."""
         value = self.config.get(key) or {}
-        if not isinstance(value, dict) or not all(_is_expression(name, LAST_PARTS) for name in value):
+        if not isinstance(value, dict) or len(value) > MOST_PATTERNS:
+            raise self.refusal(key, f"an object with at most {MOST_PATTERNS:,} keys")
+        if not all(_is_expression(name, LAST_PARTS) for name in value):
             raise self.refusal(key, "an object with regular expressions as its keys")
         if not all(_is_positive(number, kind) for number in value.values()):
             raise self.refusal(key, "an object with numbers above 0 as its values")
@@ -132,7 +155,7 @@ class _Keys:
         return tuple(blocks)
 
     def texts(self, key: str) -> tuple[str, ...]:
-        value = self.config.get(key) or []
+        value = self._or_empty(key)
         texts = value if isinstance(value, list) else [value]
         if not all(_is_expression(text, NUMBER_IN) for text in texts):
             raise self.refusal(key, "a name, or a list of names")
@@ -140,12 +163,16 @@ class _Keys:
 
     def modules(self, key: str) -> tuple[str, ...] | str:
         """Return the names of layers, or a regular expression for them."""
-        value = self.config.get(key) or []
+        value = self._or_empty(key)
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             return tuple(value)
         if not _is_expression(value):
             raise self.refusal(key, "a list of layer names or a regular expression")
         return str(value)
+
+    def _or_empty(self, key: str) -> Any:
+        value = self.config.get(key)
+        return [] if value is None else value
 
     def target_modules(self) -> tuple[str, ...] | str:
         value = self.modules("target_modules")
@@ -159,8 +186,4 @@ def _is_positive(value: object, kind: Any) -> bool:
 
 
 def _is_expression(value: object, around: str = "{}") -> bool:
-    """Tell whether a value is a regular expression, also as a part of another."""
-    faults = (re.error, MemoryError, OverflowError, RecursionError, TimeoutError)
-    with suppress(*faults), limited_resources():  # large classes take minutes to compile
-        return isinstance(value, str) and re.compile(around.format(value)) is not None
-    return False
+    return isinstance(value, str) and compiles(value, around)

@@ -8,7 +8,7 @@ import yaml
 from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG as BASE_CONFIG
-from litlora.utils.files import YAML_ERRORS, read_json
+from litlora.utils.files import read_json, read_yaml
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -54,10 +54,7 @@ def read_prompt_style(directory: Path) -> StyleSettings | None:
     path = directory / PROMPT_STYLE
     if not path.is_file():
         return None
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except YAML_ERRORS as error:
-        raise LitLoraError(f"{path} is not valid YAML") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("prompt_style"), str):
         raise LitLoraError(f"{path} must have the key prompt_style, with a text")
     variables, date = content.get(VARIABLES) or {}, content.get(DATE)

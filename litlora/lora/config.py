@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar
 
 from litlora.errors import LitLoraError
 from litlora.models.checkpoint_files import first_three
-from litlora.utils.resource_limits import limited_resources
+from litlora.utils.limited_process import LimitedProcess
 
 Number = TypeVar("Number", int, float)
 
@@ -29,6 +29,9 @@ LAST_PARTS = r"(.*\.)?({})$"
 """Matches the names whose last parts match an expression."""
 NUMBER_IN = r"(?:.*?\.)??{}\.(\d+)\."
 """Matches the number of a block in the list of blocks of this name."""
+PROCESS = LimitedProcess("litlora.lora.pattern_process")
+MOST_CHARACTERS = 10_000  # of an expression
+WITHOUT_REPEATS = re.compile(r"[\w.\\$^-]*", re.ASCII)  # an expression that matches in no time
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,24 @@ class LoRAConfig:
 
     def adapted(self, names: Iterable[str]) -> dict[str, LayerSettings]:
         """Return the settings of each of these layers that is adapted."""
+        if all(map(WITHOUT_REPEATS.fullmatch, self.expressions)):
+            return self.find_layers(names)
         try:
-            with limited_resources():  # a pattern of a few characters can take years
-                return {
-                    name: LayerSettings(self.rank(name), self.scaling(name)) for name in names if self.targets(name)
-                }
+            found = PROCESS.ask({"settings": asdict(self), "names": list(names)})
         except (MemoryError, TimeoutError) as error:
-            expressions = [self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern]
-            shown = first_three([text for text in expressions if isinstance(text, str) and text])
+            shown = first_three(self.expressions)
             raise LitLoraError(f"the layers that match {shown} cannot be looked for: {error}") from error
+        return {name: LayerSettings(*settings) for name, settings in found.items()}
+
+    @property
+    def expressions(self) -> list[str]:
+        """The regular expressions among the settings."""
+        modules = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        return [*modules, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern]
+
+    def find_layers(self, names: Iterable[str]) -> dict[str, LayerSettings]:
+        """Return what `adapted` does, in this process: an expression of a stranger may take years."""
+        return {name: LayerSettings(self.rank(name), self.scaling(name)) for name in names if self.targets(name)}
 
     def targets(self, name: str) -> bool:
         """Tell whether the layer of this name is adapted."""
@@ -133,6 +145,17 @@ class LoRAConfig:
         """Return a layer's alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
         alpha, rank = _by_pattern(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def compiles(expression: str, around: str = "{}") -> bool:
+    """Tell whether a text is a regular expression, also as a part of another, of bearable length and complexity."""
+    whole = around.format(expression)
+    try:
+        if WITHOUT_REPEATS.fullmatch(expression):
+            return re.compile(whole) is not None
+        return len(expression) <= MOST_CHARACTERS and PROCESS.ask({"expression": whole}) is True
+    except (re.error, MemoryError, TimeoutError):
+        return False
 
 
 def _matches(modules: tuple[str, ...] | str, name: str) -> bool:

@@ -14,18 +14,20 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
 from litlora.lora.adapter import Adapter
-from litlora.lora.adapter_folder import read_prompt_style, same_style
+from litlora.lora.adapter_folder import CONFIG as ADAPTER_CONFIG
+from litlora.lora.adapter_folder import PROMPT_STYLE, WEIGHTS, read_prompt_style, same_style
 from litlora.lora.checkpoint import read_adapters, read_quantization, refuse_compensation, shared_quantization
 from litlora.lora.prompt_files import write_prompt_files
 from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint, block_linears
 from litlora.nn.nf4 import Quantization, dequantized
 from litlora.utils.console import log
-from litlora.utils.files import atomic_directory, copy_own
+from litlora.utils.files import atomic_directory, copy_own, refuse_foreign_link
 
 
 def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path, *, dequantized: bool) -> None:
     """Merge adapters into their base, whose weights are dequantized first if requested, and write a checkpoint."""
+    refuse_foreign_links(adapters, base)
     merge = read_merge(adapters, base, dequantized=dequantized)
     untie = merge.unties(base)
     with atomic_directory(out_dir) as folder:
@@ -36,6 +38,13 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
             write_prompt_files(folder, tokenizer, styles[0])
         write_weights(folder, base, merge, untie)
         write_config(folder, base, untie)
+
+
+def refuse_foreign_links(adapters: Sequence[Weighted], base: Checkpoint) -> None:
+    """Refuse links out of the folders of what is merged: their content would be published with the result."""
+    files = [adapter.folder / name for adapter in adapters for name in (ADAPTER_CONFIG, WEIGHTS, PROMPT_STYLE)]
+    for path in (base.dir / CONFIG, *base.weights.files, *files):
+        refuse_foreign_link(path)
 
 
 def read_merge(adapters: Sequence[Weighted], base: Checkpoint, *, dequantized: bool) -> "Merge":

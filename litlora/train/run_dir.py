@@ -39,7 +39,7 @@ from litlora.train.resume import (
 )
 from litlora.train.train_state import Progress, write_state
 from litlora.utils.console import log
-from litlora.utils.files import YAML_ERRORS, atomic_directory, copy_own, reporting_write_errors, write_atomically
+from litlora.utils.files import atomic_directory, copy_own, read_yaml, reporting_write_errors, write_atomically
 from litlora.utils.manifest import write_manifest
 
 HYPERPARAMETERS = "hyperparameters.yaml"
@@ -105,7 +105,8 @@ class RunFolder:
         """Tell whether --resume auto finds this run finished, and refuse a finished run of other settings."""
         if self.args.resume != AUTO or self.args.overwrite or not self.final.exists():
             return False
-        if changes := self.identity.changed_settings(read_yaml(self.path / HYPERPARAMETERS)):
+        settings = read_yaml(self.path / HYPERPARAMETERS)
+        if changes := self.identity.changed_settings(settings if isinstance(settings, dict) else {}):
             hint = "choose another, or resume it by --overwrite true"
             raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {', '.join(changes)}; {hint}")
         return True
@@ -227,15 +228,6 @@ def defaults() -> dict[str, Any]:
     settings = {field.name: field for field in dataclasses.fields(FinetuneLoraArgs)}
     made = {n: plain(f.default_factory()) for n, f in settings.items() if f.default_factory is not dataclasses.MISSING}
     return made | {n: plain(f.default) for n, f in settings.items() if f.default is not dataclasses.MISSING}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the settings of a run."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, *YAML_ERRORS) as error:
-        raise LitLoraError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def rows_until(start: Path | None, step: int) -> list[str]:

@@ -10,7 +10,10 @@ from typing import TextIO
 from litlora.errors import LitLoraError, OutputClosedError
 
 JOINERS = "\u200c\u200d"  # invisible, but part of how Persian, Hindi and emoji are written
-HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+HUB_TOKEN = re.compile(r"\b(hf|api_org)_[\w.-]{8,}")
+PASSWORD = re.compile(r"(?<=://)[^/\s]*@")  # and user, of an address
+SHORTEST_TOKEN = 8  # characters, below which a text may be part of others by chance
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def open_streams() -> None:
@@ -31,7 +34,7 @@ def open_streams() -> None:
 
 def log(message: str) -> None:
     """Print a message, of one or several lines, on stderr; one that nobody reads any more ends no run."""
-    lines = "\n".join(printable(line) for line in message.split("\n"))
+    lines = "\n".join(printable(line) for line in redacted(message).split("\n"))
     try:
         sys.stderr.write(f"{lines}\n")
     except OSError:
@@ -39,8 +42,15 @@ def log(message: str) -> None:
 
 
 def log_error(sentence: str) -> None:
-    """Print what went wrong as one line on stderr, without any Hub token that it quotes."""
-    log(f"litlora: {printable(HUB_TOKEN.sub('hf_...', sentence))}")
+    """Print what went wrong as one line on stderr."""
+    log(f"litlora: {printable(sentence)}")
+
+
+def redacted(text: str) -> str:
+    """Return a text without the Hub tokens and passwords that it quotes, in whatever form."""
+    for token in (os.environ.get(name, "") for name in TOKEN_VARIABLES):
+        text = text.replace(token, "...") if len(token) >= SHORTEST_TOKEN else text
+    return PASSWORD.sub("...@", HUB_TOKEN.sub(r"\1_...", text))
 
 
 def output(text: str) -> None:

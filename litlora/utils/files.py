@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,13 +26,16 @@ from litlora.errors import LitLoraError
 YAML_ERRORS = (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 HASH_CHUNK = 4_000_000  # bytes
 HASH_THREADS = 8
+LINK_FOLDERS = "LITLORA_LINK_FOLDERS"  # environment variable: folders to which links of a checkpoint may lead
+MOST_BYTES = 500_000_000  # of a file that is read whole
+MOST_YAML_BYTES, MOST_VALUES = 1_000_000, 10_000  # of a YAML file
 PENDING = ".pending"  # folder of complete files that wait to be moved to their final names
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_whole(path))
     except OSError as error:
         raise LitLoraError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
@@ -38,6 +43,45 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LitLoraError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def read_whole(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Read a file that a stranger may have written: one of bearable size, and no pipe or device, which has no end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise LitLoraError(f"{path} is not a file but a device or a pipe: remove it")
+        if status.st_size > most:
+            size = f"{status.st_size / 1e6:,.0f} MB"
+            raise LitLoraError(f"{path} has {size}, more than any file of its kind: replace it with an intact copy")
+        return file.read()
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file that a stranger may have written."""
+    try:
+        loader = yaml.SafeLoader(read_whole(path, MOST_YAML_BYTES))
+        root = loader.get_single_node()
+        deque(yaml_nodes(str(path), root), maxlen=0)
+        return None if root is None else loader.construct_document(root)
+    except OSError as error:
+        raise LitLoraError(f"cannot read {path}: {error.strerror}") from error
+    except YAML_ERRORS as error:
+        raise LitLoraError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def yaml_nodes(source: str, root: yaml.Node | None) -> Iterator[yaml.Node]:
+    """Yield the values of a YAML document, and refuse more than are written in it: aliases make a few lines endless."""
+    nodes, seen = [root] if root else [], 0
+    while nodes:
+        node, seen = nodes.pop(), seen + 1
+        if seen > MOST_VALUES:
+            raise LitLoraError(f"{source} holds more than {MOST_VALUES:,} values, or an alias of itself: shorten it")
+        if isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        yield node
 
 
 def digest(file: BufferedReader) -> str:
@@ -89,12 +133,13 @@ def copy_own(path: Path, folder: Path) -> None:
 
 
 def refuse_foreign_link(path: Path) -> None:
-    """Refuse a link out of the folder of a checkpoint and the Hub cache that it may be part of."""
+    """Refuse a link out of a checkpoint's folder, the Hub cache that it may be part of, and the user's LINK_FOLDERS."""
     home, target = path.parent.resolve(), path.resolve()
-    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(target.is_relative_to(root) for root in roots):
-        hint = "replace it by the file itself"
-        raise LitLoraError(f"{path} is a link out of its folder, to {target}, and would be copied: {hint}")
+    cache = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    named = [Path(folder).resolve() for folder in os.environ.get(LINK_FOLDERS, "").split(os.pathsep) if folder]
+    if not any(target.is_relative_to(root) for root in (home, *cache, *named)):
+        hint = f"replace it by the file itself, or name the folder that has it in the environment's {LINK_FOLDERS}"
+        raise LitLoraError(f"{path} is a link out of its folder, to {target}, whose content would be copied: {hint}")
 
 
 def write_transaction(folder: Path, contents: Mapping[str, Iterable[bytes]]) -> None:

@@ -4,12 +4,15 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar, cast
 
+Result = TypeVar("Result")
+POLL_INTERVAL = 0.5  # seconds
 MAX_SECONDS = 10.0
 MAX_MEMORY = 1_000_000_000  # bytes beyond what the process already has
 
@@ -55,3 +58,41 @@ def limited_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def within_cpu_time(work: Callable[[], Result], seconds: float) -> Result:
+    """Return the result of work in C code that other threads run beside; TimeoutError once it has taken too much.
+
+    The work itself cannot be ended: it goes on until the process ends.
+    """
+    results: list[tuple[Result | None, BaseException | None]] = []
+    thread = threading.Thread(target=_run, args=(work, results), daemon=True)
+    limit = time.process_time() + seconds
+    thread.start()
+    while not results:
+        thread.join(min(seconds, POLL_INTERVAL))
+        if not results and time.process_time() > limit:
+            raise TimeoutError(f"it takes more than {seconds:,.0f} seconds")
+    result, error = results[0]
+    if error is not None:
+        raise error
+    return cast(Result, result)
+
+
+def _run(work: Callable[[], Result], results: list[tuple[Result | None, BaseException | None]]) -> None:
+    try:
+        results.append((work(), None))
+    except BaseException as error:  # also a panic of Rust
+        results.append((None, error))
+
+
+@contextmanager
+def limited_file_size(most: int) -> Iterator[None]:
+    """Let no file that the block writes grow beyond a number of bytes: OSError then, also where C code writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = [limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,5 +1,6 @@
 """Tokenizer files that have the tokenizers library fail, by a panic of Rust or otherwise: one sentence."""
 
+import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from litlora.data import tokenizer_limits
 from litlora.data.rendered import Rendered
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
+from litlora.utils import resource_limits
 
 TEXT = "banana " + "x" * 40
 
@@ -46,14 +49,80 @@ FAULTS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_tokenizer_that_fails_is_one_sentence(tiny, tmp_path, name):
+def changed(tiny: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Return a copy of a checkpoint with another tokenizer.json."""
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     file = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
-    FAULTS[name](file)
+    change(file)
     (base / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
+    return base
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_tokenizer_that_fails_is_one_sentence(tiny, tmp_path, name):
+    base = changed(tiny, tmp_path, FAULTS[name])
     for encode in (lambda: Tokenizer(base).encode(TEXT), lambda: Tokenizer(base).encode_rendered([Rendered.of(TEXT)])):
         with pytest.raises(LitLoraError, match="tokenizer") as failed:
             encode()
         assert "\n" not in str(failed.value)
         assert "download the checkpoint again" in str(failed.value)
+
+
+def replacing(*pairs: tuple[str, str]) -> dict[str, Any]:
+    steps = [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in pairs]
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def split(expression: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+
+def charsmap(entry: bytes) -> str:
+    return base64.b64encode((0).to_bytes(4, "little") + entry + b"\0").decode()
+
+
+EXPENSIVE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "nested replacements": lambda file: file.update(normalizer=replacing(*[("a", "aa")] * 40)),
+    "long replacement": lambda file: file.update(normalizer=replacing(("a", "b" * 5_000))),
+    "huge replacement": lambda file: file.update(normalizer=replacing(("a", "b" * 50_000))),
+    "prefixes": lambda file: file.update(
+        normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "aaa"}] * 40}
+    ),
+    "character map": lambda file: file.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap(b"x" * 500_000)}
+    ),
+    "replacing decoder": lambda file: file.update(
+        decoder={"type": "Sequence", "decoders": replacing(*[("x", "xx")] * 40)["normalizers"]}
+    ),
+    "many steps": after({"type": "Sequence", "pretokenizers": [split(r"\d")] * 200}),
+    "long expression": after(split("a|" * 20_000)),
+    "long words": lambda file: file["model"].update(continuing_subword_prefix="x" * 10**6),
+}
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_tokenizer_that_asks_for_too_much_is_refused_before_it_is_built(tiny, tmp_path, name, monkeypatch):
+    base = changed(tiny, tmp_path, EXPENSIVE[name])
+    monkeypatch.setattr("tokenizers.Tokenizer.from_str", None)
+    with pytest.raises(LitLoraError, match=r"tokenizer\.json asks for too much: ") as refused:
+        Tokenizer(base)
+    assert "\n" not in str(refused.value)
+
+
+def test_expression_that_a_text_holds_up_is_given_up(tiny, tmp_path, monkeypatch):
+    """What takes long on some texts alone shows when they come; the library itself gives up on one match only."""
+    tokenizer = Tokenizer(changed(tiny, tmp_path, after(split(r"(?:a{1,400}){1,3}b"))))
+    monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(tokenizer_limits, "SLOWEST", 10**9)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_rendered([Rendered.of(text)])):
+        with pytest.raises(LitLoraError, match=r"takes more than .* seconds for 3,000 characters"):
+            encode("a" * 3_000)
+
+
+def test_ordinary_steps_are_tried_once(tiny, tmp_path, monkeypatch):
+    base, asked = changed(tiny, tmp_path, after(split(r"\p{N}{1,3}"))), []
+    ask = tokenizer_limits.PROCESS.ask
+    monkeypatch.setattr(tokenizer_limits.PROCESS, "ask", lambda request: asked.append(1) or ask(request))
+    expected = Tokenizer(base).encode(TEXT)
+    assert Tokenizer(base).encode(TEXT) == expected
+    assert len(asked) == 1

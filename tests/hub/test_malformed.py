@@ -1,5 +1,6 @@
 """What a server may send that is no Hub, or a hostile one: one sentence, and nothing outside the folder."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,3 +90,63 @@ def test_password_of_the_endpoint_is_not_printed(hub, tmp_path, monkeypatch):
     sentence = refusal(tmp_path)
     assert "s3cret" not in sentence
     assert "http://...@127.0.0.1:9" in sentence
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["long", "compressed"])
+def test_listing_without_end_is_one_sentence(hub, tmp_path, packed, monkeypatch):
+    monkeypatch.setattr(hub_download, "MOST_LISTED", 1_000_000)
+    body = b" " * 30_000_000 + listing()
+    headers = {"Content-Encoding": "gzip"} if packed else {}
+    hub.fail(Fault(LISTING, status=200, headers=headers, body=gzip.compress(body) if packed else body))
+    assert "the list of its files does not end within 1 MB or 120 seconds" in refusal(tmp_path)
+
+
+def test_slow_listing_is_one_sentence(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_download, "LONGEST_LISTING", -1.0)
+    assert "the list of its files does not end within " in refusal(tmp_path)
+
+
+def prepare(tmp_path: Path) -> int:
+    return main(["prepare_json", "--source", "org/data", "--destination_path", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]",
+        b"null",
+        b'{"id": "org/data", "sha": "abc", "siblings": [5]}',
+        listing(file={"size": -1}),
+        listing(file={"size": 10**30}),
+        listing(file={"size": "x"}),
+        listing(file={"rfilename": 5}),
+        listing(sha="../.."),
+        listing(cardData=5),
+        listing(cardData={"configs": [{"config_name": "a", "data_dir": 5, "data_files": "x"}]}),
+    ],
+)
+def test_malformed_listing_of_a_data_set_is_one_sentence(hub, tmp_path, body, capsys):
+    hub.add("datasets/org/data", {"train.jsonl": b"{}"})
+    hub.fail(Fault(LISTING, body=body))
+    assert prepare(tmp_path) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "lists the files of dataset org/data as no Hub does: check HF_ENDPOINT" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../train.jsonl", "/train.jsonl", "a//train.jsonl", "a\nb/train.jsonl", "..\\train.jsonl"]
+)
+def test_file_of_a_data_set_with_a_strange_path_is_left_alone(hub, tmp_path, name, capsys):
+    hub.add("datasets/org/data", {name: b'{"instruction": "a", "output": "b"}'})
+    assert prepare(tmp_path) == 1
+    assert "has no split train in a format that litlora reads (its files: none)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_file_of_a_data_set_that_is_longer_than_listed_ends(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("litlora.hub.datasets.SPARE", 100_000)
+    hub.add("datasets/org/data", {"train.jsonl": b'{"instruction": "a", "output": "b"}\n'})
+    hub.fail(Fault("train.jsonl", body=b"x" * 50_000_000, times=9))
+    assert prepare(tmp_path) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("litlora: ")
+    assert max(path.stat().st_size for path in (tmp_path / "hf_home").rglob("*")) <= 200_000

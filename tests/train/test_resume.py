@@ -18,8 +18,8 @@ from litlora.__main__ import main
 from litlora.args.finetune import FinetuneLoraArgs, TrainArgs
 from litlora.errors import RESUME, LitLoraError
 from litlora.train.resume import TOKENIZATION, Identity
-from litlora.train.run_dir import read_yaml
 from litlora.train.schedule import automatic_rate
+from litlora.utils.files import read_yaml
 from litlora.utils.locks import locked
 
 

@@ -40,6 +40,22 @@ def test_an_error_quotes_no_hub_token(capsys):
     assert capsys.readouterr().err == "litlora: --config hf_... cannot be read\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hf_oauth.eyJ-x_y.z a", "hf_... a"),
+        ("api_org_abcdefgh", "api_org_..."),
+        ("https://user:p@s%2Fs@host/x@y", "https://...@host/x@y"),
+        ("no secret@host, hf_hub and //x", "no secret@host, hf_hub and //x"),
+        ("it is s3cret-token-of-a-proxy", "it is ..."),
+    ],
+)
+def test_no_message_quotes_a_token_or_password(text, expected, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "s3cret-token-of-a-proxy")
+    log(text)
+    assert capsys.readouterr().err == f"{expected}\n"
+
+
 @contextmanager
 def unread(name: str) -> Iterator[None]:
     """Make a standard stream a pipe that nobody reads; pytest replaces the streams after the fixtures."""
