@@ -163,6 +163,7 @@ def test_print_config_is_a_config_again(command, capsys):
         "generate": ["--checkpoint_dir", "base", "--prompt", "a: b\n 'c' # d", "--top_k", "null"],
         "merge_lora": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
         "export": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
+        "verify": ["--checkpoint_dir", "adapter"],
         "evaluate": [*NEEDED, "--metrics", "loss,accuracy", "--choices", "yes,no", "--fail_below", "loss=2"],
         "check_data": NEEDED,
     }.get(command, needed.get(command, ["--source", "x.json"]))  # fmt: skip

@@ -9,6 +9,7 @@ from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.hub import DownloadArgs
 from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
+from litlora.args.verify import VerifyArgs
 
 COMMANDS: dict[str, type[CommandArgs]] = {
     "download": DownloadArgs,
@@ -21,4 +22,5 @@ COMMANDS: dict[str, type[CommandArgs]] = {
     "evaluate": EvaluateArgs,
     "merge_lora": MergeLoraArgs,
     "export": ExportArgs,
+    "verify": VerifyArgs,
 }

@@ -253,6 +253,8 @@ class FinetuneLoraArgs(CommandArgs):
     """Replace the run in out_dir; with --resume, replace only the final adapter of a finished run."""
     deploy: tuple[Server, ...] = ()
     """Servers that will load the adapter, such as vllm,llama.cpp: refuse settings that they do not support."""
+    receipt: bool = True
+    """Record what the trained network answers to three prompts, by which verify tells whether a copy is the same."""
     dry_run: bool = False
     """Print steps, tokens and estimated peak memory of the run, and exit without loading weights."""
 

@@ -124,6 +124,8 @@ class MergeLoraArgs(ModelArgs):
     """Folder of the adapter; with --adapters, of their base."""
     dequantized_base: bool = False
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
+    verify: bool = True
+    """Compare what the merged checkpoint computes with the receipt of the training, if there is one."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """merge_lora: adapters and their base in, a checkpoint out."""
 
+import torch
+
 from litlora.args.inference import MergeLoraArgs
 from litlora.commands.early_checks import check_merge
+from litlora.export.receipt import RECEIPT
+from litlora.export.verification import log_verdict, passes_receipt_on
 from litlora.lora.merge import merge_adapters
 from litlora.lora.selection import Adapters
-from litlora.models.checkpoint import Checkpoint
+from litlora.models.checkpoint import EMBEDDING, Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.utils.console import log
 
@@ -13,5 +17,11 @@ def merge_lora(args: MergeLoraArgs, base: CheckpointFiles | None = None, adapter
     """Merge adapters into their base and write the result as a checkpoint; base and adapters if they have been read."""
     if base is None:
         base, adapters = check_merge(args)
-    merge_adapters(adapters, Checkpoint.open(base), args.out_dir, dequantized=args.dequantized_base)
+    checkpoint = Checkpoint.open(base)
+    receipts = [each.folder / RECEIPT for each in adapters if passes_receipt_on(adapters, args.dequantized_base)]
+    changes = merge_adapters(adapters, checkpoint, args.out_dir, dequantized=args.dequantized_base, others=receipts)
     log(f"merged checkpoint in {args.out_dir}")
+    if checkpoint.tensor(EMBEDDING).dtype is not torch.float32:
+        log(str(changes))
+    if receipts and args.verify:
+        log_verdict(args.out_dir)

@@ -1,1 +1,4 @@
-"""What others read of an adapter: its model card, and what servers load of it. Knows no training loop."""
+"""What others read of an adapter: GGUF files, model card, server limits, and the receipt that verifies a copy.
+
+Trains nothing.
+"""

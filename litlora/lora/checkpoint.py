@@ -205,10 +205,15 @@ def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, 
         hint = "name the one that it was trained on"
         raise LitLoraError(f"the adapter in {adapter_dir} was trained on a base other than {base.dir}; {hint}")
     expected = {name: tuple(parameter.shape) for name, parameter in saved_tensors(model).items()}
-    stored = {name.removeprefix(PREFIX): handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    stored = {_layer_key(name): handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     if fault := _misfit(stored, expected, base):
         raise LitLoraError(f"the adapter {adapter_dir} does not fit the base {base.dir}: {fault}")
     return {name: handle.get_tensor(PREFIX + name) for name in expected}
+
+
+def _layer_key(name: str) -> str:
+    """Return a key of an adapter's file without PEFT's prefix; PEFT would pass over one that lacks it."""
+    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else f"{name} (without {PREFIX})"
 
 
 def _misfit(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], base: Checkpoint) -> str | None:

@@ -1,11 +1,12 @@
 """Merging adapters into their base, file by file, into a new checkpoint."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,8 +26,33 @@ from litlora.utils.console import log
 from litlora.utils.files import atomic_directory, copy_own, refuse_foreign_link
 
 
-def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path, *, dequantized: bool) -> None:
-    """Merge adapters into their base, whose weights are dequantized first if requested, and write a checkpoint."""
+@dataclass
+class Changes:
+    """How many weights a merge changes."""
+
+    exact: int = 0
+    """In float32."""
+    rounded_away: int = 0
+    """Which rounding to the stored dtype leaves as they were."""
+
+    def add(self, base: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+        """Count the changes of a weight that is stored in a dtype."""
+        moved = exact != base.float()
+        self.exact += int(moved.sum())
+        self.rounded_away += int((moved & (exact.to(dtype) == base.to(dtype))).sum())
+
+    def __str__(self) -> str:
+        share = self.rounded_away / max(self.exact, 1)
+        return f"{self.rounded_away:,} of {self.exact:,} changed weights ({share:.1%}) are rounded back to the base's"
+
+
+def merge_adapters(
+    adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path, *, dequantized: bool, others: Iterable[Path] = ()
+) -> Changes:
+    """Merge adapters into their base, whose weights are dequantized first if requested, and write a checkpoint.
+
+    `others` are files that are copied into it as they are. Returns how many weights the merge changes.
+    """
     refuse_foreign_links(adapters, base)
     merge = read_merge(adapters, base, dequantized=dequantized)
     untie = merge.unties(base)
@@ -38,6 +64,9 @@ def merge_adapters(adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path
             write_prompt_files(folder, tokenizer, styles[0])
         write_weights(folder, base, merge, untie)
         write_config(folder, base, untie)
+        for path in others:
+            copy_own(path, folder)
+    return merge.changes
 
 
 def refuse_foreign_links(adapters: Sequence[Weighted], base: Checkpoint) -> None:
@@ -93,13 +122,17 @@ class Merge:
     quantized: Mapping[str, Quantization]
     sources: str
     """The folders of the adapter, for messages."""
+    stored: torch.dtype | None = None
+    """In which the merged weights will be stored, if it is another than the base's."""
+    changes: Changes = field(default_factory=Changes)
+    """Of the weights merged so far."""
 
-    def changes(self, weight: str) -> bool:
+    def adapts(self, weight: str) -> bool:
         return weight.removesuffix(".weight") in self.adapter.layers
 
     def unties(self, base: Checkpoint) -> bool:
         """Tell whether a head that was tied to the embedding is changed, and a tensor of its own now."""
-        return base.config.tie_word_embeddings and self.changes(base.config.hub_name(HEAD))
+        return base.config.tie_word_embeddings and self.adapts(base.config.hub_name(HEAD))
 
     def in_float32(self, name: str, base: Checkpoint) -> Tensor:
         """Return a tensor by the model's name, merged in float32 and not rounded to the base's dtype."""
@@ -110,12 +143,14 @@ class Merge:
         name, dtype = weight.removesuffix(".weight"), base.dtype
         if weight in self.quantized:
             base = self._dequantized(name, base, self.quantized[weight])
-        if not self.changes(weight):
+        if not self.adapts(weight):
             return base
-        merged = self.adapter.variant.merge(base, self.adapter.of(name), self.adapter.layers[name].scaling).to(dtype)
+        exact = self.adapter.variant.merge(base.float(), self.adapter.of(name), self.adapter.layers[name].scaling)
+        merged = exact.to(dtype)
         if not merged.isfinite().all():
             cause = f"lora_alpha or the adapter's weights are too large for {merged.dtype}, or not numbers themselves"
             raise LitLoraError(f"merging {self.sources} would write NaN or infinity to {weight}: {cause}")
+        self.changes.add(base, exact, self.stored or dtype)
         return merged
 
     def _dequantized(self, layer: str, weight: Tensor, quantization: Quantization) -> Tensor:

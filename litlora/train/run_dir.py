@@ -20,6 +20,7 @@ from litlora.args.finetune import FinetuneLoraArgs
 from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import RESUME, LitLoraError
 from litlora.export.model_card import model_card
+from litlora.export.receipt import Receipt
 from litlora.hub.origin import origin
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
@@ -165,12 +166,14 @@ class RunFolder:
             if step_of(path) != best:
                 remove(path)
 
-    def save_final(self, model: GPT, report: Report) -> Path:
-        """Save the adapter with the report of the run, and return its folder."""
+    def save_final(self, model: GPT, report: Report, receipt: Receipt | None) -> Path:
+        """Save the adapter with report and receipt of the run, and return its folder."""
         remove(self.final)
         with self._naming_checkpoint(), atomic_directory(self.final) as folder:
             self._write_adapter(folder, model)
             report.write(folder)
+            if receipt is not None:
+                receipt.of_adapter(folder).write(folder)
             self._write_model_card(folder, report)
             self._write_page(folder, report)
         return self.final
@@ -218,7 +221,7 @@ class ReadOnlyRunFolder(RunFolder):
         """Return the folder that rank 0 writes."""
         return self.step(progress)
 
-    def save_final(self, model: GPT, report: Report) -> Path:
+    def save_final(self, model: GPT, report: Report, receipt: Receipt | None) -> Path:
         """Return the folder that rank 0 writes."""
         return self.final
 

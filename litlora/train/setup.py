@@ -60,6 +60,7 @@ from litlora.train.memory_check import (
 from litlora.train.memory_estimate import Network, breakdown, table
 from litlora.train.metrics import peak_memory_gb
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
+from litlora.train.receipts import find_receipt
 from litlora.train.report import Report
 from litlora.train.resume import BASE, START, TOKENIZATION, Identity, checkpoints_in, no_checkpoint
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
@@ -101,7 +102,7 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
             longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size, progress.step)
             shards = ranks.world_size if isinstance(run.engine.gpt, FSDPModule) else 1
             check_memory(run.engine, replace(network, shards=shards), args.train, args.optimizer, longest)
-        return carry_out(run, progress, start, inputs.checkpoint, data.findings)
+        return carry_out(run, progress, start, inputs, data.findings)
 
 
 def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str:
@@ -310,14 +311,12 @@ def validate_and_print(loss: Callable[[], float], completion: Callable[[], str] 
     return val_loss
 
 
-def carry_out(
-    run: Run, progress: Progress, start: Path | None, checkpoint: Checkpoint, findings: Sequence[Finding]
-) -> Report:
+def carry_out(run: Run, progress: Progress, start: Path | None, inputs: Inputs, findings: Sequence[Finding]) -> Report:
     """Train to the end, and save the final adapter with the report."""
     run.folder.open(start, progress.step)
     with reporting_shortage(progress, run.train):
         if start is None:
-            initialize_adapter(run, checkpoint)
+            initialize_adapter(run, inputs.checkpoint)
         with run.stop.handling_signals():
             fit(run, progress)
         val_loss = select_final_adapter(run.engine.gpt, progress)
@@ -326,7 +325,8 @@ def carry_out(
         report = Report.of(run.engine.gpt, progress, val_loss, run.folder.adapter, findings, date, before, rate)
         if report.warning:
             log(f"warning: {report.warning}")
-        final = run.folder.save_final(run.engine.gpt, report)
+        receipt = find_receipt(run.folder, run.engine, inputs.checkpoint, inputs.tokenizer)
+        final = run.folder.save_final(run.engine.gpt, report, receipt)
     log(f"adapter in {final}")
     return report
 

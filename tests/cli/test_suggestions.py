@@ -176,10 +176,10 @@ def test_near_values_are_values():
     ("arguments", "sentence"),
     [
         ([], "name a command: download, prepare_alpaca, prepare_lima, prepare_json, check_data, "
-         "finetune_lora, generate, evaluate, merge_lora or export; see litlora --help"),
+         "finetune_lora, generate, evaluate, merge_lora, export or verify; see litlora --help"),
         (["finetune"], "there is no such command: did you mean finetune_lora?"),
         (["--lr", "1", "finetune_lora"], "the command comes before its flags: there are download, prepare_alpaca, "
-         "prepare_lima, prepare_json, check_data, finetune_lora, generate, evaluate, merge_lora and export"),
+         "prepare_lima, prepare_json, check_data, finetune_lora, generate, evaluate, merge_lora, export and verify"),
     ],
     ids=["none", "misspelt", "late"],
 )  # fmt: skip

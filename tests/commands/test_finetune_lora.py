@@ -31,6 +31,7 @@ def test_a_run_leaves_what_it_promises(run):
         "report.json",
         "report.html",
         "README.md",
+        "receipt.json",
     }
     state = {"training_state.json", "training_state.safetensors", "run.json", "manifest.json"}
     assert {path.name for path in (run / "step-000002").iterdir()} == adapter | tokenizer | state

@@ -1,0 +1,107 @@
+"""The log-probabilities that a network gives fixed tokens, computed in float32."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litlora.generation.session import Session
+from litlora.models.transformer import GPT, evaluating
+
+Scores = list[float | None]
+"""The log-probability of each token of a sequence but the first; None where an engine has none."""
+Engine = Callable[[Sequence[list[int]], Sequence[int]], list[Scores]]
+"""Scores sequences of token ids, each at least from the token with a given number on."""
+ROWS = 128  # whose logits are in memory at one time
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Random changes of weights as large as those of rounding to a dtype."""
+
+    dtype: torch.dtype
+    seed: int
+
+    def applied(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a weight each of whose numbers is moved by at most half the distance to the next of the dtype."""
+        shifts = torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5
+        return weight * (1 + torch.finfo(self.dtype).eps * shifts)
+
+
+@dataclass(frozen=True)
+class LitLoraEngine:
+    """The model in memory, adapter included, computed in float32 whatever dtype its weights are stored in."""
+
+    gpt: GPT
+    rounding: Rounding | None = None
+
+    @torch.inference_mode()
+    def __call__(self, sequences: Sequence[list[int]], _: Sequence[int] = ()) -> list[Scores]:
+        device, lengths = self.gpt.lm_head.weight.device, [len(ids) for ids in sequences]
+        tokens = torch.tensor([token for ids in sequences for token in ids], device=device)
+        with evaluating(self.gpt), in_float32(self.gpt, self.rounding):
+            hidden = self.gpt(tokens, lengths)
+            pairs = zip(torch.split(hidden[:-1], ROWS), torch.split(tokens[1:], ROWS), strict=True)
+            scored = [log_probs(self.gpt.logits(rows), following) for rows, following in pairs]
+        flat = torch.cat([*scored, tokens.new_zeros(1).float()])
+        return [own[:-1].tolist() for own in torch.split(flat, lengths)]
+
+    @torch.inference_mode()
+    def continued(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """Return `count` tokens of greedy decoding, end tokens included, and their log-probabilities."""
+        session = Session(self.gpt, len(prompt) + count, torch.float32)
+        tokens, found = torch.tensor(prompt, device=session.device), []
+        with evaluating(self.gpt), in_float32(self.gpt, self.rounding):
+            for _ in range(count):
+                best = session.next_logits(tokens).float().log_softmax(dim=-1).max(dim=-1)
+                tokens = best.indices[None]
+                found.append((int(best.indices), float(best.values)))
+        return [token for token, _ in found], [log_prob for _, log_prob in found]
+
+
+def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability (T,) of each token, given the logits (T, vocab) at its position."""
+    return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+
+
+@contextmanager
+def in_float32(gpt: GPT, rounding: Rounding | None = None) -> Iterator[None]:
+    """Compute with float32 copies of a model's weights: one block has them at a time, so that memory stays small."""
+    others = (module for name, module in gpt.model.named_children() if name != "layers")
+    parts = [*gpt.model.layers, *others, gpt.lm_head]
+    casts = [_Cast(part, rounding, number) for number, part in enumerate(parts)]
+    handles = [part.register_forward_pre_hook(cast.before) for part, cast in zip(parts, casts, strict=True)]
+    handles += [
+        part.register_forward_hook(cast.after, always_call=True) for part, cast in zip(parts, casts, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Cast:
+    """The float32 copies of the weights of a module, while it computes."""
+
+    def __init__(self, part: nn.Module, rounding: Rounding | None, number: int) -> None:
+        self.part, self.rounding, self.number = part, rounding, number
+        self.stored: list[tuple[nn.Parameter, Tensor]] = []
+
+    def before(self, *_: Any) -> None:
+        generator = torch.Generator().manual_seed(self.rounding.seed + self.number if self.rounding else 0)
+        for parameter in self.part.parameters():
+            if not parameter.is_floating_point():
+                continue
+            self.stored.append((parameter, parameter.data))
+            weight = parameter.data.float()
+            is_rounded = self.rounding is not None and weight.ndim > 1
+            parameter.data = self.rounding.applied(weight, generator) if self.rounding and is_rounded else weight
+
+    def after(self, *_: Any) -> None:
+        for parameter, data in self.stored:
+            parameter.data = data
+        self.stored.clear()
