@@ -99,6 +99,10 @@ def everything() -> dict[str, bytes | None]:
 
 
 WAY_OUT = "merge the adapter in PEFT, or train one without it"
+OTHER = (
+    "(lm_head.weight, model.embed_tokens.weight, model.layers.0.mlp.down_proj.weight and 13 more differ); "
+    "name the one that it was trained on"
+)
 
 
 def check(capsys: pytest.CaptureFixture[str], command: list[str], sentence: str, code: int = 1) -> None:
@@ -594,9 +598,10 @@ def test_generate_refuses_invalid_arguments(flags, sentence, capsys):
         case("base gone", lambda: remove("base"),
              "the base of the adapter adapter is not there (base); say where it is with --base_dir"),
         case("base of other weights", lambda: weigh(model__norm__weight=torch.full((32,), 2.0)),
-             "the adapter in adapter was trained on a base other than base; name the one that it was trained on"),
+             "the adapter in adapter was trained on a base other than base (model.norm.weight differs); "
+             "name the one that it was trained on"),
         case("base of another shape", lambda: (remove("base"), shutil.copytree("other", "base")),
-             "the adapter in adapter was trained on a base other than base; name the one that it was trained on"),
+             f"the adapter in adapter was trained on a base other than base {OTHER}"),
         case("cut base", lambda: os.truncate(WEIGHTS, 30_000), f"{WEIGHTS} {CUT}"),
         case("cut matrices", lambda: os.truncate("adapter/adapter_model.safetensors", 2_000),
              f"adapter/adapter_model.safetensors {CUT}"),
@@ -640,7 +645,7 @@ def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentenc
         case("key", lambda: change("adapter/adapter_config.json", bias="all"), "--init_adapter adapter",
              "adapter/adapter_config.json has \"bias\": 'all', which litlora does not implement: " + WAY_OUT),
         case("another base", nothing, "--init_adapter adapter --checkpoint_dir other",
-             "the adapter in adapter was trained on a base other than other; name the one that it was trained on"),
+             f"the adapter in adapter was trained on a base other than other {OTHER}"),
         case("shape", lambda: change("adapter/adapter_config.json", r=4), "--init_adapter adapter",
              "the adapter adapter does not fit the base base: "
              "model.layers.0.self_attn.q_proj.lora_A.weight is (8, 32), not (4, 32)"),
@@ -700,7 +705,7 @@ def copy_adapter(**keys: object) -> None:
         case("bases that differ", lambda: copy_adapter(base_model_name_or_path="other"), "--adapters adapter,second",
              "adapter and second name different bases (base, other): say which it is with --checkpoint_dir"),
         case("another base", copy_adapter, "--checkpoint_dir other --adapters adapter,second",
-             "the adapter in adapter was trained on a base other than other; name the one that it was trained on"),
+             f"the adapter in adapter was trained on a base other than other {OTHER}"),
         case("variant", lambda: copy_adapter(use_qalora=True), "--adapters adapter,second",
              'second/adapter_config.json has "use_qalora": True, which litlora does not implement: ' + WAY_OUT),
     ],

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litlora.args.data import CheckDataArgs
-from litlora.data.checks import CheckedData, CheckedSplit, Severity, run_checks
+from litlora.data.checks import CheckedData, CheckedSplit, Severity, length_of_most, run_checks
 from litlora.data.dataset import choose_prompt_style
 from litlora.data.prompt_styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
-from litlora.data.token_cache import find_split, open_splits
+from litlora.data.token_cache import find_split, peek_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.data.transformers_ids import find_other_ids
 from litlora.errors import LitLoraError
@@ -34,9 +34,9 @@ def check_data(args: CheckDataArgs) -> None:
     today = datetime.now().date().isoformat()
     encoder = SplitEncoder(tokenizer, StyleSettings(name, args.prompt_style_variables or {}, today), args.mask_prompt)
     found = [find_split(args.data_dir / f"{split}.jsonl", encoder) for split in ("train", "val")]
-    opened = open_splits(found, encoder)
+    opened = peek_splits(found, encoder)
     splits = [CheckedSplit(split.path, tokens) for split, tokens in zip(found, opened, strict=True)]
-    data = CheckedData(splits, args.max_seq_length or config.positions, config.vocab_size)
+    data = CheckedData(splits, args.max_seq_length or config.positions, config.vocab_size, tokenizer.vocab_size)
     output(f"prompt style: {name} ({reason})")
     for split in splits:
         output("\n".join([*_lengths(split, data.limit), *_cut_rows(split, data.limit)]))
@@ -63,6 +63,8 @@ def _lengths(split: CheckedSplit, limit: int) -> Iterator[str]:
             bar = "#" * max(1, round(BAR * number / counts.max()))
             mark = f" > {limit:,}" if low > limit else ""
             yield f"  {low:>6,} to {high - 1:>6,} {number:>9,} {bar}{mark}"
+    most = length_of_most(lengths - 1)
+    yield f"  99 % are whole with a --train.max_seq_length of {most:,}; here it is {limit:,}"
 
 
 def _cut_rows(split: CheckedSplit, limit: int) -> Iterator[str]:

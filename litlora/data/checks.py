@@ -42,13 +42,15 @@ class Finding:
     severity: Severity
     count: int
     first: str
-    """The location of the first row."""
+    """The location of the first row; empty if the finding is not about rows."""
     description: str
     consequence: str
 
     @property
     def sentence(self) -> str:
         """The finding without its severity."""
+        if not self.first:
+            return f"{self.description}: {self.consequence}"
         rows = "1 row" if self.count == 1 else f"{self.count:,} rows"
         return f"{rows} {self.description}, the first at {self.first}: {self.consequence}"
 
@@ -267,6 +269,8 @@ class CheckedData(NamedTuple):
     """The maximum number of tokens of a sequence."""
     embedding: int | None
     """The number of rows of the model's embedding."""
+    vocabulary: int | None = None
+    """The number of tokens of the tokenizer."""
 
 
 SplitCheck = Callable[[CheckedData], Iterable[Finding]]
@@ -290,9 +294,10 @@ def find_flagged(data: CheckedData) -> Iterator[Finding]:
 def _of_mask(
     split: CheckedSplit, mask: NDArray[np.bool_], name: str, severity: Severity, description: str, consequence: str
 ) -> Iterator[Finding]:
-    """Yield a finding of the sequences of a split that a mask marks, if there are any."""
+    """Yield a finding of the rows of a split with sequences that a mask marks, if there are any."""
     if mask.any():
-        yield Finding(name, severity, int(mask.sum()), split.at(int(mask.argmax())), description, consequence)
+        rows = len(np.unique(split.tokens.about["line"][mask]))
+        yield Finding(name, severity, rows, split.at(int(mask.argmax())), description, consequence)
 
 
 def find_unsupervised(data: CheckedData) -> Iterator[Finding]:
@@ -312,7 +317,7 @@ def find_truncated(data: CheckedData) -> Iterator[Finding]:
         lost = supervised & (first >= data.limit)
         cut = supervised & ~lost & (last >= data.limit)
         end = cut & (last == data.limit)
-        kept = int(np.quantile(lengths, 0.99, method="higher"))
+        kept = length_of_most(lengths)
         limit = f"--train.max_seq_length ({data.limit:,})"
         hint = f"{kept:,} would leave 99 % of the rows whole"
         for name, mask, what in (
@@ -321,6 +326,11 @@ def find_truncated(data: CheckedData) -> Iterator[Finding]:
             ("end_cut", end, f"whose end token is cut by {limit}"),
         ):
             yield from _of_mask(split, mask, name, WARNING, what, hint)
+
+
+def length_of_most(lengths: NDArray[np.int64]) -> int:
+    """Return the length limit that leaves 99 % of the sequences whole."""
+    return int(np.quantile(lengths, 0.99, method="inverted_cdf"))
 
 
 def find_duplicates(data: CheckedData) -> Iterator[Finding]:
@@ -362,13 +372,18 @@ def find_leaks(data: CheckedData) -> Iterator[Finding]:
 
 def find_unknown_ids(data: CheckedData) -> Iterator[Finding]:
     """Find tokens that the model's embedding does not have, which only a larger vocabulary can give."""
-    for split in data.splits:
-        if data.embedding is not None and split.tokens.max_id() >= data.embedding:
-            index, count = split.tokens.rows_with_ids_from(data.embedding)
-            what = f"with token ids that the model does not have (its vocabulary ends at {data.embedding:,})"
-            yield Finding(
-                "vocabulary", ERROR, count, split.at(index), what, "use tokenizer files and weights of the same model"
-            )
+    if data.embedding is None:
+        return
+    surplus = (data.vocabulary or 0) - data.embedding
+    found = [split for split in data.splits if split.tokens.max_id() >= data.embedding]
+    for split in found:
+        index, count = split.tokens.rows_with_ids_from(data.embedding)
+        what = f"with token ids that the model does not have (its vocabulary ends at {data.embedding:,})"
+        hint = "use tokenizer files and weights of the same model"
+        yield Finding("vocabulary", ERROR, count, split.at(index), what, hint)
+    if surplus > 0 and not found:
+        what = f"the tokenizer has {surplus:,} more tokens than the model's embedding has rows ({data.embedding:,})"
+        yield Finding("vocabulary", NOTE, surplus, "", what, "no row of the data has one of them")
 
 
 SPLIT_CHECKS: tuple[SplitCheck, ...] = (

@@ -1,5 +1,6 @@
 """From sources to a prepared data set: the steps that the prepare commands share."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from litlora.data.dataset import check_destination, require_rows, split, write_d
 from litlora.data.duplicates import Fingerprints, keep_groups_together, repeated, without_repeats
 from litlora.data.readers import RowError, parse_rows
 from litlora.data.row_formats import RowFormat
+from litlora.data.row_sources import about_sources
 from litlora.data.row_store import RowStore, Selection
 from litlora.data.sources import Source, local_path, mix, open_source, split_weight
 from litlora.errors import LitLoraError
@@ -39,7 +41,9 @@ def prepare(args: PrepareArgs, row_format: RowFormat) -> None:
         if not val_sources:
             train, val = _split(train, args, reader.fingerprints)
         _report_leaks(train, val, reader.fingerprints)
-        _write(args, Selection(rows, train), Selection(rows, val), _origin(args, sources, val_sources))
+        about_val = about_sources([reader.source_of(index) for index in val], Selection(rows, val))
+        origin = _origin(args, sources, val_sources) | about_val
+        _write(args, Selection(rows, train), Selection(rows, val), origin)
 
 
 @dataclass
@@ -50,10 +54,14 @@ class SourceReader:
     format: RowFormat
     findings: RowFindings = field(default_factory=RowFindings)
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
+    _starts: list[int] = field(default_factory=list)
+    _names: list[str] = field(default_factory=list)
 
     def read(self, source: Source) -> range:
         """Store the rows of a source; LitLoraError if any is invalid. Return their indices."""
         start, invalid = len(self.rows), []
+        self._starts.append(start)
+        self._names.append(source.name)
         for file in source.files:
             for location, row in parse_rows(file):
                 try:
@@ -67,6 +75,10 @@ class SourceReader:
         name = source.files[0].name if len(source.files) == 1 else source.name
         require_rows(name, len(self.rows) - start, invalid, self.format)
         return range(start, len(self.rows))
+
+    def source_of(self, index: int) -> str:
+        """Return the name of the source of a row."""
+        return self._names[bisect_right(self._starts, index) - 1]
 
 
 def _deduplicate(

@@ -68,10 +68,8 @@ class SplitEncoder:
     prompt_style: StyleSettings
     mask_prompt: bool
 
-    def key(self, path: Path) -> str:
-        """Return a hash of the split's content and of these settings."""
-        with open_split(path) as file:
-            content = digest(file)
+    def key(self, content: str) -> str:
+        """Return a hash of these settings and of a split's content, whose hash is given."""
         style = [self.prompt_style.name, dict(self.prompt_style.variables), self.date]
         values = [FORMAT, content, self.tokenizer.fingerprint, style, self.mask_prompt, NAMES]
         return sha256(json.dumps(values).encode()).hexdigest()[:16]
@@ -132,6 +130,12 @@ class SplitEncoder:
         style = self.tokenizer.prompt_style(self.prompt_style)
         groups = [rows[start : start + TEXTS] for start in range(0, len(rows), TEXTS)]
         return [encode_rows(group, self.tokenizer, style, mask_prompt=self.mask_prompt) for group in groups]
+
+
+def content_of(split: Path) -> str:
+    """Return the hash of a split's content."""
+    with open_split(split) as file:
+        return digest(file)
 
 
 def _sequences(row: ParsedRow, line: int, style: PromptStyle) -> list[RenderedRow]:

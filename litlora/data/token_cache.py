@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from litlora.data.checks import NAMES
-from litlora.data.split_encoder import SplitEncoder
+from litlora.data.split_encoder import SplitEncoder, content_of
 from litlora.data.tokens import ABOUT as ABOUT_TYPE
 from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError
@@ -28,10 +29,11 @@ RETAINED = 4  # entries of each split: for other tokenizers, prompt styles and r
 
 
 class Split(NamedTuple):
-    """A split of a data folder, and the name of its entry in the cache."""
+    """A split of a data folder, the name of its entry in the cache, and a hash of its content."""
 
     path: Path
     name: str
+    content: str
 
     @property
     def folder(self) -> Path:
@@ -41,7 +43,8 @@ class Split(NamedTuple):
 
 def find_split(path: Path, encoder: SplitEncoder) -> Split:
     """Return a split with the name of its cache entry; LitLoraError if the split is missing."""
-    return Split(path, f"{path.stem}-{encoder.key(path)}")
+    content = content_of(path)
+    return Split(path, f"{path.stem}-{encoder.key(content)}", content)
 
 
 def open_splits(splits: Sequence[Split], encoder: SplitEncoder) -> list[Tokens]:
@@ -50,10 +53,23 @@ def open_splits(splits: Sequence[Split], encoder: SplitEncoder) -> list[Tokens]:
     if not missing:
         return [_map(split.folder) for split in splits]
     with _writable_cache(splits[0].folder.parent) as cache:
-        _tokenize({split.path: cache / split.name for split in missing}, encoder)
+        opened = _open(splits, missing, cache, encoder)
         for split in missing:
             _prune(cache, split.path.stem)
-        return [_map(cache / split.name if split in missing else split.folder) for split in splits]
+        return opened
+
+
+def peek_splits(splits: Sequence[Split], encoder: SplitEncoder) -> list[Tokens]:
+    """Return the same, but leave the cache as it is: what it lacks is tokenized into a temporary folder."""
+    missing = [split for split in splits if not _is_intact(split.folder)]
+    with TemporaryDirectory() as cache:
+        return _open(splits, missing, Path(cache), encoder)
+
+
+def _open(splits: Sequence[Split], missing: Sequence[Split], cache: Path, encoder: SplitEncoder) -> list[Tokens]:
+    """Tokenize the missing splits into a cache, and map all of them."""
+    _tokenize({split.path: cache / split.name for split in missing}, encoder)
+    return [_map(cache / split.name if split in missing else split.folder) for split in splits]
 
 
 def _prune(folder: Path, stem: str) -> None:
@@ -80,17 +96,21 @@ def _is_cached(folder: Path) -> bool:
 
     A missing entry may appear at any time, written by a concurrent run, and is never removed.
     """
+    was_there = folder.is_dir()
+    if _is_intact(folder):
+        return True
+    if was_there:
+        shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _is_intact(folder: Path) -> bool:
     refuse_link(folder.parent)
     refuse_link(folder)
-    if not folder.is_dir():
-        return False
     try:
-        intact = read_json(folder / MANIFEST) == hash_files(folder) and _is_consistent(_map(folder))
+        return folder.is_dir() and read_json(folder / MANIFEST) == hash_files(folder) and _is_consistent(_map(folder))
     except (LitLoraError, OSError, ValueError):
-        intact = False
-    if not intact:
-        shutil.rmtree(folder, ignore_errors=True)
-    return intact
+        return False
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -107,7 +127,9 @@ def _map(folder: Path) -> Tokens:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     offsets = np.memmap(folder / OFFSETS, np.int64, "r")
     first_labels, about = np.memmap(folder / FIRST_LABELS, np.int32, "r"), np.memmap(folder / ABOUT, ABOUT_TYPE, "r")
-    return Tokens(np.frombuffer(memory, np.int32), offsets, first_labels, about, memory)
+    hashes = read_json(folder / MANIFEST)
+    digest = sha256(f"{hashes.get(IDS)} {hashes.get(OFFSETS)}".encode()).hexdigest()
+    return Tokens(np.frombuffer(memory, np.int32), offsets, first_labels, about, memory, digest)
 
 
 def _is_consistent(tokens: Tokens) -> bool:

@@ -33,6 +33,8 @@ class Tokens(NamedTuple):
     """What the checks of the data need to know about each sequence, of the type ABOUT."""
     memory: mmap.mmap | None = None
     """The mapped file behind `ids`, if there is one."""
+    digest: str = ""
+    """A hash of ids and offsets, if they are those of the token cache."""
 
     def example(self, row: int, length: int) -> NDArray[np.int32]:
         """Return the first `length` tokens of an example, and one more as the last label."""

@@ -1,29 +1,75 @@
-"""The validation loss."""
+"""The validation loss, of all rows and of those of each source."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice, zip_longest
+from itertools import islice, zip_longest
 
 import torch
 
-from litlora.data.batching import DUMMY_MICRO_BATCH, Batching, MicroBatch, Samples, sequential_batches
+from litlora.data.batching import DUMMY_MICRO_BATCH, Batching, MicroBatch, Sample, Samples, sequential_batches
+from litlora.data.row_sources import ONE_SOURCE, RowSources
 from litlora.evaluation.engine import Engine
 from litlora.models.transformer import evaluating
 
 
-def validate(engine: Engine, samples: Samples, batching: Batching, max_iters: int | None = None) -> float:
+@dataclass(frozen=True)
+class ValLoss:
+    """Mean losses over supervised tokens."""
+
+    mean: float
+    by_source: dict[str, float] = field(default_factory=dict)
+    """By the name of the source, if the rows have several."""
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + (f" ({parts(self.by_source)})" if self.by_source else "")
+
+
+def parts(by_source: Mapping[str, float]) -> str:
+    """Return the loss of each source as text."""
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in by_source.items())
+
+
+def validate(
+    engine: Engine,
+    samples: Samples,
+    batching: Batching,
+    max_iters: int | None = None,
+    sources: RowSources = ONE_SOURCE,
+) -> ValLoss:
     """Return the mean loss over the supervised tokens of a split, or of its first `max_iters` micro-batches."""
-    total, supervised, ranks = 0.0, 0, engine.ranks
-    groups = sequential_batches(samples, batching.global_batch_size)
-    batches = islice(chain.from_iterable(map(batching.micro_batches, groups)), max_iters)
+    ranks = engine.ranks
+    sums = torch.zeros(len(sources.names), 2, dtype=torch.float64, device=engine.fabric.device)
+    batches = islice(_micro_batches(samples, batching, sources), max_iters)
     with evaluating(engine.gpt):
-        rounds = zip_longest(*[batches] * ranks.world_size, fillvalue=DUMMY_MICRO_BATCH)  # a micro-batch for each rank
-        for loss, tokens in engine.workers.map(
-            partial(loss_and_tokens, engine), (round_[ranks.rank] for round_ in rounds)
+        rounds = zip_longest(*[batches] * ranks.world_size, fillvalue=(0, DUMMY_MICRO_BATCH))  # one for each rank
+        for source, loss, tokens in engine.workers.map(
+            partial(_loss_of_source, engine), (round_[ranks.rank] for round_ in rounds)
         ):
-            total += loss
-            supervised += tokens
-    sums = ranks.all_reduce(torch.tensor([total, supervised], dtype=torch.float64, device=engine.fabric.device))
-    return float(sums[0] / sums[1])
+            sums[source] += torch.tensor([loss, tokens], dtype=torch.float64)
+    losses, tokens = ranks.all_reduce(sums).T
+    means = zip(sources.names, losses.tolist(), tokens.tolist(), strict=True)
+    by_source = {name: loss / count for name, loss, count in means if count}
+    return ValLoss(float(losses.sum() / tokens.sum()), by_source if len(sources.names) > 1 else {})
+
+
+def _micro_batches(samples: Samples, batching: Batching, sources: RowSources) -> Iterator[tuple[int, MicroBatch]]:
+    """Yield micro-batches in the order of the split, each of rows of one source, with the index of that source."""
+    for group in sequential_batches(samples, batching.global_batch_size):
+        for source, rows in enumerate(_by_source(group, sources)):
+            yield from ((source, micro) for micro in batching.micro_batches(rows))
+
+
+def _by_source(samples: Sequence[Sample], sources: RowSources) -> list[list[Sample]]:
+    split: list[list[Sample]] = [[] for _ in sources.names]
+    for sample in samples:
+        split[sources.of_line(sample.row)].append(sample)
+    return split
+
+
+def _loss_of_source(engine: Engine, item: tuple[int, MicroBatch]) -> tuple[int, float, int]:
+    source, micro = item
+    return source, *loss_and_tokens(engine, micro)
 
 
 @torch.no_grad()  # in the worker thread: the setting holds for one thread only

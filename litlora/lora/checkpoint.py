@@ -34,7 +34,7 @@ from litlora.utils.files import read_json
 
 PREFIX = "base_model.model."
 COPY = ".base_layer.weight"  # PEFT stores the frozen head beside its adapter
-FINGERPRINT = "base_sha256"
+FINGERPRINT, TENSORS = "base_sha256", "base_tensors"  # keys of the metadata
 QUANTIZATION = "quantization_config"
 
 
@@ -45,10 +45,11 @@ def write_adapter(
     base_dir: Path,
     base_sha256: str,
     prompt_style: StyleSettings | str,
+    base_tensors: str | None = None,
 ) -> None:
     """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on.
 
-    `base_sha256` is the fingerprint of the base.
+    `base_sha256` is the fingerprint of the base, and `base_tensors` are the digests of its tensors.
     """
     quantization, source = quantization_of(model), origin(base_dir)
     init = {INIT: lora.init} if lora.requires_quantized_base or lora.changes_base else {}
@@ -63,7 +64,8 @@ def write_adapter(
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {PREFIX + name: tensor.cpu().contiguous() for name, tensor in saved_tensors(model).items()}
-    content = save(tensors, metadata={"format": "pt", FINGERPRINT: base_sha256})
+    digests = {TENSORS: base_tensors} if base_tensors is not None else {}
+    content = save(tensors, metadata={"format": "pt", FINGERPRINT: base_sha256, **digests})
     (directory / WEIGHTS).write_bytes(_in_order(content))
     write_prompt_style(directory, StyleSettings.of(prompt_style))
 
@@ -200,10 +202,11 @@ def load_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> None:
 def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, Tensor]:
     """Read the matrices of an adapter, which must be exactly those of the model with LoRA, in name and shape."""
     handle = open_safetensors(adapter_dir / WEIGHTS)
-    trained_on = (handle.metadata() or {}).get(FINGERPRINT)
-    if trained_on is not None and trained_on != base.fingerprint():
-        hint = "name the one that it was trained on"
-        raise LitLoraError(f"the adapter in {adapter_dir} was trained on a base other than {base.dir}; {hint}")
+    metadata = handle.metadata() or {}
+    trained_on = metadata.get(FINGERPRINT)
+    if trained_on is not None and (differing := base.difference(trained_on, metadata.get(TENSORS))):
+        fault = f"was trained on a base other than {base.dir} ({differing})"
+        raise LitLoraError(f"the adapter in {adapter_dir} {fault}; name the one that it was trained on")
     expected = {name: tuple(parameter.shape) for name, parameter in saved_tensors(model).items()}
     stored = {_layer_key(name): handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     if fault := _misfit(stored, expected, base):

@@ -1,8 +1,10 @@
 """A checkpoint folder of the Hub: its config.json, its weights, and the model that they make."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Set
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -14,7 +16,7 @@ from litlora.models.checkpoint_files import CheckpointFiles, first_three
 from litlora.models.config import GPTConfig
 from litlora.models.families import family_of
 from litlora.models.transformer import GPT
-from litlora.models.weights import Weights, fingerprint, unsupported_dtype
+from litlora.models.weights import DIGITS, Weights, fingerprint, tensor_digests, unsupported_dtype
 from litlora.nn.nf4 import NF4Linear, Quantization
 from litlora.utils.console import log
 
@@ -35,7 +37,6 @@ class Checkpoint:
         self.family, _ = family_of(hub_config)
         self._model_names: dict[str, str] = {}
         """The model's names of tensors by the checkpoint's."""
-        self._fingerprint: str | None = None
 
     @classmethod
     def open(cls, folder: Path | CheckpointFiles) -> Self:
@@ -48,10 +49,34 @@ class Checkpoint:
         return checkpoint
 
     def fingerprint(self) -> str:
-        """Return the hash that tells these weights from those of another base."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.weights.files)
-        return self._fingerprint
+        """Return the hash that tells these weights from those of another base, however they are stored."""
+        return sha256(json.dumps(self._digests).encode()).hexdigest()
+
+    @property
+    def tensor_digests(self) -> str:
+        """A part of the hash of each tensor, in the order of their names."""
+        return "".join(digest[:DIGITS] for digest in self._digests.values())
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        stored = {name: self.weights.stored[hub_name] for hub_name, name in self._model_names.items()}
+        if self.config.tie_word_embeddings:
+            stored.pop(HEAD, None)  # a copy, which some files leave out
+        return tensor_digests(stored)
+
+    def difference(self, recorded: str, digests: str | None) -> str | None:
+        """Tell which tensors differ from a base's with this fingerprint and these digests, or None if none does."""
+        if recorded == self.fingerprint():
+            return None
+        if digests is None:  # as an earlier version recorded it, which hashed the files
+            return None if recorded == fingerprint(self.weights.files) else "its tensors differ"
+        names = list(self._digests)
+        if len(digests) != DIGITS * len(names):
+            return "it has other tensors"
+        parts = [digests[DIGITS * n : DIGITS * (n + 1)] for n in range(len(names))]
+        differing = [name for name, part in zip(names, parts, strict=True) if self._digests[name][:DIGITS] != part]
+        differing = [self.hub_name(name) for name in differing]
+        return f"{first_three(differing)} {'differs' if len(differing) == 1 else 'differ'}"
 
     def outline(self) -> GPT:
         """Build the model without its weights, on the meta device."""

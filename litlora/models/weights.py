@@ -1,8 +1,12 @@
 """The tensors of a checkpoint: headers of safetensors files, read once, and memory-mapped views of their content."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,12 @@ from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.models.checkpoint_files import weight_files
+from litlora.utils.files import HASH_THREADS
 
 SAMPLES, SAMPLE = 64, 1 << 16  # of a file that go into a fingerprint, and the bytes of each
+PIECES, PIECE = 4, 1 << 14  # of a tensor that go into its digest, and the bytes of each
+WHOLE = 1 << 22  # bytes up to which tensors are read as a whole
+DIGITS = 8  # of each tensor's digest that are recorded, to name those that differ
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MASKS = {"BOOL": torch.bool, "U8": torch.uint8}  # as which old checkpoints store causal masks
 
@@ -108,11 +116,31 @@ def open_safetensors(path: Path) -> Any:
         raise LitLoraError(f"cannot read {path}: {error}") from error
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """Identify these weights among others of the same shape, at the cost of reading a few megabytes.
+def tensor_digests(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Return a hash of each tensor by name, sorted: equal wherever and beside whatever the tensor is stored.
 
-    A SHA-256 over samples of every file, the header with names, shapes and offsets of the tensors among them.
+    It covers dtype, shape and samples of the content, so that a few megabytes are read; of a small model, all of it.
     """
+    is_small = sum(tensor.nbytes for tensor in tensors.values()) <= WHOLE
+    names = sorted(tensors)
+    with ExitStack() as stack, ThreadPoolExecutor(HASH_THREADS) as pool:
+        paths = {tensor.path for tensor in tensors.values()}
+        files = {path: stack.enter_context(path.open("rb")).fileno() for path in paths}
+        digests = pool.map(partial(_digest, files, PIECE if is_small else None), (tensors[name] for name in names))
+        return dict(zip(names, digests, strict=True))
+
+
+def _digest(files: Mapping[Path, int], step: int | None, tensor: StoredTensor) -> str:
+    """Hash a piece of a tensor at every `step` bytes, or PIECES of them."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    step = step or max(PIECE, tensor.nbytes // PIECES)
+    for start in range(0, tensor.nbytes, step):
+        digest.update(os.pread(files[tensor.path], min(PIECE, tensor.nbytes - start), tensor.start + start))
+    return digest.hexdigest()
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Identify files of weights by a SHA-256 over samples of each, at the cost of reading a few megabytes."""
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

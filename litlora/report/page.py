@@ -54,7 +54,9 @@ def page(title: str, settings: Mapping[str, Any], metrics: Sequence[Row], report
         Curve("training, smoothed", "smooth", smoothed(loss)),
         Curve("validation", "val", curve(metrics, "val_loss")),
     ]
+    by_source = report.get("val_loss_by_source") or {}
     figures = [(name, shown(report[key])) for key, name in FIGURES.items() if report.get(key) is not None]
+    figures += [(f"validation loss of {source}", shown(loss)) for source, loss in by_source.items()]
     return Environment(autoescape=True).from_string(TEMPLATE).render(
         title=title,
         adapter=report["adapter"],

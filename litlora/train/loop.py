@@ -26,6 +26,7 @@ from litlora.data.batching import (
 from litlora.distributed.process_group import Ranks
 from litlora.errors import LitLoraError
 from litlora.evaluation.engine import Engine
+from litlora.evaluation.validation import ValLoss
 from litlora.lora.layer import lora_parameters
 from litlora.train.metrics import row
 from litlora.train.optimizers import set_learning_rate
@@ -45,7 +46,7 @@ class Run:
     train: TrainArgs
     eval: EvalArgs
     seed: int
-    validate: Callable[[int], float]
+    validate: Callable[[int], ValLoss]
     """Validates the present adapter, prints what the validation of this step shows, and returns the loss."""
     folder: RunFolder
     stop: StopRequest
@@ -57,7 +58,7 @@ def fit(run: Run, progress: Progress) -> None:
     epochs = steps(run.samples, run.train.global_batch_size, run.seed, after=progress.step, total=total)
     with tqdm(total=total, initial=progress.step, unit="step", file=sys.stderr, mininterval=_bar_interval()) as bar:
         if progress.step == 0 and run.eval.initial_validation:
-            run.folder.log(step=0, epoch=0, val_loss=run.validate(0))
+            run.folder.log(step=0, epoch=0, val_loss=run.validate(0).mean)
         for epoch, step, batch in epochs:
             if is_out_of_patience(progress.best, run.eval.patience, progress.step):
                 break

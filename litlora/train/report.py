@@ -27,6 +27,8 @@ class Report:
     """Of the last epoch, as it was trained."""
     val_loss: float | None
     """Of the final adapter; None if its step was not validated."""
+    val_loss_by_source: dict[str, float] | None
+    """The same for the rows of each source, by its name; None if they have one."""
     val_perplexity: float | None
     steps: int
     supervised_tokens: int
@@ -55,6 +57,7 @@ class Report:
         gpt: GPT,
         progress: Progress,
         val_loss: float | None,
+        by_source: dict[str, float],
         adapter: str,
         findings: Sequence[Finding],
         template_date: str | None,
@@ -65,6 +68,7 @@ class Report:
         return cls(
             train_loss=progress.train_loss,
             val_loss=val_loss,
+            val_loss_by_source=by_source or None,
             val_perplexity=perplexity(val_loss),
             steps=progress.step,
             supervised_tokens=progress.supervised_tokens,

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from litlora.args.common import plain
@@ -20,6 +21,8 @@ AUTO = "auto"  # of --resume
 COUNTERS = "training_state.json"
 """A file that a folder has from which a run can resume."""
 BASE, START = "the base's weights", "the files of --init_adapter"
+TENSORS, ROWS, TOKENS = "tensors of the base", "rows of ", "tokens of "
+"""Details of the base, and of each split by its name."""
 TOKENIZATION = {"ids": "of the tokenizer's file"}
 """How this version tokenizes: an earlier one followed tokenizer_class where transformers does, and recorded nothing."""
 # Settings that say where, how fast or how often, but not what comes out of a step; folders count by their content.
@@ -41,27 +44,38 @@ class Identity:
     settings: dict[str, Any]
     contents: dict[str, str]
     """Hashes of what the settings name, by a name for each; that of the base goes by BASE."""
+    details: dict[str, str] = field(default_factory=dict)
+    """Hashes that tell what differs where contents do."""
 
     @classmethod
-    def of(cls, args: FinetuneLoraArgs, contents: dict[str, str]) -> Self:
+    def of(cls, args: FinetuneLoraArgs, contents: dict[str, str], details: Mapping[str, str] | None = None) -> Self:
         """Take the settings that matter."""
-        return cls({name: value for name, value in _flat(plain(args)) if name not in WITHOUT_EFFECT}, contents)
+        settings = {name: value for name, value in _flat(plain(args)) if name not in WITHOUT_EFFECT}
+        return cls(settings, contents, dict(details or {}))
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint."""
-        content = {"settings": self.settings, "contents": self.contents}
+        content = {"settings": self.settings, "contents": self.contents, "details": self.details}
         (folder / RUN).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def check(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint of another run, and list where they differ; a run may become longer."""
+    def check(self, checkpoint: Path, explain: Mapping[str, "Explain"] = MappingProxyType({})) -> None:
+        """Refuse a checkpoint of another run, and list where they differ; a run may become longer.
+
+        Contents that differ are explained if the settings agree.
+        """
         try:
             was = Identity(**read_json(checkpoint / RUN))
-            changes = [*_changed_settings(was.settings, self.settings), *_changed(was.contents, self.contents)]
+            settings = list(_changed_settings(was.settings, self.settings))
+            changes = [*settings, *_changed(was, checkpoint, self.contents, {} if settings else explain)]
         except (AttributeError, TypeError) as error:
             raise LitLoraError(f"{checkpoint / RUN} is not as litlora writes it: {error}") from error
         if changes:
             hint = "resume with the settings of that run, or start a new one in another --out_dir"
             raise LitLoraError(f"--resume {checkpoint} would not continue the same run: {', '.join(changes)}; {hint}")
+
+    def with_details(self, details: Mapping[str, str]) -> Self:
+        """Return the same identity with more details."""
+        return replace(self, details={**self.details, **details})
 
     def changed_settings(self, settings: Mapping[str, Any]) -> list[str]:
         """Describe each setting that differs from those of a run, as its hyperparameters.yaml has them."""
@@ -91,14 +105,30 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    names = [name for name in now if name not in TOKENIZATION and was.get(name) != now[name]]
-    is_older = bool(now.keys() & TOKENIZATION.keys() - was.keys())
-    cause = " (an earlier version of litlora tokenized them by tokenizer_class, this one follows the tokenizer's file)"
-    left_out = ["--init_adapter is left out"] if now and START in was.keys() - now.keys() else []
-    return left_out + [
-        f"{name} have changed{cause if is_older and name not in (BASE, START) else ''}" for name in names
-    ]
+Explain = Callable[[Identity, Path], str | None]
+"""Tells how a content of a run and its checkpoint differs from the present one; None if only the hash does."""
+
+
+def _changed(was: Identity, checkpoint: Path, now: Mapping[str, str], explain: Mapping[str, Explain]) -> Iterator[str]:
+    if now and START in was.contents.keys() - now.keys():
+        yield "--init_adapter is left out"
+    for name in now:
+        if name not in TOKENIZATION and was.contents.get(name) != now[name]:
+            change = explain[name](was, checkpoint) if name in explain else describe(name, was)
+            if change is not None:
+                yield change
+
+
+def describe(name: str, was: Identity) -> str:
+    """Describe a content that differs."""
+    is_older = name not in (BASE, START) and TOKENIZATION.keys() - was.contents.keys()
+    cause = "an earlier version of litlora tokenized them by tokenizer_class, this one follows the tokenizer's file"
+    return f"{name} have changed ({cause})" if is_older else f"{name} have changed"
+
+
+def split_content(name: str) -> str:
+    """Return the name of the content of a split's tokens."""
+    return f"the rows or the tokenizer of {name}"
 
 
 Check = Callable[[Path], str | None]

@@ -5,12 +5,12 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from torch.optim import Optimizer
@@ -32,6 +32,8 @@ from litlora.train.resume import (
     AUTO,
     BASE,
     METRICS,
+    TENSORS,
+    Explain,
     Identity,
     checkpoints_in,
     is_local,
@@ -92,15 +94,19 @@ class RunFolder:
         """The step folders, the oldest first."""
         return checkpoints_in(self.path)
 
-    def check(self) -> Path | None:
+    def check(self, explain: Mapping[str, Explain]) -> Path | None:
         """Return the checkpoint to start from, or None for a run from the start; nothing is created or removed.
 
         Refuses a folder that holds another run, or no intact checkpoint of this one.
         """
         start = starting_point(self.args)
         if start is not None:
-            self.identity.check(start)
+            self.identity.check(start, explain)
         return start
+
+    def with_details(self, details: Mapping[str, str]) -> Self:
+        """Return the same folder, whose checkpoints record more details of the run."""
+        return dataclasses.replace(self, identity=self.identity.with_details(details))
 
     def is_left_alone(self) -> bool:
         """Tell whether --resume auto finds this run finished, and refuse a finished run of other settings."""
@@ -203,7 +209,8 @@ class RunFolder:
 
     def _write_adapter(self, folder: Path, model: GPT) -> None:
         base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]
-        write_adapter(folder, model, self.lora, base_dir, base_sha256, self.prompt_style)
+        digests = self.identity.details.get(TENSORS)
+        write_adapter(folder, model, self.lora, base_dir, base_sha256, self.prompt_style, digests)
         for path in self.tokenizer_files:
             copy_own(path, folder)
 

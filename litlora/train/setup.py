@@ -21,8 +21,9 @@ from litlora.data.checks import CheckedData, CheckedSplit, Finding, refuse_error
 from litlora.data.dataset import choose_prompt_style, read_example
 from litlora.data.examples import Example
 from litlora.data.prompt_styles import AUTO, PromptStyle, StyleSettings
+from litlora.data.row_sources import RowSources, read_row_sources
 from litlora.data.split_encoder import SplitEncoder
-from litlora.data.token_cache import Split, find_split, open_splits
+from litlora.data.token_cache import Split, find_split, open_splits, peek_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.data.tokens import Tokens
 from litlora.distributed.fsdp import load_sharded
@@ -31,7 +32,7 @@ from litlora.distributed.process_group import Ranks, monitor_peers, open_fabric,
 from litlora.errors import LitLoraError
 from litlora.evaluation.engine import Engine
 from litlora.evaluation.samples import sample_completion
-from litlora.evaluation.validation import validate
+from litlora.evaluation.validation import ValLoss, parts, validate
 from litlora.export.server_limits import log_notes, refuse_faults, server_limits
 from litlora.lora.adapter_folder import CONFIG, WEIGHTS, read_prompt_style, refuse_adapter
 from litlora.lora.checkpoint import load_matrices
@@ -46,6 +47,7 @@ from litlora.models.transformer import GPT, evaluating
 from litlora.models.weights import fingerprint
 from litlora.nn.backend import backend
 from litlora.nn.nf4 import Quantization, import_bitsandbytes
+from litlora.train.changes import Open, explanations
 from litlora.train.init_adapter import continued_adapter
 from litlora.train.loop import Run, fit, loss_and_gradients
 from litlora.train.lora_flags import new_adapter
@@ -62,7 +64,19 @@ from litlora.train.metrics import peak_memory_gb
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
 from litlora.train.receipts import find_receipt
 from litlora.train.report import Report
-from litlora.train.resume import BASE, START, TOKENIZATION, Identity, checkpoints_in, no_checkpoint
+from litlora.train.resume import (
+    BASE,
+    ROWS,
+    START,
+    TENSORS,
+    TOKENIZATION,
+    TOKENS,
+    Explain,
+    Identity,
+    checkpoints_in,
+    no_checkpoint,
+    split_content,
+)
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.schedule import automatic_rate, orders, total_steps
 from litlora.train.train_state import Progress, restore_state
@@ -91,8 +105,9 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
         if ranks.broadcast_result(folder.is_left_alone):
             log(f"the run in {args.out_dir} is finished: adapter in {folder.final}")
             return Report.read(folder.final)
-        start = ranks.broadcast_result(folder.check)
+        start = ranks.broadcast_result(partial(folder.check, inputs.explanations))
         data = read_data(args, inputs, ranks)
+        folder = folder.with_details(data.digests)
         network = Network(inputs.config, folder.lora, args.precision, args.quantize, fabric.device)
         run, progress = build_run(args, inputs, data, network, folder, fabric, ranks, stop, start)
         if inputs.style_choice:
@@ -111,7 +126,7 @@ def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str
         inputs = find_inputs(args, base, fabric.device, ranks)
         args = inputs.args
         folder = run_folder(args, inputs, ranks)
-        ranks.broadcast_result(folder.check)
+        ranks.broadcast_result(partial(folder.check, inputs.explanations))
         data = read_data(args, inputs, ranks)
         network = Network(inputs.config, folder.lora, args.precision, args.quantize, fabric.device)
         log_adapter(folder, inputs.config)
@@ -160,10 +175,26 @@ class Inputs:
     @property
     def hashes(self) -> dict[str, str]:
         """Hashes of the base's weights and of the tokens of each split, and how this version tokenizes."""
-        tokens = {f"the rows or the tokenizer of {split.path.name}": split.name for split in self.splits}
+        tokens = {split_content(split.path.name): split.name for split in self.splits}
         files = [self.init_adapter / WEIGHTS, self.init_adapter / CONFIG] if self.init_adapter else []
         start = {START: fingerprint(files)} if files else {}
         return {BASE: self.checkpoint.fingerprint()} | tokens | TOKENIZATION | start
+
+    @property
+    def details(self) -> dict[str, str]:
+        """Hashes that tell what differs from a run: those of the base's tensors, and of the rows."""
+        rows = {ROWS + split.path.name: split.content for split in self.splits}
+        return {TENSORS: self.checkpoint.tensor_digests} | rows
+
+    @property
+    def open(self) -> Open:
+        """What opens the splits; a dry run leaves the token cache as it is."""
+        return peek_splits if self.args.dry_run else open_splits
+
+    @property
+    def explanations(self) -> dict[str, Explain]:
+        """What tells how base and tokens differ from those of a run."""
+        return explanations(self.checkpoint, self.encoder, self.splits, self.open)
 
 
 def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: torch.device, ranks: Ranks) -> Inputs:
@@ -229,7 +260,7 @@ def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolde
     ranks.require_identical(hashes)
     kind = RunFolder if ranks.is_first else ReadOnlyRunFolder
     style = replace(inputs.encoder.prompt_style, date=inputs.encoder.date)
-    return kind(args, inputs.lora, inputs.tokenizer.files, Identity.of(args, hashes), style)
+    return kind(args, inputs.lora, inputs.tokenizer.files, Identity.of(args, hashes, inputs.details), style)
 
 
 @dataclass(frozen=True)
@@ -240,26 +271,31 @@ class Data:
     val: Samples
     example: Example
     findings: list[Finding]
+    val_sources: RowSources
+    digests: dict[str, str]
+    """Hashes of the tokens of each split, as a run records them."""
 
 
 def read_data(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> Data:
     """Open the splits as tokens; those that are not cached yet are tokenized by rank 0."""
     example = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
     with ranks.first_ahead():
-        opened = open_splits(inputs.splits, inputs.encoder)
+        opened = inputs.open(inputs.splits, inputs.encoder)
     named = {split.path.name: tokens for split, tokens in zip(inputs.splits, opened, strict=True)}
     limit, most = inputs.max_seq_length, args.train.micro_batch_tokens
     findings = check_splits(inputs, opened)
     train, val = (samples_of(name, tokens, limit, most) for name, tokens in named.items())
     for finding in findings:
         log(str(finding))
-    return Data(train, val, example, findings)
+    digests = {TOKENS + name: tokens.digest for name, tokens in named.items()}
+    return Data(train, val, example, findings, read_row_sources(args.data_dir / "val.jsonl"), digests)
 
 
 def check_splits(inputs: Inputs, opened: Sequence[Tokens]) -> list[Finding]:
     """Run the checks of the data, and refuse data with an error."""
     splits = [CheckedSplit(split.path, tokens) for split, tokens in zip(inputs.splits, opened, strict=True)]
-    findings = run_checks(CheckedData(splits, inputs.max_seq_length, inputs.config.vocab_size))
+    vocabulary = inputs.tokenizer.vocab_size
+    findings = run_checks(CheckedData(splits, inputs.max_seq_length, inputs.config.vocab_size, vocabulary))
     refuse_errors(findings)
     return findings
 
@@ -285,7 +321,7 @@ def build_run(
     workers = 1 if isinstance(gpt, FSDPModule) else network.backend.workers(args.train.parallel_micro_batches)
     engine = Engine(gpt, fabric, args.precision, network.backend.worker_pool(workers), ranks)
     completion = partial(sample_completion, engine, inputs.tokenizer, inputs.style, data.example)
-    loss = partial(validate, engine, data.val, Batching.of(args.train), args.eval.max_iters)
+    loss = partial(validate, engine, data.val, Batching.of(args.train), args.eval.max_iters, data.val_sources)
     limit = args.eval.max_new_tokens
     show = partial(validate_and_print, loss, partial(completion, limit) if limit else None)
     run = Run(engine, cast(Optimizer, wrapped), data.train, args.train, args.eval, args.seed, show, folder, stop)
@@ -302,10 +338,10 @@ def is_sharded(args: FinetuneLoraArgs, network: Network, data: Data, ranks: Rank
     return bool(ranks.all_reduce_max(int(not has_room(free, network, load, args.optimizer))))
 
 
-def validate_and_print(loss: Callable[[], float], completion: Callable[[], str] | None, step: int) -> float:
+def validate_and_print(loss: Callable[[], ValLoss], completion: Callable[[], str] | None, step: int) -> ValLoss:
     """Validate, and print the loss and a sample completion on stderr."""
     val_loss = loss()
-    tqdm.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
+    tqdm.write(f"step {step}: validation loss {val_loss}", file=sys.stderr)
     if completion is not None:
         tqdm.write(completion(), file=sys.stderr)
     return val_loss
@@ -319,10 +355,14 @@ def carry_out(run: Run, progress: Progress, start: Path | None, inputs: Inputs, 
             initialize_adapter(run, inputs.checkpoint)
         with run.stop.handling_signals():
             fit(run, progress)
-        val_loss = select_final_adapter(run.engine.gpt, progress)
+        val_loss, by_source = select_final_adapter(run.engine.gpt, progress)
         date = run.folder.prompt_style.date
         before, rate = run.folder.start_val_loss(), run.train.peak_rate
-        report = Report.of(run.engine.gpt, progress, val_loss, run.folder.adapter, findings, date, before, rate)
+        report = Report.of(
+            run.engine.gpt, progress, val_loss, by_source, run.folder.adapter, findings, date, before, rate
+        )
+        if by_source:
+            log(f"validation loss by source: {parts(by_source)}")
         if report.warning:
             log(f"warning: {report.warning}")
         receipt = find_receipt(run.folder, run.engine, inputs.checkpoint, inputs.tokenizer)
@@ -389,16 +429,19 @@ def restore(checkpoint: Checkpoint, start: Path | None, gpt: GPT, optimizer: Opt
     return restore_state(start, optimizer)
 
 
-def select_final_adapter(gpt: GPT, progress: Progress) -> float | None:
-    """Load the best adapter into the model, if it was retained; return the validation loss of the final adapter."""
+def select_final_adapter(gpt: GPT, progress: Progress) -> tuple[float | None, dict[str, float]]:
+    """Load the best adapter into the model, if it was retained.
+
+    Return the validation loss of the final adapter, and that of each source.
+    """
     best = progress.best
     if not best.matrices:
-        return progress.val_loss
+        return progress.val_loss, progress.val_loss_by_source
     log(f"the best validation loss is that of step {best.step}: {best.loss:.4f}")
     with torch.no_grad():
         for name, parameter in lora_parameters(gpt).items():
             parameter.copy_(best.matrices[name])
-    return best.loss
+    return best.loss, best.by_source
 
 
 def log_plan(run: Run) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from litlora.errors import LitLoraError
+from litlora.evaluation.validation import ValLoss
 from litlora.train.resume import COUNTERS
 from litlora.utils.files import read_json
 
@@ -37,6 +38,8 @@ class Best:
     """The lowest validation loss of a run so far."""
 
     loss: float | None = None
+    by_source: dict[str, float] = field(default_factory=dict)
+    """That of each source, if the validation rows have several."""
     step: int = 0
     beaten: int = 0
     """How many validations in a row since then have not been better."""
@@ -61,6 +64,8 @@ class Progress:
     epoch_supervised_tokens: int = 0
     val_loss: float | None = None
     """Validation loss after the present step, if one was taken."""
+    val_loss_by_source: dict[str, float] = field(default_factory=dict)
+    """That of each source, if the validation rows have several."""
     best: Best = field(default_factory=Best)
 
     def add(self, epoch: int, result: StepResult) -> None:
@@ -68,19 +73,19 @@ class Progress:
         if epoch != self.epoch:
             self.epoch, self.epoch_loss, self.epoch_supervised_tokens = epoch, 0.0, 0
         self.step += 1
-        self.val_loss = None
+        self.val_loss, self.val_loss_by_source = None, {}
         self.tokens += result.tokens
         self.supervised_tokens += result.supervised_tokens
         self.seconds += result.seconds
         self.epoch_loss += result.loss * result.supervised_tokens
         self.epoch_supervised_tokens += result.supervised_tokens
 
-    def validated(self, loss: float, matrices: Mapping[str, Tensor]) -> None:
+    def validated(self, loss: ValLoss, matrices: Mapping[str, Tensor]) -> None:
         """Record the validation loss after the present step, and its adapter if it is the best so far."""
-        self.val_loss = loss
-        if self.best.loss is None or loss < self.best.loss:
+        self.val_loss, self.val_loss_by_source = loss.mean, loss.by_source
+        if self.best.loss is None or loss.mean < self.best.loss:
             matrices = {name: matrix.detach().to("cpu", copy=True) for name, matrix in matrices.items()}
-            self.best = Best(loss, self.step, matrices=dict(matrices))
+            self.best = Best(loss.mean, loss.by_source, self.step, matrices=dict(matrices))
         else:
             self.best.beaten += 1
 

@@ -6,10 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from litlora.data.checks import CheckedData, CheckedSplit, Finding, Severity, refuse_errors, run_checks
+from litlora.data.checks import (
+    CheckedData,
+    CheckedSplit,
+    Finding,
+    Severity,
+    length_of_most,
+    refuse_errors,
+    run_checks,
+)
 from litlora.data.prompt_styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import find_split, open_splits
@@ -17,6 +26,7 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 
 Row = dict[str, Any]
+CUTS = ("response_lost", "response_cut", "end_cut")
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 GOOD: list[Row] = [
     {"instruction": f"Name the letter of number {n} in this short list.", "output": f"It is {word}, of course."}
@@ -35,18 +45,16 @@ def chat(*contents: str, **last: Any) -> Row:
 
 
 @pytest.fixture
-def check(tiny, tmp_path) -> Callable[..., list[Finding]]:
-    """Return a function that writes data and returns what the checks find about it."""
+def opened(tiny, tmp_path) -> Callable[..., list[CheckedSplit]]:
+    """Return a function that writes and tokenizes data."""
 
     def run(
         train: list[Row],
         val: list[Row] = VAL,
         style: str = "alpaca",
         template: str = CHAT,
-        limit: int = 10_000,
-        embedding: int = 300,
         added: tuple[str, ...] = (),
-    ) -> list[Finding]:
+    ) -> list[CheckedSplit]:
         base, data = (tmp_path / name for name in ("base", "data"))
         shutil.copytree(tiny, base)
         (base / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -59,9 +67,18 @@ def check(tiny, tmp_path) -> Callable[..., list[Finding]]:
             (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         encoder = SplitEncoder(Tokenizer(base), StyleSettings(style), mask_prompt=True)
         splits = [find_split(data / f"{name}.jsonl", encoder) for name in ("train", "val")]
-        opened = open_splits(splits, encoder)
-        checked = [CheckedSplit(Path(split.path.name), tokens) for split, tokens in zip(splits, opened, strict=True)]
-        return run_checks(CheckedData(checked, limit, embedding))
+        tokens = open_splits(splits, encoder)
+        return [CheckedSplit(Path(split.path.name), each) for split, each in zip(splits, tokens, strict=True)]
+
+    return run
+
+
+@pytest.fixture
+def check(opened) -> Callable[..., list[Finding]]:
+    """Return a function that writes data and returns what the checks find about it."""
+
+    def run(train: list[Row], *, limit: int = 10_000, **settings: Any) -> list[Finding]:
+        return run_checks(CheckedData(opened(train, **settings), limit, embedding=300, vocabulary=300))
 
     return run
 
@@ -120,6 +137,59 @@ def test_style_that_ends_with_a_blank_is_found(check):
     row = {"instruction": "What is a lime?", "output": "and so it is green, and sour."}  # " and" is a token
     (finding,) = check([*GOOD, row], style="Q: {instruction}\nA: ")
     assert (finding.check, finding.count, finding.first) == ("prompt_not_prefix", 1, "train.jsonl line 9")
+
+
+def test_bos_of_style_and_template_is_found_twice(check):
+    (finding,) = check(GOOD, style="chat", template="{{ bos_token }}" + CHAT)
+    assert (finding.check, finding.count, finding.first) == ("bos_twice", 9, "train.jsonl line 1")
+
+
+def test_each_kind_of_truncation_is_told_from_the_others(opened):
+    """The last token of a row is a label only, so that a limit of one token less keeps all."""
+    row = {"instruction": "Count.", "output": "one two three " * 100}
+    splits = opened([row])[:1]
+    whole, first = int(splits[0].tokens.about["last_label"][0]) + 1, int(splits[0].tokens.first_labels[0])
+    kinds = {
+        whole: None,
+        whole - 1: "end_cut",
+        whole - 2: "response_cut",
+        first + 1: "response_cut",
+        first: "response_lost",
+    }
+    for limit, kind in kinds.items():
+        found = [(f.check, f.count, f.first) for f in run_checks(CheckedData(splits, limit, 300))]
+        assert found == ([(kind, 1, "train.jsonl line 1")] if kind else []), limit
+
+
+def test_limit_that_leaves_99_percent_whole_is_named(opened):
+    rows = [{"instruction": f"Say {n}.", "output": "x" * n} for n in range(1, 201)]
+    splits = opened(rows)
+    most = length_of_most(np.diff(splits[0].tokens.offsets) - 1)
+    cut = {limit: sum(f.count for f in run_checks(CheckedData(splits, limit, 300)) if f.check in CUTS)
+           for limit in (most, most - 1)}  # fmt: skip
+    assert cut[most] <= 2 < cut[most - 1]
+    (finding,) = [f for f in run_checks(CheckedData(splits, most, 300)) if f.check == "response_cut"]
+    assert finding.consequence == f"{most:,} would leave 99 % of the rows whole"
+
+
+def test_tokens_beyond_the_embedding_that_no_row_has_are_a_note(opened):
+    splits = opened(GOOD, added=("<new>", "<newer>"))
+    (finding,) = run_checks(CheckedData(splits, 10_000, embedding=300, vocabulary=302))
+    assert str(finding) == (
+        "note: the tokenizer has 2 more tokens than the model's embedding has rows (300): "
+        "no row of the data has one of them"
+    )
+
+
+def test_a_row_of_several_sequences_counts_once(opened):
+    """The template strips the reasoning from history, so that each answer is a sequence of its own."""
+    stripped = "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}"
+    template = CHAT.replace("{{ m.content }}", stripped)
+    answer = "<think>\nHm, so many words.\n</think>\n\nIt is a letter."
+    splits = opened([chat("One?", answer, "Two?", answer)], style="chat", template=template)
+    assert len(splits[0].tokens.about) == 2
+    (finding,) = [f for f in run_checks(CheckedData(splits, 20, 300)) if f.first.startswith("train")]
+    assert finding.count == 1
 
 
 def test_data_without_a_label_is_an_error(check):

@@ -11,7 +11,17 @@ import pytest
 from litlora.data import split_encoder
 from litlora.data.prompt_styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
-from litlora.data.token_cache import ABOUT, FIRST_LABELS, FOLDER, IDS, MANIFEST, OFFSETS, find_split, open_splits
+from litlora.data.token_cache import (
+    ABOUT,
+    FIRST_LABELS,
+    FOLDER,
+    IDS,
+    MANIFEST,
+    OFFSETS,
+    find_split,
+    open_splits,
+    peek_splits,
+)
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 
@@ -34,10 +44,10 @@ def data(data_dir, tmp_path) -> Path:
     return Path(shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns(FOLDER)))
 
 
-def open_all(data: Path, encoder: SplitEncoder) -> list[list[np.ndarray]]:
+def open_all(data: Path, encoder: SplitEncoder, opener=open_splits) -> list[list[np.ndarray]]:
     """Return the four arrays of both splits."""
     splits = [find_split(data / f"{name}.jsonl", encoder) for name in ("train", "val")]
-    return [list(tokens[:4]) for tokens in open_splits(splits, encoder)]
+    return [list(tokens[:4]) for tokens in opener(splits, encoder)]
 
 
 def copied(splits: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
@@ -65,16 +75,16 @@ def test_tokens_are_cached_beside_the_data(data, encoder):
 
 def test_cache_key_depends_on_everything_that_decides_tokens(data, encoder, tokenizer, pico):
     train = data / "train.jsonl"
-    keys = [
-        encoder.key(train),
-        SplitEncoder(tokenizer, StyleSettings("none"), True).key(train),
-        SplitEncoder(tokenizer, StyleSettings("{instruction}"), True).key(train),
-        SplitEncoder(tokenizer, StyleSettings("alpaca"), False).key(train),
-        SplitEncoder(Tokenizer(pico), StyleSettings("alpaca"), True).key(train),
-        encoder.key(data / "val.jsonl"),
+    encoders = [
+        encoder,
+        SplitEncoder(tokenizer, StyleSettings("none"), True),
+        SplitEncoder(tokenizer, StyleSettings("{instruction}"), True),
+        SplitEncoder(tokenizer, StyleSettings("alpaca"), False),
+        SplitEncoder(Tokenizer(pico), StyleSettings("alpaca"), True),
     ]
+    keys = [find_split(train, each).name for each in encoders] + [find_split(data / "val.jsonl", encoder).name]
     train.write_bytes(train.read_bytes().replace(b"pear", b"lime", 1))
-    keys.append(encoder.key(train))
+    keys.append(find_split(train, encoder).name)
     assert len(set(keys)) == len(keys)
 
 
@@ -84,7 +94,7 @@ def test_cache_key_depends_on_the_chat_template(data, tiny, tmp_path):
         folder = Path(shutil.copytree(tiny, tmp_path / f"tiny{len(keys)}"))
         each = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
         (folder / "chat_template.jinja").write_text(system + each, encoding="utf-8")
-        keys.add(SplitEncoder(Tokenizer(folder), StyleSettings("chat"), True).key(data / "train.jsonl"))
+        keys.add(find_split(data / "train.jsonl", SplitEncoder(Tokenizer(folder), StyleSettings("chat"), True)).name)
     assert len(keys) == 2
 
 
@@ -135,6 +145,32 @@ def test_unwritable_cache_is_temporary(data, encoder, capsys, tmp_path, monkeypa
         "the token cache is not saved, and the next run will tokenize again\n"
     )
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["none", "train", "corrupt", "all"])
+def test_peeking_leaves_the_data_as_they_are(data, encoder, change, tmp_path, monkeypatch):
+    expected = copied(open_all(data, encoder))
+    if change == "train":
+        shutil.rmtree(folders(data)[0])
+    if change == "corrupt":
+        flip_bit(folders(data)[0] / IDS)
+    if change == "all":
+        shutil.rmtree(data / FOLDER)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    before = {path: path.stat().st_mtime_ns for path in (data, *data.rglob("*"))}
+    assert_same(open_all(data, encoder, peek_splits), expected)
+    assert {path: path.stat().st_mtime_ns for path in (data, *data.rglob("*"))} == before
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_equal_tokens_have_equal_digests(data, encoder, tokenizer):
+    splits = [find_split(data / f"{name}.jsonl", encoder) for name in ("train", "val")]
+    digests = [tokens.digest for tokens in open_splits(splits, encoder)]
+    assert digests == [tokens.digest for tokens in peek_splits(splits, encoder)]
+    other = SplitEncoder(tokenizer, StyleSettings("alpaca"), mask_prompt=False)
+    digests += [tokens.digest for tokens in peek_splits([find_split(data / "val.jsonl", other)], other)]
+    assert len(set(digests)) == 3
 
 
 def test_concurrent_runs_share_the_cache(data, encoder):

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
+from litlora.data.row_sources import about_sources
 from litlora.distributed.launcher import PEER_FAILED
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.nf4 import Quantization
@@ -31,11 +32,13 @@ NF4 = ["--quantize", "bnb.nf4", "--lora_init", "fisher"]
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory) -> Path:
-    """Return data whose last global batch of an epoch has two rows, for four processes."""
+    """Return data whose last global batch of an epoch has two rows, for four processes, with two sources in val."""
     folder = tmp_path_factory.mktemp("few")
     for name, many in (("train", 22), ("val", 9)):
         lines = (ROOT / f"data/pico/{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:many]), encoding="utf-8")
+    about = about_sources(["a", "a", "b"] * 3, (folder / "val.jsonl").read_bytes().splitlines(keepends=True))
+    (folder / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
     return folder
 
 
@@ -73,6 +76,8 @@ def assert_same(one: Path, other: Path) -> None:
     reports = [json.loads((folder / "final/report.json").read_text()) for folder in (one, other)]
     for name in ("steps", "tokens", "supervised_tokens", "trainable_parameters"):
         assert reports[0][name] == reports[1][name]
+    assert reports[0]["val_loss_by_source"] == pytest.approx(reports[1]["val_loss_by_source"], rel=1e-4)
+    assert reports[0]["val_loss_by_source"].keys() == {"a", "b"}
     for row, same in zip(rows(one), rows(other), strict=True):
         for name in ("loss", "val_loss", "grad_norm"):
             assert (row[name] == same[name] == "") or float(row[name]) == pytest.approx(float(same[name]), rel=1e-4)

@@ -1,5 +1,6 @@
 """Validation and sample completions need a model and data: neither optimizer nor output folder."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lightning_fabric import Fabric
 from litlora.data.batching import Batching, Samples
 from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import StyleSettings
+from litlora.data.row_sources import RowSources
 from litlora.data.token_cache import SplitEncoder, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.distributed.process_group import Ranks
@@ -43,10 +45,10 @@ def samples(tokenizer: Tokenizer, data_dir: Path) -> Samples:
     return Samples(tokens, 500)
 
 
-def loss_by_transformers(checkpoint: Path, samples: Samples, count: int) -> float:
-    """Return the mean loss over the supervised tokens of the first samples."""
+def loss_by_transformers(checkpoint: Path, samples: Samples, indices: Iterable[int]) -> float:
+    """Return the mean loss over the supervised tokens of samples."""
     model, losses = hugging_face(checkpoint), []
-    for sample in (samples[index] for index in range(count)):
+    for sample in (samples[index] for index in indices):
         with torch.no_grad():
             logits = model(sample.tokens[None]).logits[0]
         supervised = sample.labels >= 0
@@ -56,14 +58,27 @@ def loss_by_transformers(checkpoint: Path, samples: Samples, count: int) -> floa
 
 @pytest.mark.parametrize("batching", [Batching(16, 1), Batching(2, 2), Batching(16, 4, micro_batch_tokens=500)])
 def test_validation_loss_equals_that_of_transformers(engine, samples, tiny, batching):
-    expected = loss_by_transformers(tiny, samples, len(samples))
-    assert validate(engine, samples, batching) == pytest.approx(expected, abs=1e-5)
+    expected = loss_by_transformers(tiny, samples, range(len(samples)))
+    loss = validate(engine, samples, batching)
+    assert loss.mean == pytest.approx(expected, abs=1e-5)
+    assert loss.by_source == {}
+    assert str(loss) == f"{loss.mean:.4f}"
     assert engine.gpt.training
 
 
+@pytest.mark.parametrize("batching", [Batching(16, 1), Batching(2, 2), Batching(16, 4, micro_batch_tokens=500)])
+def test_each_source_has_the_loss_of_its_rows(engine, samples, tiny, batching):
+    """The first and the last of the three rows are of one source, the row between them of another."""
+    loss = validate(engine, samples, batching, sources=RowSources(("a", "b", "none"), (0, 1, 0)))
+    expected = {"a": loss_by_transformers(tiny, samples, [0, 2]), "b": loss_by_transformers(tiny, samples, [1])}
+    assert loss.by_source == pytest.approx(expected, abs=1e-5)
+    assert loss.mean == pytest.approx(loss_by_transformers(tiny, samples, range(3)), abs=1e-5)
+    assert str(loss) == f"{loss.mean:.4f} (a {loss.by_source['a']:.4f}, b {loss.by_source['b']:.4f})"
+
+
 def test_max_iters_limits_the_micro_batches(engine, samples, tiny):
-    expected = loss_by_transformers(tiny, samples, 2)
-    assert validate(engine, samples, Batching(16, 1), max_iters=2) == pytest.approx(expected, abs=1e-5)
+    expected = loss_by_transformers(tiny, samples, range(2))
+    assert validate(engine, samples, Batching(16, 1), max_iters=2).mean == pytest.approx(expected, abs=1e-5)
 
 
 def test_sample_completion_has_the_prompt_and_new_text(engine, tokenizer):

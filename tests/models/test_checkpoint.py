@@ -159,17 +159,82 @@ def test_tensor_in_two_files_is_refused(sharded, tmp_path):
 
 
 @pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[1]], ids=["one file", "many files"])
-def test_fingerprint_depends_on_every_byte(family: Family, make_checkpoint, tmp_path):
+def test_fingerprint_depends_on_every_byte_of_the_tensors(family: Family, make_checkpoint, tmp_path):
     folder = make_checkpoint(family, max_shard_size="20KB" if family is FAMILIES[1] else "5GB")
-    fingerprints = {fingerprint(weight_files(folder))}
-    positions = [(path, at) for path in weight_files(folder) for at in range(0, path.stat().st_size, 4999)]
+    fingerprints = {Checkpoint.open(folder).fingerprint()}
+    positions = [(path, at) for path in weight_files(folder) for at in content_of(path)[::4999]]
     assert len(positions) > 20
     for path, at in positions:
         intact = path.read_bytes()
         path.write_bytes(intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1 :])
-        fingerprints.add(fingerprint(weight_files(folder)))
+        fingerprints.add(Checkpoint.open(folder).fingerprint())
         path.write_bytes(intact)
     assert len(fingerprints) == len(positions) + 1
+
+
+def content_of(path: Path) -> range:
+    """Return the positions of the bytes behind the header of a safetensors file."""
+    content = path.read_bytes()
+    return range(8 + int.from_bytes(content[:8], "little"), len(content))
+
+
+def test_fingerprint_of_many_tensors_reads_a_part_of_each(monkeypatch, tiny):
+    """Of a large model, each tensor counts with its beginning and three more pieces."""
+    monkeypatch.setattr(weights_module, "WHOLE", 0)
+    monkeypatch.setattr(weights_module, "PIECE", 16)
+    read = []
+    monkeypatch.setattr(weights_module.os, "pread", lambda *a: read.append(a[1]) or bytes(a[1]))
+    digests = weights_module.tensor_digests(Weights(tiny).stored)
+    assert len(digests) == len(Weights(tiny))
+    assert 4 * len(digests) <= len(read) <= 5 * len(digests)
+    assert sum(read) <= 5 * 16 * len(digests)
+
+
+def reshard(folder: Path, name_order: int, shards: int, metadata: dict[str, str]) -> None:
+    """Write the weights of a checkpoint anew: in another order, in as many files, with other metadata."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)[::name_order]
+    (folder / "model.safetensors").unlink()
+    files = {f"model-{n + 1:05d}-of-{shards:05d}.safetensors": names[n::shards] for n in range(shards)}
+    for file, part in files.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata=metadata)
+    weight_map = {name: file for file, part in files.items() for name in part}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.mark.parametrize("shards", [1, 2, 7])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "pt", "made_by": "another program"}])
+def test_fingerprint_is_that_of_the_tensors_however_they_are_stored(copy, tiny, shards, metadata):
+    reshard(copy, -1, shards, metadata)
+    one, other = Checkpoint.open(copy), Checkpoint.open(tiny)
+    assert (one.fingerprint(), one.tensor_digests) == (other.fingerprint(), other.tensor_digests)
+
+
+def test_fingerprint_ignores_a_copy_of_the_tied_head_and_unused_tensors(tied):
+    before = Checkpoint.open(tied).fingerprint()
+    change(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    change(tied, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    assert Checkpoint.open(tied).fingerprint() == before
+
+
+def test_tensors_that_differ_are_named(copy, tiny):
+    was = Checkpoint.open(tiny)
+    recorded = was.fingerprint(), was.tensor_digests
+    assert Checkpoint.open(copy).difference(*recorded) is None
+    change(copy, lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert Checkpoint.open(copy).difference(*recorded) == "model.norm.weight differs"
+    change(copy, lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
+    names = "lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm.weight"
+    assert Checkpoint.open(copy).difference(*recorded) == f"{names} and {len(Weights(tiny)) - 3} more differ"
+    assert Checkpoint.open(copy).difference(recorded[0], "") == "it has other tensors"
+
+
+def test_fingerprint_of_files_as_earlier_versions_recorded_it_is_recognized(copy, tiny):
+    recorded = fingerprint(weight_files(tiny))
+    assert Checkpoint.open(copy).difference(recorded, None) is None
+    change(copy, lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert Checkpoint.open(copy).difference(recorded, None) == "its tensors differ"
 
 
 def test_fingerprint_of_a_copy_is_the_same(checkpoint, tmp_path):

@@ -106,8 +106,7 @@ def test_fewer_steps_are_refused(stopped, capsys):
 def test_other_rows_are_refused(stopped, capsys):
     rows = Path("data/train.jsonl").read_text(encoding="utf-8")
     Path("data/train.jsonl").write_text(rows.replace("green", "blue"), encoding="utf-8")
-    was = "the rows or the tokenizer of train.jsonl have changed"
-    assert refusal(capsys, "--resume", "true") == other_run(was)
+    assert refusal(capsys, "--resume", "true") == other_run("the rows of train.jsonl have changed")
 
 
 def test_tokens_of_an_earlier_version_are_named(stopped, capsys):
@@ -132,7 +131,9 @@ def test_tokens_of_an_earlier_version_are_named(stopped, capsys):
 def test_another_base_is_refused(stopped, capsys):
     weights = load_file("base/model.safetensors")
     save_file(weights | {"model.norm.weight": torch.full((32,), 2.0)}, "base/model.safetensors", {"format": "pt"})
-    assert refusal(capsys, "--resume", "true") == other_run("the base's weights have changed")
+    assert refusal(capsys, "--resume", "true") == other_run(
+        "the base's weights have changed (model.norm.weight differs)"
+    )
 
 
 def test_settings_without_effect_on_the_result_may_change(world):
@@ -329,6 +330,27 @@ def test_folders_may_be_texts():
         Path("base"), Path("data"), Path("out"), resume="auto"
     )
     assert FinetuneLoraArgs("base", "data", resume="out/step-000001").resume == Path("out/step-000001")
+
+
+def test_loss_of_each_source_is_reported(world, capsys):
+    for name, letter in (("one", "a"), ("two", "b")):
+        rows = [{"instruction": f"Write {n}.", "output": letter * n} for n in range(1, 9)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sources = ["--source", "one.jsonl", "--source", "two.jsonl"]
+    assert main(["prepare_json", *sources, "--destination_path", "mixed", "--val_split_fraction", "0.5"]) == 0
+    flags = ["--data_dir", "mixed", "--train.max_steps", 2, "--eval.keep_best", "true"]
+    assert run(*flags) == 0
+    losses = report("out/final")["val_loss_by_source"]
+    printed = f"one.jsonl {losses['one.jsonl']:.4f}, two.jsonl {losses['two.jsonl']:.4f}"
+    err = capsys.readouterr().err
+    assert f"\nvalidation loss by source: {printed}\n" in err
+    assert f"step 2: validation loss {report('out/final')['val_loss']:.4f} ({printed})\n" in err
+    assert (
+        f"validation loss of one.jsonl</td><td>{losses['one.jsonl']:.4f}" in Path("out/final/report.html").read_text()
+    )
+    shutil.rmtree("out/final")
+    assert run(*flags, "--resume", "true") == 0
+    assert report("out/final")["val_loss_by_source"] == losses
 
 
 def test_run_out_of_time_saves_and_resumes(world, capsys):
