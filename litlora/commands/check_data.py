@@ -1,8 +1,10 @@
 """check_data: what is wrong with prepared data, and what a model would learn from it, without training."""
 
 import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 import numpy as np
@@ -15,6 +17,7 @@ from litlora.data.prompt_styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import find_split, peek_splits
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.tokens import Tokens
 from litlora.data.transformers_ids import find_other_ids
 from litlora.errors import LitLoraError
 from litlora.models.checkpoint_files import read_config
@@ -42,8 +45,8 @@ def check_data(args: CheckDataArgs) -> None:
         output("\n".join([*_lengths(split, data.limit), *_cut_rows(split, data.limit)]))
     findings = [*run_checks(data), *find_other_ids(args.checkpoint_dir, encoder, [split.path for split in splits])]
     output("\n".join(map(str, findings)) or "no findings")
-    for index in range(min(args.show, len(splits[0].tokens.about))):
-        output(_shown(splits[0], index, tokenizer, in_cells=args.tokens))
+    for text in _shown(data, args.show, tokenizer, in_cells=args.tokens):
+        output(text)
     refused = [f for f in findings if f.severity is Severity.ERROR or (args.strict and f.severity is Severity.WARNING)]
     if refused:
         what = "errors or warnings" if args.strict else "errors"
@@ -78,14 +81,31 @@ def _cut_rows(split: CheckedSplit, limit: int) -> Iterator[str]:
         yield f"  and {len(longer) - CUT_ROWS:,} more"
 
 
-def _shown(split: CheckedSplit, index: int, tokenizer: Tokenizer, *, in_cells: bool) -> str:
-    """Return a sequence as it is learned: supervised tokens in colour, or else between brackets."""
-    tokens = split.tokens
+def _shown(data: CheckedData, rows: int, tokenizer: Tokenizer, *, in_cells: bool) -> Iterator[str]:
+    """Yield the sequences of the first rows as they are learned: supervised tokens in colour, or else in brackets."""
+    split = data.splits[0]
+    lines = split.tokens.about["line"]
+    for line in np.unique(lines)[:rows]:
+        first, end = np.searchsorted(lines, [line, line + 1])  # sequences are in the order of their lines
+        for number, index in enumerate(range(first, end), start=1):
+            which = f" (sequence {number} of {end - first})" if end - first > 1 else ""
+            yield f"\n--- {split.at(index)}{which}: {_counts(split.tokens, index)}"
+            yield _as_learned(split.tokens, index, data.limit, tokenizer, in_cells)
+
+
+def _counts(tokens: Tokens, index: int) -> str:
+    length, labels = int(tokens.offsets[index + 1] - tokens.offsets[index]), int(tokens.about["labels"][index])
+    return f"{length:,} tokens, {labels:,} supervised"
+
+
+def _as_learned(tokens: Tokens, index: int, limit: int, tokenizer: Tokenizer, in_cells: bool) -> str:
+    """Return the text of a sequence up to the limit, whose supervised tokens are marked."""
     stored = tokens.ids[int(tokens.offsets[index]) : int(tokens.offsets[index + 1])]
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    parts = [_marked(_text(ids, tokenizer, in_cells), learned, colour) for ids, learned in _runs(stored)]
-    title = f"--- {split.at(index)}: {len(stored):,} tokens, {int(tokens.about['labels'][index]):,} supervised"
-    return f"{title}\n{''.join(parts)}"
+    learned = stored[: limit + 1]  # the last token is a label only
+    runs = _runs(learned)
+    text = _cells(runs, tokenizer) if in_cells else "".join(_marked(_text(ids, tokenizer), on) for ids, on in runs)
+    cut = len(stored) - len(learned)
+    return f"{text}\n--- {cut:,} more tokens are cut" if cut else text
 
 
 def _runs(stored: NDArray[np.int32]) -> Iterator[tuple[list[int], bool]]:
@@ -94,13 +114,43 @@ def _runs(stored: NDArray[np.int32]) -> Iterator[tuple[list[int], bool]]:
         yield np.where(run < 0, ~run, run).tolist(), bool(run[0] >= 0)
 
 
-def _text(ids: Sequence[int], tokenizer: Tokenizer, in_cells: bool) -> str:
-    if in_cells:
-        return "".join(f"│{printable(tokenizer.visible([i]))}" for i in ids) + "│"
-    return "\n".join(map(printable, tokenizer.visible(ids).split("\n")))
+def _text(ids: Sequence[int], tokenizer: Tokenizer, line_break: str = "\n") -> str:
+    return line_break.join(map(printable, tokenizer.visible(ids).split("\n")))
 
 
-def _marked(text: str, learned: bool, colour: bool) -> str:
+def _cells(runs: Iterable[tuple[list[int], bool]], tokenizer: Tokenizer) -> str:
+    """Return a token in each cell, in lines that fit the terminal and break between cells."""
+    width, column, parts = shutil.get_terminal_size().columns, 0, []
+    for ids, learned in runs:
+        cells = ["│" + _text([token_id], tokenizer, line_break=r"\n") for token_id in ids]
+        if learned and not _has_colour():
+            cells[0], cells[-1] = f"[[{cells[0]}", f"{cells[-1]}│]]"
+        for cell in cells:
+            if column and column + _width(cell) >= width:  # one is left for the bar at the end
+                parts.append("\n")
+                column = 0
+            parts.append(_coloured(cell) if learned else cell)
+            column += _width(cell)
+    return "".join(parts) + ("" if parts[-1].endswith("]]") else "│")
+
+
+def _width(text: str) -> int:
+    """Return how many columns a text takes."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _has_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _marked(text: str, learned: bool) -> str:
     if not learned:
         return text
-    return f"{LEARNED}{text}{RESET}" if colour else f"[[{text}]]"
+    return _coloured(text) if _has_colour() else f"[[{text}]]"
+
+
+def _coloured(text: str) -> str:
+    """Colour each line by itself on a terminal: a pager may show it alone."""
+    if not _has_colour():
+        return text
+    return "\n".join(f"{LEARNED}{line}{RESET}" if line else "" for line in text.split("\n"))

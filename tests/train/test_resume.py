@@ -343,7 +343,7 @@ def test_loss_of_each_source_is_reported(world, capsys):
     losses = report("out/final")["val_loss_by_source"]
     printed = f"one.jsonl {losses['one.jsonl']:.4f}, two.jsonl {losses['two.jsonl']:.4f}"
     err = capsys.readouterr().err
-    assert f"\nvalidation loss by source: {printed}\n" in err
+    assert f"validation loss by source: {printed}\n" in err
     assert f"step 2: validation loss {report('out/final')['val_loss']:.4f} ({printed})\n" in err
     assert (
         f"validation loss of one.jsonl</td><td>{losses['one.jsonl']:.4f}" in Path("out/final/report.html").read_text()
