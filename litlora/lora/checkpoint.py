@@ -205,8 +205,9 @@ def read_matrices(model: GPT, adapter_dir: Path, base: Checkpoint) -> dict[str, 
     metadata = handle.metadata() or {}
     trained_on = metadata.get(FINGERPRINT)
     if trained_on is not None and (differing := base.difference(trained_on, metadata.get(TENSORS))):
-        fault = f"was trained on a base other than {base.dir} ({differing})"
-        raise LitLoraError(f"the adapter in {adapter_dir} {fault}; name the one that it was trained on")
+        hint = "name the one that it was trained on"
+        other = f"a base other than {base.dir} ({differing})"
+        raise LitLoraError(f"the adapter in {adapter_dir} was trained on {other}; {hint}")
     expected = {name: tuple(parameter.shape) for name, parameter in saved_tensors(model).items()}
     stored = {_layer_key(name): handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     if fault := _misfit(stored, expected, base):
