@@ -28,7 +28,7 @@ from litlora.data.dataset import read_file
 from litlora.data.encoding import encode
 from litlora.data.examples import Example, Turn
 from litlora.data.prompt_styles import ChatStyle, StyleSettings
-from litlora.data.readers import RawFile
+from litlora.data.raw_files import RawFile
 from litlora.data.row_formats import ALPACA, ANY, ParsedRow
 from litlora.data.row_store import to_line
 from litlora.data.special_tokens import SpecialTokens

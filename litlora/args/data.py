@@ -1,10 +1,14 @@
 """The flags of the prepare commands and of check_data."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from litlora.args.common import CommandArgs, SecretStr, require, require_seed, require_token
+
+NEXT_PAIR = re.compile(r",(?=\s*\w+\s*=|\s*$)")
+"""The comma before another KEY=COLUMN, or at the end."""
 
 
 def _as_list(value: str | list[str]) -> list[str]:
@@ -103,7 +107,8 @@ class PrepareJsonArgs(PrepareArgs):
 
     def column_names(self) -> dict[str, str]:
         """Return the columns by the keys that they stand for."""
-        pairs = [pair.partition("=") for pair in (self.columns or "").split(",") if pair.strip()]
+        # A comma may also be part of a column's name
+        pairs = [pair.partition("=") for pair in re.split(NEXT_PAIR, self.columns or "") if pair.strip()]
         is_right = all(name.strip() and column.strip() for name, _, column in pairs)
         require(is_right, "--columns", self.columns, "pairs such as instruction=Frage,output=Antwort")
         return {name.strip(): column.strip() for name, _, column in pairs}

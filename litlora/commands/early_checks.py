@@ -8,7 +8,7 @@ from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
 from litlora.commands.prompt import Prompt
-from litlora.data.dataset import choose_prompt_style, read_example, read_examples
+from litlora.data.dataset import choose_prompt_style, count_rows, read_example
 from litlora.data.prepare import check_paths
 from litlora.data.prompt_styles import StyleSettings
 from litlora.data.token_cache import FOLDER
@@ -101,4 +101,4 @@ def _check_rows(args: FinetuneLoraArgs) -> None:
     if not (args.data_dir / FOLDER).exists():
         for path in (train, val):
             if path.stat().st_size <= QUICK:
-                read_examples(path)
+                count_rows(path)

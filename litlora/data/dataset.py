@@ -1,17 +1,22 @@
 """Data sets as files: sources and prepared folders are read, split, and written as JSONL."""
 
 import json
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from litlora.data.examples import Example
 from litlora.data.prompt_styles import AUTO
-from litlora.data.readers import RawFile, RowError, jsonl_lines, jsonl_rows, open_file, parse_rows
+from litlora.data.raw_files import RawFile, open_file
+from litlora.data.readers import RowError, jsonl_lines, jsonl_rows, parse_rows
 from litlora.data.row_formats import ANY, ParsedRow, RowFormat
 from litlora.data.row_store import Selection
 from litlora.errors import LitLoraError
@@ -20,7 +25,6 @@ from litlora.utils.files import complete_transaction, read_json, write_transacti
 TRAIN, VAL, ABOUT = "train.jsonl", "val.jsonl", "dataset.json"
 Lines = list[bytes] | Selection
 Location = TypeVar("Location")
-Row = TypeVar("Row")
 ROWS_FOR_STYLE = 100  # of the training split, which --prompt_style auto looks at
 
 
@@ -31,9 +35,17 @@ def read_examples(path: Path) -> list[Example]:
 
 def read_located_examples(path: Path) -> list[tuple[str, Example]]:
     """Read the examples of a prepared split, each with the location of its row."""
-    with open_split(path) as file:
-        raw = RawFile.from_bytes(str(path), path.suffix, file.read())
-    return [(location, row.example) for location, row in read_file(raw, ANY)]
+    return [(location, row.example) for location, row in read_file(_raw_split(path), ANY)]
+
+
+def count_rows(path: Path) -> int:
+    """Return the number of rows of a prepared split; LitLoraError if any is invalid."""
+    return sum(1 for _ in read_file(_raw_split(path), ANY))
+
+
+def _raw_split(path: Path) -> RawFile:
+    open_split(path).close()
+    return RawFile(str(path), path.suffix, lambda: open_split(path))
 
 
 def open_split(path: Path) -> BufferedReader:
@@ -53,7 +65,7 @@ def read_example(path: Path, index: int, flag: str) -> Example:
         _, row = next(islice(rows, index, None), (0, RowError()))
     with suppress(RowError):
         return ANY.parse(row).example
-    count = len(read_examples(path))  # raises if a row is invalid
+    count = count_rows(path)  # raises if a row is invalid
     raise LitLoraError(f"{flag} ({index}) must be below the number of rows in {path.name} ({count})")
 
 
@@ -70,11 +82,31 @@ def choose_prompt_style(name: str, split: Path, chat_template: str | None) -> tu
     return choice, f"{rows_are}, and the checkpoint {template}"
 
 
-def read_file(file: RawFile, row_format: RowFormat) -> list[tuple[str, ParsedRow]]:
-    """Return every row with its location; LitLoraError if any is invalid."""
-    rows, invalid = read_rows(parse_rows(file), row_format)
-    require_rows(file.name, len(rows), [f"{location}: {error}" for location, error in invalid], row_format)
-    return rows
+@dataclass
+class Invalid:
+    """The invalid rows of a file: the first with its error, and how many there are."""
+
+    first: str = ""
+    count: int = 0
+
+    def add(self, location: object, error: object) -> None:
+        """Count the next invalid row."""
+        self.first = self.first or f"{location}: {error}"
+        self.count += 1
+
+
+def read_file(file: RawFile, row_format: RowFormat) -> Iterator[tuple[str, ParsedRow]]:
+    """Yield every row with its location; LitLoraError at the end if any is invalid."""
+    rows, invalid = 0, Invalid()
+    for location, row in parse_rows(file):
+        try:
+            parsed = row_format.parse(row)
+        except RowError as error:
+            invalid.add(location, error)
+            continue
+        rows += 1
+        yield location, parsed
+    require_rows(file.name, rows, invalid, row_format)
 
 
 def read_rows(
@@ -90,32 +122,46 @@ def read_rows(
     return parsed, invalid
 
 
-def require_rows(name: str, rows: int, invalid: Sequence[str], row_format: RowFormat) -> None:
+def require_rows(name: str, rows: int, invalid: Invalid, row_format: RowFormat) -> None:
     """Refuse a file without rows, or with invalid ones: name the first and count the others."""
-    if invalid:
-        more = f" (invalid rows after it: {len(invalid) - 1:,})" if len(invalid) > 1 else ""
-        raise LitLoraError(f"{invalid[0]}{more}; a row must look like {row_format.shape}")
+    if invalid.count:
+        more = f" (invalid rows after it: {invalid.count - 1:,})" if invalid.count > 1 else ""
+        raise LitLoraError(f"{invalid.first}{more}; a row must look like {row_format.shape}")
     if not rows:
         raise LitLoraError(f"{name} holds no rows; a row must look like {row_format.shape}")
 
 
-def split(examples: Sequence[Row], val_split_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split into training and validation examples exactly as Lit-GPT does, so that losses are comparable."""
-    # Imported late: torch takes seconds, and an invalid row is reported before that
-    from torch import Generator
-    from torch.utils.data import random_split
+def split(count: int, val_split_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return which rows are for training and for validation, as Lit-GPT splits them, so that losses are comparable.
 
-    fractions = [1 - val_split_fraction, val_split_fraction]
-    with warnings.catch_warnings(action="ignore"):  # torch warns of an empty subset; it is refused below
-        # A list has all that random_split needs of a Dataset: a length
-        subsets = random_split(examples, fractions, Generator().manual_seed(seed))  # type: ignore[arg-type, var-annotated]
-    train, val = ([examples[index] for index in subset.indices] for subset in subsets)
-    if not val:  # rounding never leaves the training split empty
+    It calls torch's random_split, of which this gives the result without torch: that takes seconds and 200 MB.
+    """
+    val_size = int(count * val_split_fraction)
+    train_size = int(count * (1 - val_split_fraction))
+    train_size, val_size = _with_remainder(train_size, val_size, count)
+    if not val_size:  # rounding never leaves the training split empty
         raise LitLoraError(
-            f"--val_split_fraction ({val_split_fraction}) leaves no row for validation ({len(examples)} in all); "
+            f"--val_split_fraction ({val_split_fraction}) leaves no row for validation ({count} in all); "
             "choose a larger fraction or add rows"
         )
-    return train, val
+    order = _permutation(count, seed)
+    return order[:train_size], order[train_size:]
+
+
+def _with_remainder(train_size: int, val_size: int, count: int) -> tuple[int, int]:
+    """Share out what rounding down has left, one row each."""
+    remainder = count - train_size - val_size
+    return train_size + (remainder + 1) // 2, val_size + remainder // 2
+
+
+def _permutation(count: int, seed: int) -> NDArray[np.int64]:
+    """Return torch's randperm: Fisher-Yates with 32 bits of the Mersenne Twister for each swap."""
+    numbers = np.random.RandomState(seed % 2**32).randint(0, 2**32, max(count - 1, 0), np.uint32)
+    others = np.arange(len(numbers)) + numbers % np.arange(count, 1, -1)
+    order = array("q", range(count))
+    for position, other in enumerate(array("q", others.tobytes())):
+        order[position], order[other] = order[other], order[position]
+    return np.array(order)
 
 
 def write_dataset(destination: Path, train: Lines, val: Lines, origin: Mapping[str, object]) -> None:

@@ -2,25 +2,42 @@
 
 import json
 from array import array
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
 
+import numpy as np
+from numpy.typing import NDArray
+
 from litlora.data.examples import Example
+
+Rows = NDArray[np.int64]
+"""Indices of rows."""
+Hashes = NDArray[np.uint64]
+"""Hashes of rows by index."""
 
 
 class Fingerprints:
     """Hashes of rows by index: equal for exact duplicates, and equal for near ones."""
 
     def __init__(self) -> None:
-        self.exact = array("Q")
-        self.near = array("Q")
+        self._exact = array("Q")
+        self._near = array("Q")
 
     def append(self, example: Example) -> None:
         """Add the hashes of the next row."""
         exact, near = digests(example)
-        self.exact.append(exact)
-        self.near.append(near)
+        self._exact.append(exact)
+        self._near.append(near)
+
+    @property
+    def exact(self) -> Hashes:
+        """Hashes that exact duplicates share."""
+        return np.array(self._exact)
+
+    @property
+    def near(self) -> Hashes:
+        """Hashes that near duplicates share."""
+        return np.array(self._near)
 
 
 def digests(example: Example) -> tuple[int, int]:
@@ -44,33 +61,41 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") | 1
 
 
-def without_repeats(indices: Iterable[int], hashes: Sequence[int]) -> list[int]:
+def without_repeats(rows: Rows, hashes: Hashes) -> Rows:
     """Return the rows that repeat no earlier one."""
-    firsts: dict[int, int] = {}
-    for index in indices:
-        firsts.setdefault(hashes[index], index)
-    return list(firsts.values())
+    _, firsts = np.unique(hashes[rows], return_index=True)
+    return rows[np.sort(firsts)]
 
 
-def repeated(indices: Iterable[int], hashes: Sequence[int], among: Iterable[int]) -> list[int]:
-    """Return the positions in `indices` of rows that are `among` other rows as well."""
-    others = {hashes[index] for index in among}
-    return [position for position, index in enumerate(indices) if hashes[index] in others]
+def repeated(rows: Rows, hashes: Hashes, among: Rows) -> NDArray[np.bool_]:
+    """Tell which rows are `among` other rows as well."""
+    return np.isin(hashes[rows], hashes[among])
 
 
-def keep_groups_together(
-    train: Sequence[int], val: Sequence[int], hashes: Sequence[int]
-) -> tuple[list[int], list[int]]:
+def keep_groups_together(train: Rows, val: Rows, hashes: Hashes) -> tuple[Rows, Rows]:
     """Move rows between the splits until those of equal hashes are on one side, and no split has grown.
 
     Without equal hashes, both splits stay as they are.
     """
-    groups = defaultdict(list)
-    for index in (*val, *train):
-        groups[hashes[index]].append(index)
-    chosen: list[int] = []
-    for group in groups.values():  # in the order of their first rows, those of the validation split before the others
-        if len(chosen) + len(group) <= len(val):
-            chosen += group
-    moved = set(chosen)
-    return [index for index in (*train, *val) if index not in moved], chosen
+    rows = np.concatenate([val, train])
+    _, firsts, group, sizes = np.unique(hashes[rows], return_index=True, return_inverse=True, return_counts=True)
+    by_first = np.argsort(firsts)  # so that groups of the validation split come before the others
+    chosen = by_first[_fitting(sizes[by_first], len(val))]
+    rank = np.full(len(sizes), -1)
+    rank[chosen] = np.arange(len(chosen))
+    ranks = rank[group]
+    is_val = ranks >= 0
+    moved = rows[is_val][np.argsort(ranks[is_val], kind="stable")]
+    return np.concatenate([train[~is_val[len(val) :]], val[~is_val[: len(val)]]]), moved
+
+
+def _fitting(sizes: NDArray[np.int64], room: int) -> list[int]:
+    """Return the positions of the groups that fill the room, each taken if it fits in what is left."""
+    chosen = []
+    for position, size in enumerate(sizes):
+        if size <= room:
+            chosen.append(position)
+            room -= int(size)
+        if not room:
+            break
+    return chosen

@@ -1,95 +1,59 @@
 """Readers of JSONL, JSON, CSV, TSV and Parquet files: rows with their locations."""
 
-import codecs
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO
 
+from litlora.data.json_text import JsonText
+from litlora.data.raw_files import BOM_UTF8, RawFile, not_utf8, read_chunks, split_lines
 from litlora.errors import LitLoraError
 from litlora.utils.console import log
 
-BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
-"""Encodings by the bytes that a file begins with, UTF-32 before UTF-16, which begins with the same two."""
-UTF8 = ("utf-8", "utf-8-sig")
 DELIMITERS = ",;\t|"
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "train")
 """Keys under which a JSON object may hold the list of its rows."""
-BLANKS = re.compile(r"[ \t\r\n]*")
-BATCH = 1000  # rows of a Parquet file that are read at once
+BATCH = 100  # rows of a Parquet file that are read at once
+BUFFER = 1 << 20  # bytes of a Parquet file that are read at once
+MAX_CELL = 16 << 20
+"""Characters of the longest cell of a CSV file, each of four bytes in memory; a longer one has an open quote."""
 
 
 class RowError(Exception):
     """What is wrong with a row; the caller adds its location."""
 
 
-@dataclass(frozen=True)
-class RawFile:
-    """A file before it is parsed, and its name in error messages."""
-
-    name: str
-    suffix: str
-    open: Callable[[], io.BufferedReader | io.BytesIO]
-    encoding: str | None = None
-    """The encoding of its text; None for the one that its byte order mark names, else UTF-8."""
-
-    @classmethod
-    def from_path(cls, path: Path, if_missing: str) -> Self:
-        """Return a file on disk that can be read; `if_missing` is the error message if there is none."""
-        open_file(path, if_missing).close()
-        return cls(str(path), path.suffix, lambda: open_file(path, if_missing))
-
-    @classmethod
-    def from_bytes(cls, name: str, suffix: str, content: bytes) -> Self:
-        """Return a file that is in memory."""
-        return cls(name, suffix, lambda: io.BytesIO(content))
-
-
-def open_file(path: Path, if_missing: str) -> io.BufferedReader:
-    """Open a file for reading; `if_missing` is the error message if there is none."""
-    try:
-        return path.open("rb")
-    except FileNotFoundError as error:
-        raise LitLoraError(if_missing) from error
-    except OSError as error:
-        raise LitLoraError(f"cannot read {path}: {error.strerror}") from error
-
-
 Rows = Iterator[tuple[str, object]]
+TYPES: dict[type, str] = {
+    dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null",
+    int: "a number", float: "a number",
+}  # fmt: skip
 
 
 def parse_rows(file: RawFile) -> Rows:
     """Yield each row with its location; instead of a row that cannot be parsed, its RowError."""
     parser = PARSERS.get(file.suffix.lower())
     if parser is None:
-        *others, last = PARSERS
-        raise LitLoraError(f"{file.name} cannot be read: its name must end in {', '.join(others)} or {last}")
+        names = f"{', '.join(TEXTS)} or .parquet, or as in rows.jsonl.gz"
+        raise LitLoraError(f"{file.name} cannot be read: its name must end in {names}")
     return parser(file)
 
 
 def json_type(value: object) -> str:
-    """Return the name of a JSON value's type, for error messages."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    """Return the name of a value's type, for error messages."""
+    return TYPES.get(type(value), f"a {type(value).__name__}")  # such as a date of a Parquet file
 
 
 def jsonl_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a .jsonl file, without a byte order mark."""
+    """Yield the lines of a prepared split, without a byte order mark."""
     file.seek(jsonl_start(file))
-    for line in file:
-        yield from line.splitlines()  # a \r alone ends a line too
+    return split_lines(str(file.name), read_chunks(file))
 
 
 def jsonl_start(file: BinaryIO) -> int:
     """Return the offset of the first line of a .jsonl file: after the byte order mark, if there is one."""
-    return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+    return len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
 
 
 def jsonl_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, object]]:
@@ -97,14 +61,14 @@ def jsonl_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, object]]:
     # Lines of bytes, since lines of a str also end at U+2028 and others that a row may contain.
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield number, _parse_line(line)
+            yield number, _parse_line(line.rstrip(b"\r\n"))
 
 
 def _parse_line(line: bytes) -> object:
     try:
         return _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
-        return RowError(_not_utf8(error))
+        return RowError(not_utf8(error))
     except RowError as error:
         return error
     except json.JSONDecodeError as error:
@@ -129,123 +93,110 @@ def _constant(name: str) -> float | None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def _utf8_lines(file: RawFile) -> Iterator[bytes]:
-    """Yield the lines of a text file with their ends, in UTF-8 whatever the encoding of the file."""
-    with file.open() as opened:
-        beginning = opened.read(4)
-        opened.seek(0)
-        marked = (encoding for mark, encoding in BYTE_ORDER_MARKS.items() if beginning.startswith(mark))
-        encoding = next(marked, file.encoding or "utf-8")
-        if encoding.lower() in UTF8:
-            opened.seek(jsonl_start(opened))
-            for line in opened:
-                yield from line.splitlines(keepends=True)
-        else:
-            yield from _recoded_lines(file.name, opened, encoding)
-
-
-def _recoded_lines(name: str, file: BinaryIO, encoding: str) -> Iterator[bytes]:
-    try:
-        with io.TextIOWrapper(file, encoding, newline="") as lines:
-            for line in lines:
-                yield line.encode()
-    except LookupError as error:
-        raise LitLoraError(f"--encoding ({encoding}) is unknown: give one such as cp1252, latin-1 or utf-16") from error
-    except UnicodeError as error:
-        raise LitLoraError(f"{name} is not valid {encoding} ({error})") from error
-
-
 def _jsonl_rows(file: RawFile) -> Rows:
     if _first_character(file) == b"[":  # one array, as some programs name .jsonl
         yield from _json_rows(file)
         return
-    for number, row in jsonl_rows(line.rstrip(b"\r\n") for line in _utf8_lines(file)):
+    for number, row in jsonl_rows(file.lines()):
         yield f"{file.name} line {number}", row
 
 
 def _first_character(file: RawFile) -> bytes:
-    lines = _utf8_lines(file)
-    try:
-        return next((line.lstrip()[:1] for line in lines if line.strip()), b"")
-    finally:
-        lines.close()  # type: ignore[attr-defined]  # closes the file as well
+    return next((chunk.lstrip()[:1] for chunk in file.chunks() if chunk.strip()), b"")
 
 
 def _json_rows(file: RawFile) -> Rows:
-    text = _decode(file)
-    start = _skip_blanks(text, 0)
-    if not text[start:]:
-        return
-    if text[start] == "[":
-        yield from _array_rows(file.name, text, start)
-    elif _is_jsonl(text):
-        yield from _jsonl_rows(file)
-    else:
-        yield from _wrapped_rows(file.name, _parse_json(file.name, text, start)[0])
+    text = JsonText(file.name, file.chunks(), _DECODER)
+    first = text.peek()
+    if first == "[":
+        yield from _array_rows(file.name, text)
+        text.end()
+    elif first == "{" and not _is_jsonl(file):
+        yield from _object_rows(file)
+    elif first:
+        yield from _jsonl_rows(file) if first == "{" else _single_row(file)
 
 
-def _is_jsonl(text: str) -> bool:
-    """Return whether a text holds an object in its first line and more lines, as many .json files do."""
-    first, _, rest = text.strip().partition("\n")
-    return bool(rest) and isinstance(_parse_line(first.encode(errors="surrogatepass")), dict)
-
-
-def _skip_blanks(text: str, start: int) -> int:
-    match = BLANKS.match(text, start)
-    return match.end() if match else start
-
-
-def _array_rows(name: str, text: str, start: int) -> Rows:
-    """Yield the elements of an array one by one."""
-    position = _skip_blanks(text, start + 1)
-    number = 0
-    while text[position : position + 1] != "]":
-        number += 1
-        row, position = _parse_json(name, text, position, f" row {number}")
-        yield f"{name} row {number}", row
-        position = _skip_blanks(text, position)
-        if text[position : position + 1] == ",":
-            position = _skip_blanks(text, position + 1)
-        elif text[position : position + 1] != "]":
-            _refuse_json(name, json.JSONDecodeError("Expecting ',' delimiter", text, position))
-    if text[_skip_blanks(text, position + 1) :]:
-        _refuse_json(name, json.JSONDecodeError("Extra data", text, position + 1))
-
-
-def _parse_json(name: str, text: str, start: int, row: str = "") -> tuple[Any, int]:
-    """Return the JSON value that begins at a position, and where it ends."""
+def _is_jsonl(file: RawFile) -> bool:
+    """Return whether a file holds an object in its first line and more lines, as many .json files do."""
     try:
-        return _DECODER.raw_decode(text, start)
+        lines = (line for line in file.lines() if line.strip())
+        return isinstance(_parse_line(next(lines)), dict) and next(lines, None) is not None
+    except LitLoraError:  # a line without an end, or what is found again when the whole file is read
+        return False
+
+
+def _array_rows(name: str, text: JsonText) -> Rows:
+    """Yield the elements of an array one by one."""
+    number = 0
+    try:
+        for number, row in enumerate(text.elements(), start=1):
+            yield f"{name} row {number}", row
     except RowError as error:
-        raise LitLoraError(f"{name}{row}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        _refuse_json(name, error)
+        raise LitLoraError(f"{name} row {number + 1}: {error}") from error
 
 
-def _refuse_json(name: str, error: Exception) -> NoReturn:
-    raise LitLoraError(f"{name} is not valid JSON ({error})") from error
-
-
-def _wrapped_rows(name: str, value: object) -> Rows:
+def _object_rows(file: RawFile) -> Rows:
     """Yield the rows of a list that an object holds, or else the object as the only row."""
-    wrapper = next((key for key in WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), list)), None)
-    if wrapper is None or not isinstance(value, dict):
-        yield f"{name} row 1", value
+    is_list = _lists_by_key(file)
+    wrapper = next((key for key in WRAPPERS if is_list.get(key)), None)
+    if wrapper is None:
+        yield from _single_row(file)
         return
-    if others := [f'"{key}"' for key in value if key != wrapper]:
-        log(f'{name}: the rows are those of "{wrapper}"; {", ".join(others)} is left out')
-    for number, row in enumerate(value[wrapper], start=1):
-        yield f"{name} row {number}", row
+    if others := [f'"{key}"' for key in is_list if key != wrapper]:
+        log(f'{file.name}: the rows are those of "{wrapper}"; {", ".join(others)} is left out')
+    text = JsonText(file.name, file.chunks(), _DECODER)
+    for key in text.keys():  # noqa: SIM118  # not a dictionary's
+        if key == wrapper:
+            yield from _array_rows(file.name, text)
+            return
+        _skip(file.name, text)
+
+
+def _lists_by_key(file: RawFile) -> dict[str, bool]:
+    """Return for each key of an object whether its value is a list, once all of the file has proved to be JSON."""
+    text = JsonText(file.name, file.chunks(), _DECODER)
+    is_list: dict[str, bool] = {}
+    for key in text.keys():  # noqa: SIM118  # not a dictionary's
+        if key in is_list:
+            raise LitLoraError(f'{file.name}: the key "{key}" is given twice')
+        is_list[key] = text.peek() == "["
+        _skip(file.name, text)
+    text.end()
+    return is_list
+
+
+def _skip(name: str, text: JsonText) -> None:
+    """Read a value, a list element by element."""
+    if text.peek() == "[":
+        for _ in _array_rows(name, text):
+            pass
+        return
+    _read_value(name, text)
+
+
+def _single_row(file: RawFile) -> Rows:
+    text = JsonText(file.name, file.chunks(), _DECODER)
+    row = _read_value(file.name, text)
+    text.end()
+    yield f"{file.name} row 1", row
+
+
+def _read_value(name: str, text: JsonText) -> Any:
+    try:
+        return text.value()
+    except RowError as error:
+        raise LitLoraError(f"{name}: {error}") from error
 
 
 def _csv_rows(file: RawFile) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells above 128 KiB
+    csv.field_size_limit(MAX_CELL)  # the default refuses cells above 128 KiB
     reader, skipped = _csv_reader(file)
     line = skipped
     columns: list[str] = []
     try:
         for cells in reader:
-            if cells and columns:
+            if any(cells) and columns:  # spreadsheets write rows of empty cells below the others
                 yield f"{file.name} line {line + 1}", _join(columns, cells)
             columns = columns or _columns(file.name, cells)
             line = skipped + reader.line_num  # a row may span lines: its location is its first line
@@ -270,15 +221,15 @@ def _csv_reader(file: RawFile) -> tuple[Any, int]:
 
 
 def _delimiter(suffix: str, header: str) -> str:
-    return "\t" if suffix.lower() == ".tsv" and "\t" in header else max(DELIMITERS, key=header.count)
+    return "\t" if suffix.lower().startswith(".tsv") and "\t" in header else max(DELIMITERS, key=header.count)
 
 
 def _text_lines(file: RawFile) -> Iterator[str]:
-    for number, line in enumerate(_utf8_lines(file), start=1):
+    for number, line in enumerate(file.lines(), start=1):
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
-            raise LitLoraError(f"{file.name} line {number}: {_not_utf8(error)}") from error
+            raise LitLoraError(f"{file.name} line {number}: {not_utf8(error)}") from error
 
 
 def _columns(name: str, cells: list[str]) -> list[str]:
@@ -302,7 +253,7 @@ def _parquet_rows(file: RawFile) -> Rows:
         raise LitLoraError(f"{file.name} needs pyarrow: install it with: pip install 'litlora[parquet]'") from error
     with file.open() as opened:
         try:
-            table = parquet.ParquetFile(opened)
+            table = parquet.ParquetFile(opened, buffer_size=BUFFER, pre_buffer=False)
             _columns(file.name, table.schema_arrow.names)
             rows = (row for batch in table.iter_batches(BATCH) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
@@ -318,16 +269,14 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _decode(file: RawFile) -> str:
-    return "".join(_text_lines(file))
+def _packed_rows(file: RawFile) -> Rows:
+    """Yield the rows of a .gz file whose name tells no format: JSON if it begins so, else CSV."""
+    yield from _json_rows(file) if _first_character(file) in (b"{", b"[") else _csv_rows(file)
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    byte = f"the byte 0x{error.object[error.start]:02x} is not valid UTF-8"
-    return f"{byte}; save the file as UTF-8, or prepare it with its encoding, such as --encoding cp1252"
-
-
-PARSERS: dict[str, Callable[[RawFile], Rows]] = {
-    ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows,
-    ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows,
+TEXTS: dict[str, Callable[[RawFile], Rows]] = {
+    ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows,
 }  # fmt: skip
+FORMATS = {**TEXTS, ".parquet": _parquet_rows, **{f"{suffix}.gz": parser for suffix, parser in TEXTS.items()}}
+"""Parsers by the end of a file's name."""
+PARSERS = {**FORMATS, ".gz": _packed_rows}

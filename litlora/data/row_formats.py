@@ -23,11 +23,13 @@ PAIRS = (
 )  # fmt: skip
 """Names of a question and its answer, the most specific first."""
 REASONING = ("reasoning_content", "thinking")
+PARTS = {"text": "text", "input_text": "text", "output_text": "text", "thinking": "thinking"}
+"""Types of content parts, and the key that holds the text of each."""
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a message that is a call
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", *CALLS), "assistant"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "ai", "model", *CALLS), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
 SHOWN_ROLES = "system, user, assistant or tool"
@@ -303,11 +305,11 @@ def _parse_part(message: Fields, number: int, part: object) -> tuple[str, str]:
         return "text", _checked_text(part, "content")
     fields = Fields.of(part)
     kind = fields.text("type") or "text"
-    if kind not in ("text", "thinking"):
+    if kind not in PARTS:
         raise RowError(f"content part {number} has the type {reprlib.repr(kind)}, but only text can be read")
-    value = fields.take(kind)
+    value = fields.take(PARTS[kind])
     message.left_out("content[]", fields)
-    return kind, _content(Fields({"content": value}), "user")[0]
+    return PARTS[kind], _content(Fields({"content": value}), "user")[0]
 
 
 def _weight(fields: Fields, role: Role) -> Literal[0, 1]:

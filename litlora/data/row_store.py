@@ -2,12 +2,17 @@
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from tempfile import TemporaryFile
+from pathlib import Path
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from litlora.data.examples import Example
+from litlora.utils.files import reporting_write_errors, scratch_file
 
 
 def to_line(example: Example) -> bytes:
@@ -16,17 +21,20 @@ def to_line(example: Example) -> bytes:
 
 
 class RowStore:
-    """Lines of train.jsonl in a temporary file, which is removed at the end of the context."""
+    """Lines of train.jsonl in a file on the disk of `folder`, which is removed at the end of the context."""
 
-    def __init__(self) -> None:
-        self._file = TemporaryFile()  # noqa: SIM115  # closed by __exit__
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._closing = ExitStack()
         self._starts = array("q", [0])
 
     def __enter__(self) -> Self:
+        with reporting_write_errors(self._folder):
+            self._file = self._closing.enter_context(scratch_file(self._folder))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self._closing.close()
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -34,7 +42,8 @@ class RowStore:
     def append(self, example: Example) -> None:
         """Add an example as the last row; rows are read only after all of them are there."""
         line = to_line(example)
-        self._file.write(line)
+        with reporting_write_errors(self._folder):
+            self._file.write(line)
         self._starts.append(self._starts[-1] + len(line))
 
     def __getitem__(self, index: int) -> bytes:
@@ -47,7 +56,7 @@ class Selection:
     """Some of the stored rows, in an order of their own."""
 
     rows: RowStore
-    indices: Sequence[int]
+    indices: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.indices)

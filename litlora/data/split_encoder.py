@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from litlora.data.chat_style import ChatStyle
 from litlora.data.checks import NAMES, flags_of_row
-from litlora.data.dataset import open_split, read_rows, require_rows
+from litlora.data.dataset import Invalid, open_split, read_rows, require_rows
 from litlora.data.duplicates import digests
 from litlora.data.encoding import RenderedRow, encode_rows
 from litlora.data.prompt_styles import PromptStyle, StyleSettings
+from litlora.data.raw_files import MAX_ROW
 from litlora.data.readers import jsonl_rows, jsonl_start
 from litlora.data.row_formats import ANY, ParsedRow
 from litlora.data.tokenizer import Tokenizer
@@ -87,21 +88,21 @@ class SplitEncoder:
 
     def _collect(self, path: Path, size: int, processes: int) -> Iterator[Tokens]:
         lines = rows = 0
-        invalid: list[str] = []
-        refused: list[str] = []
-        ranges = (LineRange(path, *span, only_check=bool(invalid or refused)) for span in chunk_spans(path))
+        invalid, refused = Invalid(), Invalid()
+        ranges = (LineRange(path, *s, only_check=bool(invalid.count or refused.count)) for s in chunk_spans(path))
         with tqdm(desc=f"tokenizing {path.name}", total=size, unit="B", unit_scale=True, delay=2) as bar:
             for chunk in _encode_ranges(ranges, self, processes):
-                invalid += [f"{path} line {lines + line}: {error}" for line, error in chunk.invalid]
-                refused += [f"{path} line {lines + line}: {error}" for line, error in chunk.refused]
-                if not invalid and not refused:
+                for faults, found in ((invalid, chunk.invalid), (refused, chunk.refused)):
+                    for line, error in found:
+                        faults.add(f"{path} line {lines + line}", error)
+                if not invalid.count and not refused.count:
                     yield from (tokens.with_lines_from(lines) for tokens in chunk.tokens)
                 lines, rows = lines + chunk.lines, rows + chunk.rows
                 bar.update(chunk.size)
         require_rows(str(path), rows, invalid, ANY)
-        if refused:
-            more = f" (rows after it: {len(refused) - 1:,})" if len(refused) > 1 else ""
-            raise LitLoraError(f"{refused[0]}{more}")
+        if refused.count:
+            more = f" (rows after it: {refused.count - 1:,})" if refused.count > 1 else ""
+            raise LitLoraError(f"{refused.first}{more}")
 
     def encode_range(self, lines: LineRange) -> EncodedLines:
         """Read a range of lines and tokenize their examples, if all rows are valid."""
@@ -153,7 +154,8 @@ def chunk_spans(path: Path) -> Iterator[tuple[int, int]]:
         while end < size:
             start = end
             file.seek(start + CHUNK)
-            file.readline()
+            if len(file.readline(MAX_ROW)) == MAX_ROW:
+                raise LitLoraError(f"{path} has a line of more than {MAX_ROW >> 20} MB behind byte {start + CHUNK:,}")
             end = min(file.tell(), size)
             yield start, end
 

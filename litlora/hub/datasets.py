@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from huggingface_hub import constants
+from huggingface_hub.errors import RevisionNotFoundError
 
 from litlora.errors import LitLoraError
 from litlora.hub.download import Repo, check_commit, refusing_malformed, reporting_errors, with_retries
@@ -15,6 +17,8 @@ from litlora.utils.resource_limits import limited_file_size
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|package|config|croissant)\.json$", re.ASCII)
+CONVERTED = "refs/convert/parquet"  # branch of the files that the Hub has converted
+DEPTH = 3  # parts of the path of such a file
 SHOWN = 5  # file names in an error message
 LONGEST_NAME = 1_000
 SPARE = 10_000_000  # bytes that huggingface_hub may write of its own
@@ -31,7 +35,9 @@ def fetch_dataset(
         readable = [name for name in readable if not METADATA.search(name)]
         with refusing_malformed(repo):
             patterns = _patterns(listing.configs, split, subset, repo)
-        chosen = _matching(readable, patterns) if patterns is not None else _by_name(readable, split, subset)
+        chosen = _matching(readable, patterns) if patterns is not None else _by_name(readable, split, subset, suffixes)
+        if not chosen:
+            listing, chosen = _converted(repo, split, subset) or (listing, [])
         if not chosen:
             raise LitLoraError(_without_split(repo, split, subset, readable, list(listing.sizes)))
         log(f"reading {', '.join(chosen[:SHOWN])}{', ...' if len(chosen) > SHOWN else ''} of {repo}")
@@ -69,6 +75,36 @@ def _fetch(repo: Repo, name: str, listing: Listing) -> Path:
     with limited_file_size(listing.sizes[name] + SPARE):
         path = repo.api.hf_hub_download(repo.id, name, repo_type="dataset", revision=listing.commit)
     return Path(path)
+
+
+def _converted(repo: Repo, split: str, subset: str | None) -> tuple[Listing, list[str]] | None:
+    """Return the files of a split that the Hub has converted to Parquet, if it has.
+
+    It converts data sets of any format, also those that only a program in their repository reads, into files such as
+    SUBSET/train/0000.parquet. A split of which it converts only the first part has a name such as partial-train.
+    """
+    try:
+        listing = _request(replace(repo, revision=CONVERTED))
+    except RevisionNotFoundError:
+        return None
+    paths = [
+        path for path in map(PurePosixPath, listing.sizes) if path.suffix == ".parquet" and len(path.parts) == DEPTH
+    ]
+    subset = subset or _only_subset(repo, [path.parts[0] for path in paths])
+    whole, part = (
+        [str(path) for path in paths if path.parts[:2] == (subset, name)] for name in (split, f"partial-{split}")
+    )
+    if whole or part:
+        log(f"{repo}: reading the Hub's conversion to Parquet{'' if whole else ', which has only a part of the split'}")
+    return listing, whole or part
+
+
+def _only_subset(repo: Repo, subsets: Sequence[str]) -> str:
+    """Return the subset that is meant if none is named."""
+    names = list(dict.fromkeys(subsets))
+    if len(names) > 1 and "default" not in names:
+        raise LitLoraError(f"{repo} has several subsets: choose one with --subset, among {', '.join(names)}")
+    return "default" if "default" in names else "".join(names)
 
 
 def _without_split(repo: Repo, split: str, subset: str | None, readable: Sequence[str], names: Sequence[str]) -> str:
@@ -111,15 +147,15 @@ def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
-def _by_name(names: Sequence[str], split: str, subset: str | None) -> list[str]:
+def _by_name(names: Sequence[str], split: str, subset: str | None, suffixes: Sequence[str]) -> list[str]:
     """Return the files whose path names the split; for train, else those whose path names no split."""
     of_subset = [name for name in names if subset is None or subset in PurePosixPath(name).parts[:-1]]
     chosen = [name for name in of_subset if _names(name, split)]
     if not chosen and split == "train":
         chosen = [name for name in of_subset if not any(_names(name, other) for other in SPLITS)]
-    suffixes = [PurePosixPath(name).suffix for name in chosen]
-    most = max(suffixes, key=suffixes.count, default="")  # not the same rows in two formats
-    return [name for name in chosen if name.endswith(most)]
+    formats = [next(suffix for suffix in suffixes if name.lower().endswith(suffix)) for name in chosen]
+    most = max(formats, key=formats.count, default="")  # not the same rows in two formats
+    return [name for name, each in zip(chosen, formats, strict=True) if each == most]
 
 
 def _names(path: str, split: str) -> bool:

@@ -16,7 +16,7 @@ from hashlib import sha256
 from io import BufferedReader
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -274,11 +274,18 @@ def require_working_directory() -> None:
         raise LitLoraError(f"the working directory cannot be read ({error.strerror}): change to another") from error
 
 
+@contextmanager
+def scratch_file(beside: Path) -> Iterator[BinaryIO]:
+    """Yield a file without a name, on the disk of a folder that need not exist yet: /tmp may be in memory."""
+    existing = next(folder for folder in (beside, *beside.absolute().parents) if folder.exists())
+    with tempfile.TemporaryFile(dir=existing) as file:
+        yield file
+
+
 def check_writable(path: Path, flag: str) -> None:
     """Refuse a folder that is not writable, without creating it."""
     try:
-        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=existing):
+        with scratch_file(path):
             pass
     except OSError as error:
         raise LitLoraError(f"{flag} ({path}) cannot be written: {error.strerror}") from error

@@ -72,6 +72,11 @@ def test_columns_and_encoding_are_flags(columns, tmp_path, capsys):
     assert examples == {Example.of(Turn("Wie geht’s?", "Gut!")), Example.of(Turn("Und – jetzt?", "Müde."))}
 
 
+def test_names_of_columns_may_hold_commas():
+    args = PrepareJsonArgs(Path("out"), "rows.csv", columns="instruction=Frage, kurz,output = Antwort, a=b")
+    assert args.column_names() == {"instruction": "Frage, kurz", "output": "Antwort", "a": "b"}
+
+
 @pytest.mark.parametrize("columns", ["instruction", "instruction=", "=Frage", "instruction:Frage"])
 def test_columns_must_be_pairs(columns):
     with pytest.raises(LitLoraError, match="must be pairs such as instruction=Frage,output=Antwort"):

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from litlora.__main__ import main
@@ -95,8 +96,9 @@ def test_near_duplicates_stay_on_one_side(run, seed, capsys):
 
 def test_distinct_rows_are_split_as_without_the_flag(run):
     assert run(distinct(50), "--deduplicate", "true") == run(distinct(50))
-    train, val = split(range(50), 0.1, 42)
-    assert keep_groups_together(train, val, list(range(50))) == (train, val)
+    train, val = split(50, 0.1, 42)
+    together = keep_groups_together(train, val, np.arange(50, dtype=np.uint64))
+    assert [rows.tolist() for rows in together] == [train.tolist(), val.tolist()]
 
 
 def test_training_rows_of_an_own_validation_file_are_removed(run):

@@ -86,7 +86,7 @@ def test_destination_that_is_a_file_is_refused(prepared, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(LitLoraError) as refused:
         prepared(ROWS)
-    assert str(refused.value) == f"cannot write {tmp_path / 'out'}: File exists"
+    assert str(refused.value) == f"cannot write {tmp_path / 'out'}: Not a directory"
     assert (tmp_path / "out").read_text() == "mine"
 
 

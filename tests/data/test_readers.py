@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import sys
@@ -7,7 +8,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from litlora.data.readers import RawFile, RowError, parse_rows
+from litlora.data import json_text, raw_files, readers
+from litlora.data.raw_files import RawFile
+from litlora.data.readers import RowError, parse_rows
 from litlora.errors import LitLoraError
 
 
@@ -77,6 +80,40 @@ def test_byte_order_mark_and_upper_case_suffix_are_accepted(suffix, content):
     assert row == {"a": "1"}
 
 
+@pytest.fixture(params=[4, 7, raw_files.CHUNK])
+def chunk(request, monkeypatch):
+    """Read files in pieces of this many bytes."""
+    monkeypatch.setattr(raw_files, "CHUNK", request.param)
+
+
+VALUES = [
+    {"a": 'é"\\ü€', "b": [1, -2.5e-7, 10**30, [[]], {}]}, 12345, -1, 0.5, "x🙂\n", True, None, [], {"": {"": [{}]}},
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("indent", [None, 3])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_values_are_read_piece_by_piece(indent, ascii_only):
+    content = json.dumps(VALUES, indent=indent, ensure_ascii=ascii_only).encode()
+    assert [row for _, row in rows(".json", content)] == VALUES
+    wrapped = json.dumps({"n": 1, "data": VALUES, "of": {"x": [1]}}, indent=indent).encode()
+    assert [row for _, row in rows(".json", wrapped)] == VALUES
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\r", "\r\n\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lines_are_read_piece_by_piece(separator, encoding):
+    lines = ["é1", "22", "", "€333", "🙂"]
+    blanks = 1 if separator != "\r\n\r\n" else 2
+    content = separator.join(f'{{"a": "{line}"}}' for line in lines).encode(encoding)
+    assert rows(".jsonl", content) == [
+        (f"data.jsonl line {blanks * number + 1}", {"a": line}) for number, line in enumerate(lines)
+    ]
+
+
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson"])
 def test_json_is_read_whatever_the_suffix(suffix):
     row, other = {"a": [1]}, {"a": [2]}
@@ -89,6 +126,7 @@ def test_json_is_read_whatever_the_suffix(suffix):
 
 
 @pytest.mark.parametrize("key", ["data", "rows", "train"])
+@pytest.mark.usefixtures("chunk")
 def test_rows_wrapped_in_an_object_are_read(key, capsys):
     assert rows(".json", f'{{"{key}": [{{"a": 1}}]}}'.encode()) == [("data.json row 1", {"a": 1})]
     assert capsys.readouterr().err == ""
@@ -100,12 +138,17 @@ def test_json_object_is_one_row():
     assert rows(".json", b'{\n"a": 1}') == [("data.json row 1", {"a": 1})]
 
 
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
         (b'[{"a": 1} {"a": 2}]', "Expecting ',' delimiter: line 1 column 11 (char 10)"),
         (b'[{"a": 1}', "Expecting ',' delimiter: line 1 column 10 (char 9)"),
-        (b'[{"a": 1}] x', "Extra data: line 1 column 11 (char 10)"),
+        (b'[{"a": 1}] x', "Extra data: line 1 column 12 (char 11)"),
+        (b'{"a": 1} x', "Extra data: line 1 column 10 (char 9)"),
+        (b'{"data": [{"a": 1}]\n}\n{"a": 2}', "Extra data: line 3 column 1 (char 22)"),
+        (b'[{"a": 1},\n {"a": tru}]', "Expecting value: line 2 column 8 (char 18)"),
+        (b'[{"a": "b', "Unterminated string starting at: line 1 column 8 (char 7)"),
         (b"'a'", "Expecting value: line 1 column 1 (char 0)"),
     ],
 )
@@ -113,6 +156,7 @@ def test_invalid_json_is_refused(content, problem):
     assert refusal(".json", content) == f"data.json is not valid JSON ({problem})"
 
 
+@pytest.mark.usefixtures("chunk")
 def test_key_given_twice_is_located():
     ((place, error),) = rows(".jsonl", b'{"a": {"b": 1, "c": 2, "b": 3}}')
     assert (place, str(error)) == ("data.jsonl line 1", 'the key "b" is given twice')
@@ -217,6 +261,7 @@ def test_parquet_without_pyarrow_names_the_extra(monkeypatch):
     assert refusal(".parquet", b"") == "data.parquet needs pyarrow: install it with: pip install 'litlora[parquet]'"
 
 
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("suffix", [".json", ".csv"])
 def test_invalid_utf8_is_named_by_line(suffix):
     hint = "save the file as UTF-8, or prepare it with its encoding, such as --encoding cp1252"
@@ -253,9 +298,89 @@ def test_unterminated_csv_quote_is_located():
     )
 
 
+def packed(suffix, content):
+    return rows(suffix, gzip.compress(content))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".jsonl.gz", b'{"a": "1"}\n'), (".ndjson.gz", b'{"a": "1"}\n'), (".json.gz", b'[{"a": "1"}]'),
+        (".json.gz", b'{"data": [{"a": "1"}]}'), (".csv.gz", b"\xef\xbb\xbfa\n1\n"), (".TSV.GZ", b"a\n1\n"),
+        (".gz", b'{"a": "1"}\n'), (".gz", b'[{"a": "1"}]'), (".gz", b"a\n1\n"), (".csv.gz", "a\n1\n".encode("utf-16")),
+    ],
+)  # fmt: skip
+def test_gzip_files_are_read(suffix, content):
+    assert [row for _, row in packed(suffix, content)] == [{"a": "1"}]
+    parts = gzip.compress(content[:3]) + gzip.compress(content[3:])  # as `cat a.gz b.gz` has it
+    assert [row for _, row in rows(suffix, parts)] == [{"a": "1"}]
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".parquet.gz"])
+def test_gzip_of_other_files_is_refused(suffix):
+    assert "cannot be read: its name must end in .jsonl, " in refusal(suffix, b"")
+
+
+def test_broken_gzip_file_is_refused():
+    content = gzip.compress(b'{"a": "1"}\n' * 100)
+    hint = "fetch or compress it again"
+    assert refusal(".jsonl.gz", content[:-12]) == (
+        "data.jsonl.gz is not a valid gzip file (Compressed file ended before the end-of-stream marker was reached): "
+        f"{hint}"
+    )
+    for broken in (b"{}", content[:20] + b"\xff\xff" + content[22:]):
+        assert refusal(".jsonl.gz", broken).startswith("data.jsonl.gz is not a valid gzip file (")
+
+
+@pytest.mark.parametrize("content", [b"\n" * 4_000_000, b'{"a": "%s"}\n' % (b"x" * 10_000) * 400, b" " * 4_000_000])
+def test_gzip_bomb_is_refused(content, monkeypatch):
+    monkeypatch.setattr(raw_files, "UNPACKED", 1 << 21)
+    with pytest.raises(
+        LitLoraError, match=r"^data.jsonl.gz unpacks to more than 2 MB, over 100 times its size: unpack"
+    ):
+        packed(".jsonl.gz", content)
+
+
+def test_large_gzip_file_of_usual_text_is_read(monkeypatch):
+    monkeypatch.setattr(raw_files, "UNPACKED", 1000)
+    lines = b"".join(b'{"a": "%d"}\n' % (number**9) for number in range(10_000))
+    assert len(packed(".jsonl.gz", lines)) == 10_000
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_line_without_an_end_is_refused(suffix, monkeypatch):
+    monkeypatch.setattr(raw_files, "MAX_ROW", 1 << 20)
+    assert refusal(suffix, b'{"a": 1}\n{"a": "' + b"x" * 4_000_000) == (
+        f"data{suffix} line 2 is longer than 1 MB: give each row a line of its own"
+    )
+
+
+def test_value_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(json_text, "MAX_ROW", 1 << 20)
+    for endless in (b'"' + b"x" * 4_000_000, b'["' + b'x", "' * 1_000_000, b" " * 4_000_000):
+        assert refusal(".json", b'[{"a": 1},\n{"a": ' + endless) == (
+            "data.json: what begins in line 2 is longer than 1 MB: is a bracket or a quote not closed?"
+        )
+
+
+def test_cell_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(readers, "MAX_CELL", 1000)
+    assert refusal(".csv", b'a,b\n1,"2\n' + b"1,2\n" * 1000) == (
+        "data.csv line 2: this is not valid CSV (field larger than field limit (1000))"
+    )
+
+
+def test_rows_of_empty_cells_are_no_rows():
+    assert rows(".csv", b"a,b\n1,\n,\n,2\n,\n") == [
+        ("data.csv line 2", {"a": "1", "b": ""}),
+        ("data.csv line 4", {"a": "", "b": "2"}),
+    ]
+
+
 def test_unknown_suffix_is_refused():
     assert refusal(".xlsx", b"") == (
-        "data.xlsx cannot be read: its name must end in .jsonl, .ndjson, .json, .csv, .tsv or .parquet"
+        "data.xlsx cannot be read: its name must end in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, "
+        "or as in rows.jsonl.gz"
     )
 
 

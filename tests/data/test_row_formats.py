@@ -164,6 +164,7 @@ def parsed(row):
     [
         ({"content": PARTS}, Message("assistant", "bc")),
         ({"content": ["b", "c"]}, Message("assistant", "bc")),
+        ({"content": [{"type": "output_text", "text": "b"}, "c"]}, Message("assistant", "bc")),
         ({"content": "b", "name": "Ann"}, Message("assistant", "b", name="Ann")),
         ({"content": "b", "reasoning_content": "c"}, Message("assistant", "b", reasoning="c")),
         ({"content": "b", "thinking": "c"}, Message("assistant", "b", reasoning="c")),

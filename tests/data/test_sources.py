@@ -1,6 +1,8 @@
+import gzip
 import io
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,6 +34,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, b"\n<!DOCTYPE html><title>Sign in</title>")
         elif path == "/rows.jsonl":
             self.answer(200, ROWS)
+        elif path == "/rows.jsonl.gz":
+            self.answer(200, gzip.compress(ROWS))
+        elif path == "/table.parquet":
+            self.answer(200, table("one"))
         else:
             self.answer(404, b"no such file")
 
@@ -61,21 +67,38 @@ def site():
         thread.join()
 
 
-def fetch(source):
-    return open_source(source, PrepareArgs(Path("out"), source, 0.1)).files[0]
+@contextmanager
+def opened(source, flag="--source"):
+    with ExitStack() as fetched:
+        yield open_source(source, PrepareArgs(Path("out"), source, 0.1), fetched, flag)
+
+
+@contextmanager
+def fetched(source):
+    with opened(source) as found:
+        yield found.files[0]
 
 
 def refusal(source):
-    with pytest.raises(LitLoraError) as refused:
-        fetch(source)
+    with pytest.raises(LitLoraError) as refused, opened(source):
+        pass
     return str(refused.value)
 
 
 def test_address_is_fetched_and_logged(site, capsys):
     url = f"{site}/rows.jsonl"
-    file = fetch(url)
-    assert (file.name, file.suffix, file.open().read()) == (url, ".jsonl", ROWS)
+    with fetched(url) as file, file.open() as content:
+        assert (file.name, file.suffix, content.read()) == (url, ".jsonl", ROWS)
     assert capsys.readouterr() == ("", f"fetching {url}\n")
+
+
+@pytest.mark.parametrize(("name", "first"), [("rows.jsonl.gz", "0"), ("table.parquet", "one")])
+def test_fetched_file_is_read_from_the_disk(site, tmp_path, name, first):
+    assert main(["prepare_json", "--source", f"{site}/{name}", "--destination_path", str(tmp_path / "out")]) == 0
+    examples = read_examples(tmp_path / "out/train.jsonl") + read_examples(tmp_path / "out/val.jsonl")
+    assert len(examples) == 10
+    assert first in {example.turns[0].instruction for example in examples}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_query_of_an_address_is_never_printed_or_written(site, tmp_path, capsys):
@@ -141,15 +164,14 @@ def test_local_file_is_read(tmp_path):
         == f"there is no file {path}; give --source a file, an http(s) address, or ORG/NAME of the Hub"
     )
     path.write_bytes(ROWS)
-    file = fetch(str(path))
-    with file.open() as opened:
-        assert (file.name, file.suffix, opened.read()) == (str(path), ".jsonl", ROWS)
+    with fetched(str(path)) as file, file.open() as content:
+        assert (file.name, file.suffix, content.read()) == (str(path), ".jsonl", ROWS)
 
 
 @pytest.mark.parametrize("flag", ["--source", "--val_source"])
 def test_folder_is_refused(flag, tmp_path):
-    with pytest.raises(LitLoraError) as refused:
-        open_source(str(tmp_path), PrepareArgs(Path("out"), "rows.jsonl", 0.1), flag)
+    with pytest.raises(LitLoraError) as refused, opened(str(tmp_path), flag):
+        pass
     assert str(refused.value) == f"{flag} ({tmp_path}) is a folder: give it one of its files"
 
 
@@ -173,8 +195,9 @@ def test_weight_is_parted_from_a_source(source, expected, tmp_path, monkeypatch)
 
 
 def test_mixture_depends_on_the_seed_only():
-    assert mix([100, 50], [1, 1], 1) == mix([100, 50], [1, 1], 1) != mix([100, 50], [1, 1], 2)
-    assert mix([3, 2], [None, None], 1) == [[0, 1, 2], [0, 1]]
+    first, again, other = ([rows.tolist() for rows in mix([100, 50], [1, 1], seed)] for seed in (1, 1, 2))
+    assert first == again != other
+    assert [rows.tolist() for rows in mix([3, 2], [None, None], 1)] == [[0, 1, 2], [0, 1]]
 
 
 @pytest.fixture
@@ -226,6 +249,10 @@ NAMED = {
     "data/train-00001-of-00002.parquet": table("two"), "data/test-00000-of-00001.parquet": table("test"),
     "train.csv": b"question,answer\nsame,1\n", "dataset_infos.json": b"{}",
 }  # fmt: skip
+PACKED = {
+    "train.jsonl.gz": gzip.compress(lines("one")), "more/train.jsonl.gz": gzip.compress(lines("two")),
+    "train.csv.gz": gzip.compress(b"question,answer\nsame,1\n"), "images.tar.gz": b"",
+}  # fmt: skip
 PLAIN = {"questions.jsonl": lines("plain"), "retrain/more.jsonl": lines("more"), "val.jsonl": lines("val")}
 
 
@@ -237,6 +264,7 @@ PLAIN = {"questions.jsonl": lines("plain"), "retrain/more.jsonl": lines("more"),
         (CARDED, ["--subset", "easy", "--split", "test"], ["easy test"]),
         (NAMED, [], ["one", "two"]),
         (NAMED, ["--split", "test"], ["test"]),
+        (PACKED, [], ["one", "two"]),
         (PLAIN, [], ["more", "plain"]),
         (PLAIN, ["--split", "val"], ["val"]),
         (PLAIN, ["--subset", "retrain"], ["more"]),
@@ -272,6 +300,52 @@ def test_missing_split_of_a_hub_dataset_is_refused(hub, tmp_path, capsys, files,
     hub.add("datasets/my/set", files)
     assert prepared(tmp_path, *flags) == []
     assert capsys.readouterr().err == f"litlora: dataset my/set {problem}\n"
+
+
+SCRIPT = {"README.md": b"text", "load.py": b"", "data.zip": b"PK"}
+CONVERTED = {
+    ".gitattributes": b"", "default/train/0000.parquet": table("one"), "default/train/0001.parquet": table("two"),
+    "default/test/0000.parquet": table("test"), "hard/partial-train/0000.parquet": table("hard"),
+    "default/train/index.duckdb": b"",
+}  # fmt: skip
+SUBSETS = {"easy/train/0000.parquet": table("easy"), "hard/train/0000.parquet": table("hard")}
+
+
+@pytest.mark.parametrize(
+    ("converted", "flags", "expected"),
+    [
+        (CONVERTED, [], ["one", "two"]),
+        (CONVERTED, ["--split", "test"], ["test"]),
+        (CONVERTED, ["--subset", "hard"], ["hard"]),
+        (SUBSETS, ["--subset", "easy"], ["easy"]),
+    ],
+)
+def test_conversion_of_the_hub_is_read_where_no_file_can_be(hub, tmp_path, converted, flags, expected, capsys):
+    hub.add("datasets/my/set", SCRIPT)
+    hub.add("datasets/my/set", converted, "refs/convert/parquet")
+    assert prepared(tmp_path, *flags) == expected
+    part = ", which has only a part of the split" if expected == ["hard"] else ""
+    assert f"dataset my/set: reading the Hub's conversion to Parquet{part}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "problem"),
+    [
+        (CONVERTED, ["--split", "dev"], "has no split dev in a format that litlora reads"),
+        (SUBSETS, [], "has several subsets: choose one with --subset, among easy, hard"),
+    ],
+)
+def test_missing_split_of_a_conversion_is_refused(hub, tmp_path, files, flags, problem, capsys):
+    hub.add("datasets/my/set", SCRIPT)
+    hub.add("datasets/my/set", files, "refs/convert/parquet")
+    assert prepared(tmp_path, *flags) == []
+    assert f"litlora: dataset my/set {problem}" in capsys.readouterr().err
+
+
+def test_own_files_come_before_their_conversion(hub, tmp_path):
+    hub.add("datasets/my/set", PLAIN)
+    hub.add("datasets/my/set", CONVERTED, "refs/convert/parquet")
+    assert prepared(tmp_path) == ["more", "plain"]
 
 
 def test_private_hub_dataset_needs_a_token(hub, tmp_path, capsys):

@@ -216,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, headers=access)
         elif match := re.fullmatch(r"/api/(models/|(?=datasets/))(.+)/revision/(.+)", path):
             self._serve_listing(match[2], match[3])
-        elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+|refs/pr/\d+)/(.+)", path):
+        elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+|refs/pr/\d+|refs/convert/parquet)/(.+)", path):
             self._serve_file(match[1], match[2], match[3])
         else:
             self._send(404)
