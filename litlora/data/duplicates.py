@@ -14,6 +14,8 @@ Rows = NDArray[np.int64]
 """Indices of rows."""
 Hashes = NDArray[np.uint64]
 """Hashes of rows by index."""
+ENCODER = json.JSONEncoder(sort_keys=True)
+NO_LETTERS = {code: None for code in range(128) if not chr(code).isalnum()}
 
 
 class Fingerprints:
@@ -46,8 +48,13 @@ def digests(example: Example) -> tuple[int, int]:
     Neither depends on the format of the row, and neither is 0.
     """
     messages = [(message.to_json(), message.input) for message in example.messages]
-    exact = json.dumps([example.text, messages, example.tools], sort_keys=True)
-    return _hash(exact), _hash("".join(filter(str.isalnum, "".join(_texts(example)).casefold())) or exact)
+    exact = ENCODER.encode([example.text, messages, example.tools])
+    return _hash(exact), _hash(_letters_and_digits("".join(_texts(example)).casefold()) or exact)
+
+
+def _letters_and_digits(text: str) -> str:
+    # translate is three times as fast, but has a table for ASCII only
+    return text.translate(NO_LETTERS) if text.isascii() else "".join(filter(str.isalnum, text))
 
 
 def _texts(example: Example) -> Iterator[str]:
