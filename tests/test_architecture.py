@@ -61,11 +61,10 @@ def test_the_package_needs_neither_scripts_nor_tests():
 
 
 def test_late_imports_have_a_reason():
-    """A bad row is named before torch is imported, which takes seconds; pyarrow, rouge-score and lm-eval are extras."""
+    """Everything is imported at the top, but for what only an extra brings: pyarrow, rouge-score and lm-eval are extras."""
     late = {(str(path), function.name, name) for path, tree in TREES.items() for function in ast.walk(tree)
             if isinstance(function, ast.FunctionDef) for name in imports(function)}  # fmt: skip
-    assert late == {("data/dataset.py", "split", "torch"), ("data/dataset.py", "split", "torch.utils.data"),
-                    ("data/readers.py", "_parquet_rows", "pyarrow"),
+    assert late == {("data/readers.py", "_parquet_rows", "pyarrow"),
                     ("evaluation/metrics.py", "rouge", "rouge_score.rouge_scorer"),
                     ("evaluation/tasks.py", "find_tasks", "lm_eval.tasks"),
                     ("commands/evaluate.py", "evaluate_tasks", "litlora.evaluation.lm_eval_model")}  # fmt: skip
