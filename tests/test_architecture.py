@@ -61,7 +61,7 @@ def test_the_package_needs_neither_scripts_nor_tests():
 
 
 def test_late_imports_have_a_reason():
-    """Everything is imported at the top, but for what only an extra brings: pyarrow, rouge-score and lm-eval are extras."""
+    """Everything is imported at the top, except for pyarrow, rouge-score and lm-eval, which are extras."""
     late = {(str(path), function.name, name) for path, tree in TREES.items() for function in ast.walk(tree)
             if isinstance(function, ast.FunctionDef) for name in imports(function)}  # fmt: skip
     assert late == {("data/readers.py", "_parquet_rows", "pyarrow"),
