@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from litlora.cpu.allocator import give_back
 from litlora.cpu.matmul import add_bias
 from litlora.cpu.onednn import has_slow_products
 from litlora.cpu.tuning import FEWEST_OUTPUTS, HALF_ROWS, STRIPE_OUTPUTS
@@ -130,6 +131,7 @@ def store(layers: Iterable[Any], weights: Iterable[Any]) -> None:
     for layer, weight in zip(layers, weights, strict=True):
         del layer.weight  # torch assigns nothing but a parameter to a parameter's name
         layer.weight = nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
+        give_back()  # or many of the weights would be in memory twice
 
 
 def _holds(dtype: torch.dtype, weight: Tensor, factor: float = 1.0) -> bool:

@@ -7,10 +7,10 @@ converts them. B₀ and A₀ are in the file, so that a run that resumes from it
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from litlora.lora.layer import LoRALinear
 from litlora.lora.svd import leading_singular
@@ -99,8 +99,10 @@ def stored_parts(weight: Tensor | NF4Weight) -> list[Tensor]:
     return [*weight.parameters(), *weight.buffers()] if isinstance(weight, NF4Weight) else [weight]
 
 
-def copy_whole(source: Tensor, target: Tensor) -> None:
+def copy_whole(source: Tensor, target: Any) -> None:
     """Copy a tensor that each rank has into a target that may hold this rank's shard alone."""
-    if isinstance(target, DTensor):
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor  # takes a second, also of commands that shard nothing
+
         source = distribute_tensor(source.detach(), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(source)
