@@ -6,12 +6,12 @@ from pathlib import Path
 import litlora
 
 PACKAGE = Path(litlora.__file__).parent
-# The root modules count as packages of one module; cli and __main__ are the entry point, above all others.
+# The root modules count as packages of one module. A sweep reads the command line of each trial with cli.
 ORDER = """
     __main__
-    cli
     commands
-    train
+    sweep
+    cli train
     evaluation export report
     distributed generation
     lora
@@ -68,7 +68,8 @@ def test_late_imports_have_a_reason():
                     ("lora/pissa.py", "copy_whole", "torch.distributed.tensor"),
                     ("evaluation/metrics.py", "rouge", "rouge_score.rouge_scorer"),
                     ("evaluation/tasks.py", "find_tasks", "lm_eval.tasks"),
-                    ("commands/evaluate.py", "evaluate_tasks", "litlora.evaluation.lm_eval_model")}  # fmt: skip
+                    ("commands/evaluate.py", "evaluate_tasks", "litlora.evaluation.lm_eval_model"),
+                    ("commands/sweep.py", "train_and_compare", "litlora.sweep")}  # fmt: skip
 
 
 def test_only_the_backend_knows_the_device():

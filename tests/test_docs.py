@@ -131,7 +131,8 @@ def test_flags_are_those_of_a_parser():
 def test_yaml_examples_parse(tmp_path):
     for _, block in of_language("yaml"):
         (tmp_path / "config.yaml").write_text(block.text, encoding="utf-8")
-        parse(["finetune_lora", "--config", str(tmp_path / "config.yaml"), "--print_config"])
+        command = "sweep" if "\nsearch:" in block.text else "finetune_lora"
+        parse([command, "--config", str(tmp_path / "config.yaml"), "--print_config"])
 
 
 @pytest.mark.parametrize("page", named(PAGES))
@@ -158,17 +159,18 @@ def test_architecture_lists_every_package():
     assert packages == set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
 
 
+COMMAND_OF = {"finetune_lora": "finetune_lora", "experiments": "sweep"}
 CONFIGS = named(sorted((ROOT / "config_hub").rglob("*.yaml")))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_parses_and_repeats_no_default(name):
     path = CONFIGS[name]
-    command = path.relative_to(ROOT / "config_hub").parts[0]
+    command = COMMAND_OF[path.relative_to(ROOT / "config_hub").parts[0]]
     configs = (parse([command, *flags, "--print_config"]) for flags in (["--config", str(path)], []))
     parsed, defaults = (dict(leaves(yaml.safe_load(config))) for config in configs)
     for key, _ in leaves(yaml.safe_load(path.read_text(encoding="utf-8"))):
-        assert parsed[key] != defaults[key], f"{key} is the default"
+        assert parsed[key] != defaults.get(key), f"{key} is the default"
 
 
 def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

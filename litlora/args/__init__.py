@@ -10,6 +10,7 @@ from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.hub import DownloadArgs
 from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
 from litlora.args.verify import VerifyArgs
+from litlora.args.sweep import SweepArgs
 
 COMMANDS: dict[str, type[CommandArgs]] = {
     "download": DownloadArgs,
@@ -23,4 +24,5 @@ COMMANDS: dict[str, type[CommandArgs]] = {
     "merge_lora": MergeLoraArgs,
     "export": ExportArgs,
     "verify": VerifyArgs,
+    "sweep": SweepArgs,
 }

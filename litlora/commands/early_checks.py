@@ -7,6 +7,7 @@ from litlora.args.data import PrepareArgs
 from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
+from litlora.args.sweep import SweepArgs
 from litlora.commands.prompt import Prompt
 from litlora.data.dataset import choose_prompt_style, count_rows, read_example
 from litlora.data.prepare import check_paths
@@ -22,6 +23,7 @@ from litlora.lora.adapter_folder import refuse_adapter
 from litlora.lora.selection import Adapters, find_adapters, find_folders
 from litlora.lora.targets import refuse_parted_head
 from litlora.models.checkpoint_files import CheckpointFiles
+from litlora.sweep.plan import Plan
 from litlora.train.lora_flags import new_adapter
 from litlora.train.optimizer_names import check_name
 from litlora.train.resume import AUTO, Identity, starting_point
@@ -46,6 +48,8 @@ def check_early(args: CommandArgs) -> tuple[object, ...]:
             return check_merge(args)
         case ExportArgs():
             return check_export(args)
+        case SweepArgs():
+            return (check_sweep(args),)
         case PrepareArgs():
             check_writable(args.destination_path, "--destination_path")
             check_paths(args)
@@ -70,6 +74,14 @@ def check_export(args: ExportArgs) -> tuple[CheckpointFiles, Adapters]:
     base = CheckpointFiles.find(base_dir)
     check_prompt_style(base.dir, StyleSettings("none"))
     return base, adapters
+
+
+def check_sweep(args: SweepArgs) -> Plan:
+    """Refuse a search space or files that do not do, and return the plan."""
+    plan = Plan.read(args)
+    check_writable(args.out_dir, "--out_dir")
+    check_training(replace(plan.first, out_dir=args.out_dir / "trial", resume=False))
+    return plan
 
 
 def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:

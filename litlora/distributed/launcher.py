@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread
@@ -123,12 +123,24 @@ def processes_to_launch(devices: int, nodes: int, *, dry_run: bool, in_process: 
 class Child:
     """A launched process, and the pipe for the sentence by which it reports why it ends."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str], alive: int) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        alive: int,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> None:
         self.messages, write_end = os.pipe()
         pipes = {PIPES: f"{alive},{write_end}"}
         # In a process group of its own: the terminal sends Ctrl-C to the launcher, which forwards it once.
         self.process = subprocess.Popen(
-            command, env=os.environ | environment | pipes, pass_fds=(alive, write_end), process_group=0
+            command,
+            env=os.environ | environment | pipes,
+            pass_fds=(alive, write_end),
+            process_group=0,
+            stdout=stdout,
+            stderr=stderr,
         )
         os.close(write_end)
 
@@ -141,23 +153,28 @@ class Child:
         return None
 
 
-def launch(command: Sequence[str], count: int) -> int:
+def launch(
+    command: Sequence[str], count: int, output: int | None = None, ends_early: Callable[[], bool] = lambda: False
+) -> int:
     """Run a command in `count` processes that train together, and return 0; report a failure in one sentence.
 
-    None of them reports it itself: their sentences come here, where it is known how the others have ended.
+    None of them reports it itself: their sentences come here, where it is known how the others have ended. What they
+    print goes to the descriptor `output`, by default to this process's streams. Once `ends_early` is true, they are
+    told to stop, as by SIGTERM.
     """
     settings, port = environment(count), _free_port()
     alive, held = os.pipe()  # `held` closes with this process, however it ends
     with ExitStack() as stack:
         stack.callback(os.close, held)
         stack.callback(os.close, alive)
-        children = [Child(command, settings | rank_variables(rank, count, port), alive) for rank in range(count)]
+        ranks = [settings | rank_variables(rank, count, port) for rank in range(count)]
+        children = [Child(command, variables, alive, output, output) for variables in ranks]
         for child in children:
             stack.callback(os.close, child.messages)
         processes = [child.process for child in children]
-        with _forwarding_signals(processes) as forwarded:
+        with forwarding_signals(processes) as forwarded:
             try:
-                codes = _wait(processes)
+                codes = _wait(processes, ends_early)
             finally:
                 for process in processes:
                     process.kill()
@@ -216,7 +233,7 @@ def report_to_launcher(sentence: str, code: int) -> bool:
 
 
 @contextmanager
-def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+def forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     """Forward the first SIGINT or SIGTERM as a request, end the processes at the second, and stop and continue with
     them; yield the numbers of the signals that came.
 
@@ -245,9 +262,9 @@ def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterato
             signal.signal(number, previous)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], ends_early: Callable[[], bool]) -> list[int | None]:
     """Return all exit codes, once all have ended or one was killed, or GRACE_PERIOD after one has failed."""
-    deadline = float("inf")
+    deadline, is_told = float("inf"), False
     while True:
         codes = [process.poll() for process in processes]
         failed = [code for code in codes if code]
@@ -255,6 +272,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
             return codes
         if failed:
             deadline = min(deadline, time.monotonic() + GRACE_PERIOD)
+        if not is_told and ends_early():
+            is_told = True
+            for process in processes:
+                process.terminate()
         time.sleep(POLL_INTERVAL)
 
 

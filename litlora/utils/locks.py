@@ -1,4 +1,4 @@
-"""A lock that gives one process at a time a folder."""
+"""Locks that give one process at a time a folder or a piece of work; the kernel releases them however it ends."""
 
 import fcntl
 import os
@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from litlora.errors import LitLoraError
-from litlora.utils.files import check_writable
+from litlora.utils.files import check_writable, reporting_write_errors
 
 LOCK = ".lock"
 
@@ -30,6 +30,34 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
             with suppress(OSError):  # not empty
                 path.rmdir()
         os.close(descriptor)
+
+
+@contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Wait for the lock of a file, which is created if need be, and hold it."""
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def take(path: Path) -> int | None:
+    """Take the lock of a file, which is created if need be, until the descriptor is closed; None if it is taken."""
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _open(path: Path) -> int:
+    with reporting_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def _acquire(path: Path, flag: str) -> int:
