@@ -31,12 +31,18 @@ def build(kind: Any, given: Mapping[str, Given]) -> Any:
 
 def as_yaml(kind: Any, given: Mapping[str, Given]) -> str:
     """Return all settings as a YAML file, what is required but missing as null."""
-    parser, missing = _parser(kind), missing_from(kind, given)
-    values = _parse(parser, kind, {**given, **{name: Given(name, "missing") for name in missing}})
+    parser, missing, settings = _parser(kind), missing_from(kind, given), settings_of(kind)
+    placeholders = {name: Given(name, _placeholder(settings[name])) for name in missing}
+    values = _parse(parser, kind, {**given, **placeholders})
     for name in missing:
         values[name] = None
     text: str = parser.dump(values, skip_unset=False, skip_validation=True)
     return text.rstrip("\n")
+
+
+def _placeholder(setting: Setting) -> Any:
+    """Return a value that a setting could have."""
+    return {} if any(get_origin(each) is dict for each in setting.types) else "missing"
 
 
 def _parser(kind: Any) -> ArgumentParser:
