@@ -170,7 +170,7 @@ def test_config_parses_and_repeats_no_default(name):
     configs = (parse([command, *flags, "--print_config"]) for flags in (["--config", str(path)], []))
     parsed, defaults = (dict(leaves(yaml.safe_load(config))) for config in configs)
     for key, _ in leaves(yaml.safe_load(path.read_text(encoding="utf-8"))):
-        assert parsed[key] != defaults.get(key), f"{key} is the default"
+        assert key not in defaults or parsed[key] != defaults[key], f"{key} is the default"
 
 
 def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

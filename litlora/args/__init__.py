@@ -9,8 +9,8 @@ from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.hub import DownloadArgs
 from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
-from litlora.args.verify import VerifyArgs
 from litlora.args.sweep import SweepArgs
+from litlora.args.verify import VerifyArgs
 
 COMMANDS: dict[str, type[CommandArgs]] = {
     "download": DownloadArgs,

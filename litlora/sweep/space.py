@@ -147,7 +147,7 @@ class Space:
         return [dict(zip(names, combination, strict=True)) for combination in product(*values)]
 
     def draws(self, count: int) -> list[Point]:
-        """Return random points, the same at each call; none twice if there are only so many."""
+        """Return random points, the same at each call; without ranges, none twice."""
         generator = random.Random(SEED)
         if self._of(Range):
             return [{each.name: each.draw(generator) for each in self.dimensions} for _ in range(count)]
