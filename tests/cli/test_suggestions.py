@@ -179,7 +179,8 @@ def test_near_values_are_values():
          "finetune_lora, generate, evaluate, merge_lora, export, verify or sweep; see litlora --help"),
         (["finetune"], "there is no such command: did you mean finetune_lora?"),
         (["--lr", "1", "finetune_lora"], "the command comes before its flags: there are download, prepare_alpaca, "
-         "prepare_lima, prepare_json, check_data, finetune_lora, generate, evaluate, merge_lora, export, verify and sweep"),
+         "prepare_lima, prepare_json, check_data, finetune_lora, generate, evaluate, merge_lora, export, verify "
+         "and sweep"),
     ],
     ids=["none", "misspelt", "late"],
 )  # fmt: skip
