@@ -19,10 +19,13 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 PAIRS = (
     ("instruction", "output"), ("prompt", "completion"), ("instruction", "response"), ("prompt", "response"),
     ("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer"),
-    ("problem", "solution"), ("input", "output"),
+    ("problem", "solution"), ("question", "solution"), ("instruction", "completion"), ("instruction", "answer"),
+    ("prompt", "answer"), ("prompt", "output"), ("user", "assistant"),
+    ("inputs", "targets"), ("input", "target"), ("input", "output"),
 )  # fmt: skip
 """Names of a question and its answer, the most specific first."""
 REASONING = ("reasoning_content", "thinking")
+CONTENT = ("content", "value", "text")
 PARTS = {"text": "text", "input_text": "text", "output_text": "text", "thinking": "thinking"}
 """Types of content parts, and the key that holds the text of each."""
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a message that is a call
@@ -32,6 +35,8 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "ai", "model", *CALLS), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
+KEYS = frozenset((*CONVERSATIONS, "text", *(name for pair in PAIRS for name in pair)))
+"""Keys by which a row is recognized."""
 SHOWN_ROLES = "system, user, assistant or tool"
 
 
@@ -144,20 +149,29 @@ def _parse_any(row: object) -> ParsedRow:
 
 
 def _parse_fields(fields: Fields) -> ParsedRow:
+    if not KEYS & fields.values.keys() and (renamed := _in_small_letters(fields)):
+        return _parse_fields(renamed)
     if name := fields.find(CONVERSATIONS):
         return parse_conversation(fields, name)
     if pair := _find_pair(fields):
         return _parse_pair(fields, *pair)
     if "text" in fields.values:
         return _parse_text(fields)
-    raise RowError(f"the keys {reprlib.repr(list(fields.values))} match no row format")
+    raise RowError(f"the keys {reprlib.repr(list(fields.values))} match no row format, and no --columns assigns them")
+
+
+def _in_small_letters(fields: Fields) -> Fields | None:
+    """Return a row whose keys are such as Question and Answer with the keys of a format, if that makes it one."""
+    values = {key.lower(): value for key, value in fields.values.items()}
+    return Fields(values) if KEYS & values.keys() and len(values) == len(fields.values) else None
 
 
 def _find_pair(fields: Fields) -> tuple[str, str] | None:
     """Return the names of the first pair that is there, or else of one that is there in part."""
     complete = (pair for pair in PAIRS if all(fields.values.get(name) is not None for name in pair))
     has_text = fields.find(["text"])
-    partial = (pair for pair in PAIRS[:-1] if not has_text and any(name in fields.values for name in pair))
+    likely = (pair for pair in PAIRS if pair[0] != "input" and not has_text)
+    partial = (pair for pair in likely if any(name in fields.values for name in pair))
     return next(complete, None) or next(partial, None)
 
 
@@ -177,14 +191,20 @@ def _parse_pair(fields: Fields, question: str, answer: str) -> ParsedRow:
 
 
 def _prompt(fields: Fields, key: str) -> tuple[list[Message], Sequence[str]]:
-    if isinstance(fields.values.get(key), list):
+    if _holds_messages(fields, key):
         messages, left_out = _parse_messages(fields.take(key), key)
         return [replace(message, weight=0) if message.is_supervised else message for message in messages], left_out
     return [Message("user", fields.required_text(key), "" if key == "input" else fields.text("input", "context"))], ()
 
 
+def _holds_messages(fields: Fields, key: str) -> bool:
+    """Tell whether a question or an answer is a list of messages; one of texts is a column of several rows."""
+    value = fields.values.get(key)
+    return isinstance(value, list) and not any(isinstance(each, str) for each in value)
+
+
 def _completion(fields: Fields, key: str) -> tuple[list[Message], Sequence[str]]:
-    if isinstance(fields.values.get(key), list):
+    if _holds_messages(fields, key):
         return _parse_messages(fields.take(key), key)
     content, reasoning = fields.required_text(key), fields.text(*REASONING)
     message = Message("assistant", content, reasoning=reasoning) if reasoning.strip() else None
@@ -280,7 +300,7 @@ def _parse_response(fields: Fields) -> Message:
     content, part = _content(fields, "assistant")
     reasoning = fields.text(*REASONING, "reasoning") or part
     calls = _calls(fields, "tool_calls", "function_call")
-    if fields.find(("content", "value")) is None and not reasoning and not calls:
+    if fields.find(CONTENT) is None and not reasoning and not calls:
         raise RowError('"content" is null, not a string' if "content" in fields.values else 'there is no "content"')
     message = Message("assistant", content, reasoning=reasoning) if reasoning.strip() else assistant(content)
     return replace(message, tool_calls=calls) if calls else message
@@ -288,7 +308,7 @@ def _parse_response(fields: Fields) -> Message:
 
 def _content(fields: Fields, role: Role) -> tuple[str, str]:
     """Return the text of a message, and the reasoning among its parts."""
-    key = fields.find(("content", "value"))
+    key = fields.find(CONTENT)
     if key is None:  # which some programs write for none, but a question is never empty
         return ("", "") if role != "user" else (fields.required_text("content"), "")
     value = fields.take(key)

@@ -55,7 +55,8 @@ def test_csv_without_known_columns_is_refused(prepared, tmp_path):
     with pytest.raises(LitLoraError) as refused:
         prepared("rows.csv", "q;a\na;b\n")
     assert str(refused.value).startswith(
-        f"{tmp_path}/rows.csv line 2: the keys ['q', 'a'] match no row format; a row must look like "
+        f"{tmp_path}/rows.csv line 2: the keys ['q', 'a'] match no row format, "
+        "and no --columns assigns them; a row must look like "
     )
     assert not (tmp_path / "out").exists()
 

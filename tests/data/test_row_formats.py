@@ -74,13 +74,18 @@ def test_rows_of_all_formats_are_parsed(read, row, example):
         (["Say hi.", "Hi."], "this is a list, not an object"),
         ({"instruction": "a"}, 'there is no "output"'),
         ({"output": "a"}, 'there is no "instruction"'),
-        ({"prompt": "a", "output": "b"}, 'there is no "instruction"'),
+        ({"prompt": ["a", "b"], "completion": ["c", "d"]}, '"prompt" is a list, not a string'),
+        ({"prompt": "a", "completion": ["c", "d"]}, '"completion" is a list, not a string'),
         ({"completion": "a"}, 'there is no "prompt"'),
         ({"instruction": "a", "output": 4}, '"output" is a number, not a string'),
         ({"instruction": "a", "output": None}, '"output" is null, not a string'),
         ({"instruction": True, "output": "a"}, '"instruction" is a boolean, not a string'),
         ({"instruction": "a", "input": ["b"], "output": "c"}, '"input" is a list, not a string'),
-        ({"q": "a", "a": "b"}, "the keys ['q', 'a'] match no row format"),
+        ({"q": "a", "a": "b"}, "the keys ['q', 'a'] match no row format, and no --columns assigns them"),
+        (
+            {"Text": "a", "TEXT": "b"},
+            "the keys ['Text', 'TEXT'] match no row format, and no --columns assigns them",
+        ),
         ('{"instruction": "x", "output": "c", "instruction": "a"}', 'the key "instruction" is given twice'),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}',
@@ -228,6 +233,11 @@ def test_sharegpt_roles_are_read(key):
     assert parsed({key: SHAREGPT[1:], "system": "t"}).example == expected
 
 
+def test_texts_of_messages_are_read():
+    row = {"conversations": [{"role": "prompter", "text": "a"}, {"role": "AI", "text": "b"}]}
+    assert parsed(row) == (Example.of(Turn("a", "b")), False, ())
+
+
 @pytest.mark.parametrize("roles", [*product("sua", "sua"), "uuusa", "ssu", "au", "uta", "asus"], ids="".join)
 def test_roles_may_come_in_any_order(roles):
     names = {"s": "developer", "u": "user", "a": "assistant", "t": "tool"}
@@ -248,6 +258,7 @@ def test_empty_system_messages_are_no_messages():
     [
         ("instruction", "output"), ("prompt", "completion"), ("instruction", "response"), ("prompt", "response"),
         ("question", "answer"), ("query", "response"), ("problem", "solution"), ("input", "output"),
+        ("prompt", "answer"), ("question", "solution"), ("user", "assistant"), ("input", "target"),
     ],
 )  # fmt: skip
 def test_common_pairs_are_read(question, answer):
@@ -256,10 +267,23 @@ def test_common_pairs_are_read(question, answer):
     expected = Example.of(Turn("c", "d"), Turn("a", "<think>e</think>b"), system="s")
     assert expected.messages[-1] == Message("assistant", "b", reasoning="e")
     assert parsed(row) == (expected, False, ())
-    if question != "input":
+    if question not in ("input", "inputs"):
         assert parsed({question: "a", answer: "b", "context": "c"}) == (Example.of(Turn("a", "b", "c")), False, ())
         expected = Example.of(Turn("c", "d"), Turn("a", "<think>e</think>b", "i"), system="s")
         assert parsed(row | {"input": "i"}) == (expected, False, ())
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"Question": "a", "Answer": "b"}, Example.of(Turn("a", "b"))),
+        ({"INSTRUCTION": "a", "Input": "c", "Output": "b"}, Example.of(Turn("a", "b", "c"))),
+        ({"Text": "a"}, Example(text="a")),
+    ],
+)
+def test_keys_in_capitals_are_read(row, example):
+    assert parsed(row) == (example, False, ())
+    assert ANY.parse(row | {"Id": 7}).left_out == ("id",)
 
 
 def test_message_lists_under_prompt_and_completion_are_read():
