@@ -134,6 +134,8 @@ REFUSED = {
     "style": ["generate", "adapter", "--prompt_style", "nonsense"],
     "choices": ["evaluate", "base", "--data_dir", "data", "--metrics", "accuracy", "--choices", "yes,no"],
     "baseline": ["evaluate", "base", "--data_dir", "data", "--baseline", "nowhere"],
+    "sweep": ["sweep", "base", "--data_dir", "nowhere", "--search", "{lora_r: [8]}"],
+    "search": ["sweep", "base", "--data_dir", "data", "--search", "{lora_rr: [8]}"],
     "merge": ["merge_lora", "base", "--out_dir", "merged"],
     "out_dir": ["merge_lora", "adapter", "--out_dir", "data"],
     "destination": ["prepare_json", "--source", "data/train.jsonl", "--destination_path", "/proc/litlora"],

@@ -34,8 +34,7 @@ def train_and_compare(plan: Plan) -> None:
     for failure in failures:
         log(f"warning: {failure}")
     folder = plan.args.out_dir
-    losses = [(" ".join(row.names.values()), list(row.losses.values())) for row in rows]
     content = json.dumps(results.to_json(plan, study), ensure_ascii=False, indent=2) + "\n"
-    page = sweep_page(folder.name, lines, losses, failures)
+    page = sweep_page(folder.name, lines, results.chart(rows), failures)
     write_atomically({folder / RESULTS: content.encode(errors="backslashreplace"), folder / PAGE: page.encode()})
     log(f"table and chart in {folder / PAGE}")

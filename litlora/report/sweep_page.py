@@ -6,7 +6,7 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 PAGE = "sweep.html"
-WIDTH, ROW, LEFT = 640, 24, 200
+WIDTH, ROW, LEFT = 460, 24, 170
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -20,12 +20,14 @@ TEMPLATE = """<!DOCTYPE html>
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-svg { width: 100%; max-width: 48rem; height: auto; } svg text { fill: var(--soft); font-size: 13px; }
-svg line { stroke: var(--line); } svg circle { fill: var(--a); opacity: .45; }
+svg { width: 100%; max-width: 38rem; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
+svg line { stroke: var(--line); } svg circle { fill: var(--a); opacity: .6; }
 svg .mean { stroke: var(--a); stroke-width: 2; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
 td, th { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap;
-  font-variant-numeric: tabular-nums; font-weight: 400; } th { color: var(--soft); }
+  font-variant-numeric: tabular-nums; font-weight: 400; }
+td:not(:first-child), th:not(:first-child) { text-align: right; }
+th { color: var(--soft); }
 .key { color: var(--soft); }
 </style>
 </head>
@@ -66,7 +68,8 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
         return LEFT + 12 + (value - low) / width * (WIDTH - LEFT - 36)
 
     parts = [
-        f'<text x="{x(value):.1f}" y="{height - 6}" text-anchor="middle">{value:.4g}</text>' for value in {low, high}
+        f'<text x="{x(value):.1f}" y="{height - 6}" text-anchor="middle">{value:.4g}</text>'
+        for value in {low, (low + high) / 2, high}
     ]
     for line, (name, values) in enumerate(rows):
         y = ROW * line + ROW / 2

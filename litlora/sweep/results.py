@@ -90,6 +90,12 @@ def rows(plan: Plan, study: Study) -> list[Row]:
     return sorted(found, key=lambda row: (row.loss is None, row.loss.value if row.loss else row.combination))
 
 
+def chart(found: Sequence[Row]) -> list[tuple[str, list[float]]]:
+    """Return the losses of each row, named by the values in which the rows differ."""
+    names = [name for name in found[0].names if len({row.names.get(name) for row in found}) > 1]
+    return [(", ".join(row.names.get(name, "") for name in names), list(row.losses.values())) for row in found]
+
+
 def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -107,6 +107,12 @@ def test_a_wrong_search_space_is_refused_in_one_sentence(search, sentence):
     assert caught.value.exit_code in (1, 2)
 
 
+def test_optuna_is_named_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr("litlora.sweep.plan.find_spec", {}.get)
+    with pytest.raises(LitLoraError, match=r"sweep needs optuna: install it with: pip install 'litlora\[sweep\]'"):
+        plan({"lora_r": [8]})
+
+
 def test_flags_of_evaluate_are_checked():
     with pytest.raises(LitLoraError, match=r"--evaluate: --metrics \(f3\) must be some of loss, exact_match"):
         plan({"lora_r": [8]}, evaluate={"metrics": ["loss", "f3"]})
