@@ -164,6 +164,7 @@ def test_print_config_is_a_config_again(command, capsys):
         "merge_lora": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
         "export": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
         "verify": ["--checkpoint_dir", "adapter"],
+        "upload": ["--checkpoint_dir", "adapter", "--repo_id", "a/b"],
         "sweep": ["--search", "{lora_r: [8, 16], lora_alpha: {times: lora_r, values: [2]}}", "--seeds", "1,2"],
         "evaluate": [*NEEDED, "--metrics", "loss,accuracy", "--choices", "yes,no", "--fail_below", "loss=2"],
         "check_data": NEEDED,

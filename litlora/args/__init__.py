@@ -7,7 +7,7 @@ from litlora.args.common import CommandArgs
 from litlora.args.data import CheckDataArgs, PrepareAlpacaArgs, PrepareJsonArgs, PrepareLimaArgs
 from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
-from litlora.args.hub import DownloadArgs
+from litlora.args.hub import DownloadArgs, UploadArgs
 from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
 from litlora.args.sweep import SweepArgs
 from litlora.args.verify import VerifyArgs
@@ -24,5 +24,6 @@ COMMANDS: dict[str, type[CommandArgs]] = {
     "merge_lora": MergeLoraArgs,
     "export": ExportArgs,
     "verify": VerifyArgs,
+    "upload": UploadArgs,
     "sweep": SweepArgs,
 }

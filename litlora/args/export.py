@@ -25,6 +25,8 @@ class ExportArgs(ModelArgs):
     """Type of the weights, by default f16, and f32 for an adapter alone."""
     dequantized_base: bool = False
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
+    verify: bool = True
+    """Compare what llama.cpp computes from the file with the receipt of the training, if there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,10 @@
 """export: a checkpoint or an adapter in, a GGUF file and a Modelfile out."""
 
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from litlora.args.export import ExportArgs
 from litlora.commands.early_checks import check_export
@@ -8,10 +12,15 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.export.gguf.adapter import LowRank, write_adapter
 from litlora.export.gguf.model import Model, write_model
-from litlora.export.ollama import modelfile
+from litlora.export.gguf.verification import verify_gguf
+from litlora.export.model_card import copy_card
+from litlora.export.ollama import MODELFILE, modelfile, template_hash
+from litlora.export.receipt import RECEIPT, Receipt
+from litlora.export.verification import log_verdict, passes_receipt_on
+from litlora.hub.origin import origin
 from litlora.lora.adapter_folder import read_prompt_style
 from litlora.lora.checkpoint import read_adapters
-from litlora.lora.merge import read_merge, refuse_foreign_links
+from litlora.lora.merge import Merge, read_merge, refuse_foreign_links
 from litlora.lora.selection import Adapters, shared_prompt_style
 from litlora.lora.variants import MAGNITUDE, A, B
 from litlora.models.checkpoint import Checkpoint
@@ -19,27 +28,37 @@ from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.utils.console import log
 from litlora.utils.files import atomic_directory
 
-MODEL, ADAPTER, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
+MODEL, ADAPTER = "model.gguf", "adapter.gguf"
+ROUNDED = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export(args: ExportArgs, files: CheckpointFiles | None = None, adapters: Adapters = ()) -> None:
     """Write a model or an adapter as a GGUF file, with a Modelfile; base and adapters if they have been read."""
     if files is None:
         files, adapters = check_export(args)
-    base = Checkpoint.open(files)
+    base, is_alone = Checkpoint.open(files), args.format == "gguf-lora"
     refuse_foreign_links(adapters, base)
-    model = _model(base, args.checkpoint_dir or args.out_dir)
+    model, outtype = _model(base, args.checkpoint_dir or args.out_dir), args.outtype or ("f32" if is_alone else "f16")
+    merge = None if is_alone or not adapters else read_merge(adapters, base, dequantized=args.dequantized_base)
+    receipt = _receipt(base, adapters, dequantized=args.dequantized_base)
     with atomic_directory(args.out_dir) as folder:
-        if args.format == "gguf-lora":
-            write_adapter(folder / ADAPTER, model, _pairs(base, adapters), args.outtype or "f32")
+        if is_alone:
+            write_adapter(folder / ADAPTER, model, _pairs(base, adapters), outtype)
         else:
-            if adapters:
-                model = _merged(model, base, adapters, dequantized=args.dequantized_base)
-            write_model(folder / MODEL, model, args.outtype or "f16")
+            write_model(folder / MODEL, _merged(model, base, merge, outtype), outtype)
         style = shared_prompt_style(adapters) or read_prompt_style(base.dir)
-        text = modelfile(model.tokenizer, style, MODEL, ADAPTER if args.format == "gguf-lora" else None)
+        text = modelfile(model.tokenizer, style, MODEL, ADAPTER if is_alone else None)
         (folder / MODELFILE).write_text(text, encoding="utf-8")
-    log(f"{ADAPTER if args.format == 'gguf-lora' else MODEL} and {MODELFILE} in {args.out_dir}")
+        source = origin(base.dir)
+        card = copy_card(args.format, source and source.repo_id, source and source.license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if receipt is not None:
+            replace(receipt, hashes={**receipt.hashes, MODELFILE: template_hash(text)}).write(folder)
+    log(f"{ADAPTER if is_alone else MODEL} and {MODELFILE} in {args.out_dir}")
+    if merge is not None and outtype in ROUNDED:
+        log(str(merge.changes))
+    if receipt is not None and args.verify:
+        _verify(args.out_dir, is_alone=is_alone)
 
 
 def _model(base: Checkpoint, source: Path) -> Model:
@@ -48,10 +67,12 @@ def _model(base: Checkpoint, source: Path) -> Model:
     return Model(source.resolve().name, base.hub_config, base.config, shapes, base.read, tokenizer)
 
 
-def _merged(model: Model, base: Checkpoint, adapters: Adapters, *, dequantized: bool) -> Model:
-    """Return the model of a base with adapters merged into each of its tensors when it is read."""
-    merge = read_merge(adapters, base, dequantized=dequantized)
-    return model.reading(lambda name: merge.in_float32(name, base), untied=merge.unties(base))
+def _merged(model: Model, base: Checkpoint, merge: Merge | None, outtype: str) -> Model:
+    """Return the model of a base with adapters, if any, merged into each of its tensors when it is read."""
+    if merge is None:
+        return model
+    counting = replace(merge, stored=ROUNDED.get(outtype))
+    return model.reading(lambda name: counting.in_float32(name, base), untied=merge.unties(base))
 
 
 def _pairs(base: Checkpoint, adapters: Adapters) -> list[LowRank]:
@@ -62,3 +83,19 @@ def _pairs(base: Checkpoint, adapters: Adapters) -> list[LowRank]:
     names = {base.config.hub_name(name): name for name in base.outline().state_dict()}
     own = ((layer, adapter.of(layer), settings.scaling) for layer, settings in adapter.layers.items())
     return [LowRank(names[f"{layer}.weight"].removesuffix(".weight"), t[A], t[B], scale) for layer, t, scale in own]
+
+
+def _receipt(base: Checkpoint, adapters: Adapters, *, dequantized: bool) -> Receipt | None:
+    """Return the receipt of what is exported, if there is one: that of an adapter, or of a merged checkpoint."""
+    if adapters:
+        return Receipt.read(adapters[0].folder) if passes_receipt_on(adapters, dequantized) else None
+    return Receipt.read(base.dir) if (base.dir / RECEIPT).is_file() else None
+
+
+def _verify(out_dir: Path, *, is_alone: bool) -> None:
+    if is_alone:
+        log(f"verify it with the GGUF file of its base: litlora verify {out_dir} --base_dir BASE.gguf")
+    elif find_spec("xllamacpp") is None:
+        log("it is not verified without llama.cpp: pip install 'litlora[llama-cpp]'")
+    else:
+        log_verdict(verify_gguf(out_dir), out_dir)

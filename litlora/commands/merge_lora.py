@@ -5,7 +5,7 @@ import torch
 from litlora.args.inference import MergeLoraArgs
 from litlora.commands.early_checks import check_merge
 from litlora.export.receipt import RECEIPT
-from litlora.export.verification import log_verdict, passes_receipt_on
+from litlora.export.verification import log_verdict, passes_receipt_on, verify_folder
 from litlora.lora.merge import merge_adapters
 from litlora.lora.selection import Adapters
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
@@ -24,4 +24,4 @@ def merge_lora(args: MergeLoraArgs, base: CheckpointFiles | None = None, adapter
     if checkpoint.tensor(EMBEDDING).dtype is not torch.float32:
         log(str(changes))
     if receipts and args.verify:
-        log_verdict(args.out_dir)
+        log_verdict(verify_folder(args.out_dir), args.out_dir)

@@ -45,6 +45,38 @@ model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
 """
 
 
+COPIES = {
+    "merged": (
+        "Model fine-tuned from",
+        "transformers",
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")',
+    ),
+    "gguf": ("GGUF file of a model fine-tuned from", "gguf", "ollama create NAME && ollama run NAME"),
+    "gguf-lora": ("LoRA adapter as a GGUF file for", "gguf", "llama-cli -m BASE.gguf --lora adapter.gguf"),
+}
+"""For each kind of copy the title of its card, the library that loads it, and how."""
+
+
+def copy_card(kind: str, base: str | None, license: str | None = None) -> str:
+    """Return the card of a copy of a trained network, whose base is named if it is a repository of the Hub."""
+    title, library, usage = COPIES[kind]
+    front: dict[str, object] = {"base_model": base} if base else {}
+    front |= {"library_name": library, "pipeline_tag": "text-generation", "tags": ["lora", "litlora"]}
+    if license:
+        front["license"] = license
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+
+# {title} {base or "a local checkpoint"}
+
+Trained with litlora.
+
+```
+{usage}
+```
+"""
+
+
 def _text(value: object) -> str:
     if value is None:
         return "not measured"

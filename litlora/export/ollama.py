@@ -2,14 +2,17 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from litlora.data.chat_style import ChatStyle
 from litlora.data.chat_template import ChatTemplateError
 from litlora.data.examples import Message, Role
 from litlora.data.prompt_styles import PromptStyle, StyleSettings, TemplateStyle
 from litlora.data.tokenizer import Tokenizer
+from litlora.export.receipt import text_hash
 from litlora.utils.console import log
 
+MODELFILE = "Modelfile"
 SYSTEM, QUESTION, ANSWER, NEXT = "SYSTEM-PROBE", "QUESTION-PROBE", "ANSWER-PROBE", "NEXT-PROBE"
 Turns = list[tuple[Role, str]]
 
@@ -73,6 +76,19 @@ def modelfile(tokenizer: Tokenizer, settings: StyleSettings | None, model: str, 
         lines += _template_lines(style, tokenizer)
     stops = sorted(filter(None, map(tokenizer.backend.id_to_token, tokenizer.stop_ids_of(style))))
     return "\n".join([*lines, *(f'PARAMETER stop "{_escaped(stop)}"' for stop in stops)]) + "\n"
+
+
+def template_hash(text: str) -> str:
+    """Return the SHA-256 of the template in the text of a Modelfile."""
+    found = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
+    return text_hash(found[1] if found else "")
+
+
+def stops_of(path: Path) -> set[str]:
+    """Return the texts at which a Modelfile ends an answer, none if there is no such file."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE)
+    return {re.sub(r"\\(.)", r"\1", stop) for stop in found}
 
 
 def _escaped(text: str) -> str:

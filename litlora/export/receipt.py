@@ -24,7 +24,8 @@ from litlora.export.scoring import Engine, LitLoraEngine, Rounding, Scores
 from litlora.lora.adapter_folder import WEIGHTS
 from litlora.utils.files import read_json
 
-RECEIPT, ADAPTER = "receipt.json", "adapter"
+RECEIPT = "receipt.json"
+ADAPTER, TEMPLATE = "adapter", "template"  # of its hashes
 ROWS = 64  # of the validation split, the shortest of which are prompts
 PROMPTS = 2  # beside the fixed one
 MAX_TOKENS = 256  # of a prompt with its response
@@ -113,7 +114,11 @@ class Receipt:
 
     def write(self, folder: Path) -> None:
         """Write the receipt into a folder that is not published yet."""
-        (folder / RECEIPT).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        (folder / RECEIPT).write_bytes(self.content())
+
+    def content(self) -> bytes:
+        """Return the receipt as JSON."""
+        return (json.dumps(asdict(self)) + "\n").encode()
 
 
 def _checked(prompts: list[Probe]) -> list[Probe]:
@@ -237,6 +242,11 @@ def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def dtype_name(tensor: Tensor) -> str:

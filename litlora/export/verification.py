@@ -1,10 +1,13 @@
 """Whether an adapter or a merged checkpoint is the network whose training left a receipt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from litlora.args.verify import EngineName
 from litlora.data.prompt_styles import PromptStyle
 from litlora.data.readers import RowError
 from litlora.data.tokenizer import Tokenizer
@@ -20,21 +23,20 @@ from litlora.export.receipt import (
     score,
     tokenized,
 )
-from litlora.export.scoring import LitLoraEngine
+from litlora.export.scoring import Engine, LitLoraEngine
 from litlora.lora.adapter_folder import WEIGHTS, find_base, read_prompt_style
 from litlora.lora.checkpoint import load_with_adapters, read_quantization
 from litlora.lora.selection import Adapters, Weighted
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
-from litlora.models.transformer import GPT
 from litlora.nn.backend import default_device
 from litlora.nn.nf4 import Quantization
 from litlora.utils.console import log
 
-TOLERANCE = 1e-4
+TOLERANCES = {"litlora": 1e-4, "peft": 1e-3}
 """Of a log-probability in nats, between two float32 computations with the same weights."""
 MARGIN = 3.0  # on the largest change that random roundings make
 SHARES = {"bfloat16": 1.0, "float16": 1 / 8}
-"""How large a rounding to a dtype is, as a multiple of that to bfloat16."""
+"""How large a rounding of weights to a dtype is, as a multiple of that to bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ class Verdict:
 
     differences: list[float]
     tolerance: float
+    storage: str
+    """The type of the weights, for which the tolerance is."""
     faults: list[str]
+    notes: Sequence[str] = ()
 
     def refuse_faults(self, folder: Path) -> None:
         """Raise a LitLoraError if anything is wrong."""
@@ -53,33 +58,65 @@ class Verdict:
 
     def __str__(self) -> str:
         rows = [f"prompt {n}: largest difference {value:.2e}" for n, value in enumerate(self.differences, start=1)]
-        return "\n".join([*rows, f"tolerance {self.tolerance:.2e}: {'different' if self.faults else 'the same'}"])
+        verdict = "different" if self.faults else "the same"
+        return "\n".join([*rows, *self.notes, f"tolerance {self.tolerance:.2e} for {self.storage} weights: {verdict}"])
 
 
-def verify_folder(folder: Path, base_dir: Path | None = None) -> Verdict:
+def verify_copy(path: Path, base_dir: Path | None = None, engine: EngineName | None = None) -> Verdict:
+    """Compare what an adapter, a merged checkpoint or a GGUF file computes with the receipt in its folder."""
+    is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
+    if is_gguf and engine in (None, "llama.cpp"):  # whose packages are an extra
+        verdict: Verdict = import_module("litlora.export.gguf.verification").verify_gguf(path, base_dir)
+        return verdict
+    if is_gguf or engine == "llama.cpp":
+        kind = "a GGUF file: leave --engine out" if is_gguf else "no GGUF file: write one with litlora export"
+        raise LitLoraError(f"--engine {engine}: {path} is {kind}")
+    return verify_folder(path, base_dir, engine or "litlora")
+
+
+def verify_folder(folder: Path, base_dir: Path | None = None, engine: EngineName = "litlora") -> Verdict:
     """Compare what an adapter or a merged checkpoint computes with its receipt."""
     receipt = Receipt.read(folder)
     base_path, adapter = find_base(folder, base_dir)
     base = Checkpoint.open(base_path)
-    faults = text_faults(receipt, folder, base)
     base.config.check_ids("the receipt", max(id for probe in receipt.prompts for id in probe.ids))
-    model = _load(receipt, base, adapter)
-    scored = score(LitLoraEngine(model), receipt.prompts)
+    faults = text_faults(receipt, folder, base)
+    scorer = _load(receipt, base, adapter, engine)
+    share = rounding_share(receipt, merged=adapter is None)
+    share += 1.0 if receipt.quantization and engine == "peft" else 0.0
+    verdict = compare(receipt, scorer, TOLERANCES[engine], share, dtype_name(base.tensor(EMBEDDING)), faults)
+    is_other = adapter is not None and file_hash(adapter / WEIGHTS) != receipt.hashes.get(ADAPTER)
+    if verdict.faults and is_other:
+        return replace(verdict, faults=[*verdict.faults, f"{RECEIPT} is of another adapter, or {WEIGHTS} has changed"])
+    return verdict
+
+
+def compare(
+    receipt: Receipt,
+    engine: Engine,
+    tolerance: float,
+    share: float,
+    storage: str,
+    faults: Sequence[str],
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """Compare what an engine computes with a receipt, where weights are rounded by a share of bfloat16's rounding."""
+    scored = score(engine, receipt.prompts)
     differences = [
         largest_difference(own, probe.expected()) for own, probe in zip(scored, receipt.prompts, strict=True)
     ]
-    tolerance = TOLERANCE if adapter is not None else _tolerance(receipt)
+    limit = tolerance + MARGIN * share * receipt.sensitivity
     # Not "above": a comparison with NaN is false.
-    if not all(difference <= tolerance for difference in differences):
-        what = f"log-probabilities differ by {max(differences):.2e}, above the tolerance of {tolerance:.2e}"
-        faults.append(what + _other_adapter(receipt, adapter))
-    return Verdict(differences, tolerance, faults)
+    if not all(difference <= limit for difference in differences):
+        faults = [*faults, f"log-probabilities differ by {max(differences):.2e}, above the tolerance of {limit:.2e}"]
+    return Verdict(differences, limit, storage, list(faults), notes)
 
 
-def _other_adapter(receipt: Receipt, adapter: Path | None) -> str:
-    """Tell whether an adapter is another file than the one that a receipt was written for."""
-    is_other = adapter is not None and file_hash(adapter / WEIGHTS) != receipt.hashes.get(ADAPTER)
-    return f" ({RECEIPT} is that of another adapter, or {WEIGHTS} has changed since)" if is_other else ""
+def rounding_share(receipt: Receipt, *, merged: bool) -> float:
+    """Return how far the weights of a copy are rounded otherwise than in training."""
+    if not merged:
+        return 0.0
+    return max(SHARES.get(dtype, 0.0) for dtype in (receipt.dtype, receipt.stored_dtype))
 
 
 def passes_receipt_on(adapters: Adapters, dequantized: bool) -> bool:
@@ -89,29 +126,25 @@ def passes_receipt_on(adapters: Adapters, dequantized: bool) -> bool:
     return dequantized or read_quantization(adapters[0].folder) is None
 
 
-def log_verdict(folder: Path) -> None:
+def log_verdict(verdict: Verdict, folder: Path) -> None:
     """Print whether what was written computes what its receipt has; LitLoraError where it does not."""
-    verdict = verify_folder(folder)
     log(str(verdict))
     verdict.refuse_faults(folder)
 
 
-def _load(receipt: Receipt, base: Checkpoint, adapter: Path | None) -> GPT:
+def _load(receipt: Receipt, base: Checkpoint, adapter: Path | None, engine: EngineName) -> Engine:
     """Load the network as it was trained, or a merged one as it is stored."""
-    device = default_device()
-    if adapter is None:
-        return base.load(base.tensor(EMBEDDING).dtype, device)
+    trained = read_quantization(adapter) if adapter else None
     dtype = torch.bfloat16 if receipt.dtype == "bfloat16" else torch.float32
-    trained = read_quantization(adapter)
     quantization = Quantization(trained.name, dtype) if trained else None
-    return load_with_adapters(base, [Weighted(adapter)], dtype, device, quantization)
-
-
-def _tolerance(receipt: Receipt) -> float:
-    """Return what rounding the merged weights to their dtype can change."""
-    dtypes = {receipt.dtype, receipt.stored_dtype}
-    share = next((share for dtype, share in SHARES.items() if dtype in dtypes), 0.0)
-    return TOLERANCE + MARGIN * share * receipt.sensitivity
+    if adapter is None:
+        dtype = base.tensor(EMBEDDING).dtype
+    if engine == "peft":  # whose packages are an extra
+        loaded: Engine = import_module("litlora.export.engines.peft").load(base.dir, adapter, dtype, quantization)
+        return loaded
+    if adapter is None:
+        return LitLoraEngine(base.load(dtype, default_device()))
+    return LitLoraEngine(load_with_adapters(base, [Weighted(adapter)], dtype, default_device(), quantization))
 
 
 def text_faults(receipt: Receipt, folder: Path, base: Checkpoint) -> list[str]:

@@ -102,7 +102,7 @@ class Repo:
     @property
     def page(self) -> str:
         """The repository's web page."""
-        return f"{_endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+        return f"{endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
 
 
 def _read_bounded(response: httpx2.Response) -> None:
@@ -237,7 +237,7 @@ def refusing_malformed(repo: Repo) -> Iterator[None]:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fault = f"lists the files of {repo} as no Hub does"
-        raise LitLoraError(f"the server at {_endpoint()} {fault}: check HF_ENDPOINT") from error
+        raise LitLoraError(f"the server at {endpoint()} {fault}: check HF_ENDPOINT") from error
 
 
 def check_commit(commit: str | None) -> None:
@@ -246,7 +246,7 @@ def check_commit(commit: str | None) -> None:
         raise ValueError("a commit is a hexadecimal number")
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     """Return the Hub's address without the password that HF_ENDPOINT may have."""
     return redacted(constants.ENDPOINT)
 
@@ -418,9 +418,9 @@ def _explain(error: BaseException, repo: Repo) -> str:
         case OfflineModeIsEnabled():
             return f"{repo} cannot be fetched while HF_HUB_OFFLINE is set: unset it"
         case FileMetadataError() | json.JSONDecodeError():
-            return f"the server at {_endpoint()} is not a Hub: check HF_ENDPOINT and the proxy"
+            return f"the server at {endpoint()} is not a Hub: check HF_ENDPOINT and the proxy"
     # Not only errors of httpx2: hf_xet, which transfers large files of data sets, raises RuntimeError
-    fault = f"{repo} could not be fetched from {_endpoint()} ({str(error).partition(chr(10))[0]})"
+    fault = f"{repo} could not be fetched from {endpoint()} ({str(error).partition(chr(10))[0]})"
     return f"{fault}: check the connection, and run the same command again to resume"
 
 
@@ -442,4 +442,4 @@ def _explain_response(error: HfHubHTTPError, repo: Repo) -> str:
     if isinstance(error, RemoteEntryNotFoundError):
         return f"{repo} has no file {Path(error.response.url.path).name}: see {repo.page}/tree/main"
     phrase = f"{status} {error.response.reason_phrase}"
-    return f"{_endpoint()} returned {phrase} for {repo}: run the same command again later"
+    return f"{endpoint()} returned {phrase} for {repo}: run the same command again later"

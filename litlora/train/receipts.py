@@ -6,7 +6,17 @@ from torch.distributed.fsdp import FSDPModule
 
 from litlora.data.tokenizer import Tokenizer
 from litlora.evaluation.engine import Engine
-from litlora.export.receipt import RECEIPT, Receipt, choose, dtype_name, record, sensitivity, versions
+from litlora.export.receipt import (
+    RECEIPT,
+    TEMPLATE,
+    Receipt,
+    choose,
+    dtype_name,
+    record,
+    sensitivity,
+    text_hash,
+    versions,
+)
 from litlora.export.scoring import LitLoraEngine
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
 from litlora.nn.nf4 import quantization_of
@@ -51,6 +61,10 @@ def _receipt(folder: RunFolder, engine: Engine, checkpoint: Checkpoint, tokenize
         stored_dtype=dtype_name(checkpoint.tensor(EMBEDDING)),
         quantization=quantization.name if quantization else None,
         sensitivity=sensitivity(scorer, prompts),
-        hashes={**folder.identity.contents, "tokenizer": tokenizer.fingerprint},
+        hashes={
+            **folder.identity.contents,
+            "tokenizer": tokenizer.fingerprint,
+            TEMPLATE: text_hash(tokenizer.chat_template or ""),
+        },
         versions=versions(),
     )

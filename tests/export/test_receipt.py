@@ -1,6 +1,7 @@
 """A receipt finds what goes wrong with an export, and nothing on a sound one."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,13 @@ def trained(tiny, data_dir, tmp_path_factory) -> tuple[Path, Path]:
 
 def verify(folder: Path, *flags: object) -> int:
     return main(["verify", str(folder), *map(str, flags)])
+
+
+def export(source: Path, out_dir: Path, *flags: object) -> Path:
+    """Export a receipt's network, unverified, and return the folder."""
+    command = ["export", str(source), "--out_dir", str(out_dir), "--verify", "false", "--outtype", "f32"]
+    assert main([*command, *map(str, flags)]) == 0
+    return out_dir
 
 
 def edit_json(path: Path, **values: object) -> None:
@@ -150,6 +158,89 @@ def test_a_faulty_merge_is_found(fault, trained, tmp_path):
     folder = Path(shutil.copytree(trained[1], tmp_path / "merged"))
     MERGED_FAULTS[fault](folder)
     assert verify(folder) == 1
+
+
+def test_peft_computes_what_the_receipt_has(trained, capsys):
+    assert [verify(folder, "--engine", "peft") for folder in trained] == [0, 0]
+    assert "tolerance 1.00e-03 for float32 weights: the same" in capsys.readouterr().out
+
+
+def test_peft_finds_a_fault(trained, tmp_path):
+    folder = Path(shutil.copytree(trained[0], tmp_path / "final"))
+    edit_json(folder / CONFIG, use_rslora=True)
+    assert verify(folder, "--engine", "peft") == 1
+
+
+GGUF_FILES = {
+    "f32": ["--outtype", "f32"],
+    "f16": ["--outtype", "f16"],
+    "q8_0": ["--outtype", "q8_0"],
+    "alone": ["--format", "gguf-lora"],
+}
+
+
+@pytest.mark.parametrize("kind", GGUF_FILES)
+def test_llama_cpp_computes_what_the_receipt_has(kind, tiny, trained, tmp_path, capsys):
+    folder = export(trained[0], tmp_path / "out", *GGUF_FILES[kind])
+    base = ["--base_dir", export(tiny, tmp_path / "base")] if kind == "alone" else []
+    assert verify(folder, *base) == 0
+    assert f"for {'f32' if base else kind} weights: the same" in capsys.readouterr().out
+
+
+GGUF_FAULTS = ("scale ignored", "A of another layer", "adapter left out", "rsLoRA")
+
+
+@pytest.mark.parametrize("fault", GGUF_FAULTS)
+def test_a_faulty_gguf_file_is_found(fault, trained, tmp_path):
+    adapter = Path(shutil.copytree(trained[0], tmp_path / "final"))
+    ADAPTER_FAULTS[fault](adapter)
+    folder = export(adapter, tmp_path / "out")
+    shutil.copy(trained[0] / "receipt.json", folder)
+    assert verify(folder) == 1
+
+
+def test_export_verifies_what_it_wrote(trained, tmp_path, capsys):
+    adapter = Path(shutil.copytree(trained[0], tmp_path / "final"))
+    command = ["export", str(adapter), "--out_dir", str(tmp_path / "sound"), "--outtype", "f16"]
+    assert main(command) == 0
+    assert re.search(
+        r"changed weights \(.*%\) are rounded back(.|\n)*for f16 weights: the same", capsys.readouterr().err
+    )
+    edit_json(adapter / CONFIG, lora_alpha=8)
+    assert main(["export", str(adapter), "--out_dir", str(tmp_path / "faulty")]) == 1
+
+
+def test_faults_of_the_texts_of_a_gguf_file_are_found(tiny, trained, tmp_path, capsys):
+    """A second BOS, other merges, another end token and another template in the Modelfile."""
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    edit_tokenizer(base, lambda t: (add_bos(t), t["model"]["merges"].pop(0)))
+    edit_json(base / "tokenizer_config.json", eos_token="<s>")
+    (base / "generation_config.json").unlink(missing_ok=True)
+    folder = export(trained[0], tmp_path / "out", "--base_dir", base)
+    modelfile = (folder / "Modelfile").read_text(encoding="utf-8")
+    (folder / "Modelfile").write_text(modelfile.replace("### Response", "### Answer"), encoding="utf-8")
+    assert verify(folder) == 1
+    error = capsys.readouterr().err
+    assert "the template in its Modelfile" in error
+    assert "llama.cpp makes other tokens of a prompt" in error
+
+
+def test_what_is_no_copy_is_refused_in_one_sentence(tiny, trained, tmp_path, capsys):
+    alone = export(trained[0], tmp_path / "alone", "--format", "gguf-lora")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/model.gguf").write_bytes((alone / "adapter.gguf").read_bytes()[:100])
+    other = Path(shutil.copytree(trained[0], tmp_path / "final"))
+    edit_weights(other / WEIGHTS, one_layer_zero)
+    capsys.readouterr()
+    for folder, engine, sentence in (
+        (alone, "llama.cpp", "is an adapter: name the GGUF file of its base with --base_dir"),
+        (alone, "peft", "is a GGUF file: leave --engine out"),
+        (tiny, "llama.cpp", "no GGUF file: write one with litlora export"),
+        (tmp_path / "cut", "llama.cpp", "is not a complete GGUF file"),
+        (other, "litlora", "receipt.json is of another adapter"),
+    ):
+        assert verify(folder, "--engine", engine) == 1
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_another_base_is_found(tiny, trained, tmp_path):

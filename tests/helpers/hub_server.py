@@ -1,5 +1,6 @@
 """A small Hub on 127.0.0.1: models and data sets from memory, with the tokens, gates and faults that a test chooses."""
 
+import base64
 import hashlib
 import json
 import re
@@ -10,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
 from huggingface_hub import constants
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".model")
+LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".gguf")
 CDN = "/cdn/"
 
 
@@ -83,7 +85,7 @@ class Fault:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Speaks as much of the Hub's protocol as it takes to fetch files, once it is entered as a context."""
+    """Speaks as much of the Hub's protocol as fetching and committing files takes, once it is entered as a context."""
 
     daemon_threads = True
 
@@ -92,6 +94,10 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, Repository] = {}
         self.grants: dict[str, set[str]] = {}
+        self.writers: dict[str, str] = {}
+        """The namespaces to which tokens may write."""
+        self.stored: dict[str, bytes] = {}
+        """What was sent to large file storage, by its hash."""
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.ranges: list[str] = []
@@ -130,6 +136,23 @@ class HubServer(ThreadingHTTPServer):
     def grant(self, token: str, *repo_ids: str) -> None:
         """Make a token known, and let it read these gated or private repositories."""
         self.grants[token] = set(repo_ids)
+
+    def commit(self, repo_id: str, revision: str, lines: list[dict[str, Any]]) -> str:
+        """Add the files of a commit's operations to a revision, and return the commit."""
+        repository = self.repositories[repo_id]
+        entries = dict(repository.revisions[revision])
+        for line in lines:
+            name, value = line["value"].get("path"), line["value"]
+            if line["key"] == "file":
+                content = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                content = self.stored[value["oid"]]
+            else:
+                continue
+            entries[name] = Entry(name, content, len(content))
+        repository.revisions[revision] = entries
+        commit, _ = repository.find(revision) or ("", {})
+        return commit
 
     def fail(self, fault: Fault) -> Fault:
         """Let something go wrong."""
@@ -221,15 +244,103 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(404)
 
+    def do_PUT(self) -> None:
+        self.server.requests.append(f"PUT {self.path}")
+        content = self._body()
+        self.fault = Fault(self.path)
+        oid = self.path.rsplit("/", 1)[1]
+        known = hashlib.sha256(content).hexdigest() == oid
+        if known:
+            self.server.stored[oid] = content
+        self._send(200 if known else 400)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"POST {path}")
+        body = self._body()
+        self.fault = self.server.take_fault(path) or Fault(path)
+        if self.fault.status:
+            self._send(self.fault.status, headers=self.fault.headers)
+        elif path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)", path):
+            if self._may_write(match[1]):
+                getattr(self, f"_{match[2]}")(match[1], match[3], body)
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            if self._may_write(match[1]):
+                self._batch(json.loads(body)["objects"])
+        else:
+            self._send(404)
+
     def log_message(self, *args: object) -> None:
         pass
+
+    def _body(self) -> bytes:
+        """Read the body of a request, which may come in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _may_write(self, repo_id: str) -> bool:
+        namespace = self.server.writers.get(self._token())
+        if namespace is None:
+            self._refuse(401, "", "Invalid credentials in Authorization header")
+        elif namespace != repo_id.split("/")[0]:
+            self._refuse(403, "", "You don't have the rights to create a model under this namespace")
+        return namespace == repo_id.split("/")[0]
+
+    def _create(self, request: dict[str, Any]) -> None:
+        repo_id = f"{request.get('organization')}/{request['name']}"
+        if not self._may_write(repo_id):
+            return
+        if repo_id in self.server.repositories:
+            about = {"error": "You already created this model repo", "url": f"{self.server.url}/{repo_id}"}
+            self._send_json(about, 409)
+            return
+        self.server.repositories[repo_id] = Repository(
+            {"main": {}}, gated=False, private=request.get("visibility") == "private"
+        )
+        self.server.grants.setdefault(self._token(), set()).add(repo_id)
+        self._send_json({"url": f"{self.server.url}/{repo_id}"})
+
+    def _branch(self, repo_id: str, revision: str, _: bytes) -> None:
+        revisions = self.server.repositories[repo_id].revisions
+        known = revision in revisions
+        revisions.setdefault(revision, dict(revisions["main"]))
+        self._send_json({}, 409 if known else 200)
+
+    def _preupload(self, _: str, __: str, body: bytes) -> None:
+        files = [
+            {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
+             "shouldIgnore": False} for file in json.loads(body)["files"]
+        ]  # fmt: skip
+        self._send_json({"files": files})
+
+    def _batch(self, objects: list[dict[str, Any]]) -> None:
+        upload = [{**each, "actions": {"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}}} for each in objects]
+        self._send_json({"transfer": "basic", "objects": upload})
+
+    def _commit(self, repo_id: str, revision: str, body: bytes) -> None:
+        commit = self.server.commit(repo_id, revision, [json.loads(line) for line in body.splitlines()])
+        self._send_json({"commitUrl": f"{self.server.url}/{repo_id}/commit/{commit}", "commitOid": commit})
+
+    def _send_json(self, content: object, status: int = 200) -> None:
+        self._send(status, json.dumps(content).encode())
 
     def _serve_listing(self, repo_id: str, revision: str) -> None:
         if found := self._find(repo_id, revision):
             commit, entries = found
             listing = [entry.listing() for entry in entries.values()]
             card = yaml.safe_load(front[1]) if (front := _front_matter(entries)) else None
-            about = {"id": repo_id, "sha": commit, "siblings": listing, "cardData": card}
+            private = self.server.repositories[repo_id].private
+            about = {"id": repo_id, "sha": commit, "siblings": listing, "cardData": card, "private": private}
             self._send(200, json.dumps(about).encode())
 
     def _serve_file(self, repo_id: str, revision: str, name: str) -> None:
@@ -296,7 +407,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self._send_body(body)
 
     def _send_body(self, body: bytes) -> None:

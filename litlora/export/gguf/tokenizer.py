@@ -47,6 +47,9 @@ SPLITTINGS = (
     Splitting("gpt-4o", (GPT_4O,)),
     Splitting("seed-coder", (SEED,)),
 )
+UNSPLIT = "llama.cpp has nothing that splits a text as this tokenizer does"
+OTHER_SPLITTING = "litlora.tokenizer.other_splitting"
+"""The key of a file in which llama.cpp splits a text otherwise than the checkpoint's tokenizer."""
 PROBE = (
     "Hello World, it's WE'LL I'd camelCase HTTPServer x2y 1 12 123 1234 12345.67 3½ ½\n\n\n  two\t\ttabs \r\n"
     " end.\n/path/to//file !!\n ??? ()\n()[] — «ça» naïve Straße ÉCOLE e\u0301 日本語テスト 한국어 مرحبا हिन्दी \n \n"
@@ -73,21 +76,21 @@ def _add_bpe(writer: gguf.GGUFWriter, tokenizer: Tokenizer, content: dict[str, A
         _add_sentencepiece(writer, tokenizer, vocab_size, _scores_of_merges(merges), _writes_prefix(content))
         return
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitting_name(tokenizer.backend, bool(model.get("ignore_merges"))))
+    splitting = splitting_of(tokenizer.backend, bool(model.get("ignore_merges")))
+    writer.add_tokenizer_pre((splitting or SPLITTINGS[0]).name)
+    if splitting is None:
+        log(f"{UNSPLIT}: it makes other tokens of the same text, so give it token ids, or use another base")
+        writer.add_bool(OTHER_SPLITTING, True)
     _add_tokens(writer, tokenizer, vocab_size, gguf.TokenType.NORMAL)
     writer.add_token_merges(merges)
 
 
-def splitting_name(backend: Any, ignores_merges: bool) -> str:
-    """Return llama.cpp's name of what splits a text as this tokenizer does, by what both make of a probe."""
+def splitting_of(backend: Any, ignores_merges: bool) -> Splitting | None:
+    """Return what splits a text in llama.cpp as this tokenizer does, by what both make of a probe, if anything does."""
     expected = _pieces(backend.pre_tokenizer, PROBE)
     found = [splitting for splitting in SPLITTINGS if _pieces(_pre_tokenizer(splitting), PROBE) == expected]
     found.sort(key=lambda splitting: splitting.ignores_merges != ignores_merges)
-    if found:
-        return found[0].name
-    fault = "llama.cpp has nothing that splits a text as this tokenizer does"
-    log(f"{fault}: it makes other tokens of the same text, so give it token ids, or use another base")
-    return SPLITTINGS[0].name
+    return found[0] if found else None
 
 
 def _pre_tokenizer(splitting: Splitting) -> pre_tokenizers.PreTokenizer:

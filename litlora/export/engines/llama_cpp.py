@@ -1,0 +1,54 @@
+"""Scores by llama.cpp, through the xllamacpp package, which is an extra.
+
+llama.cpp prints, and ends its process where it does not like a file: it has a process of its own.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from litlora.errors import LitLoraError
+from litlora.export.scoring import Scores
+
+WORKER = "llama_cpp_worker.py"
+TIMEOUT = 1800  # seconds
+
+
+@dataclass
+class LlamaCppEngine:
+    """A GGUF file of a model, with one of an adapter if there is one."""
+
+    model: Path
+    adapter: Path | None
+    texts: tuple[str, ...] = ()
+    """What is tokenized beside."""
+    tokens: list[list[int]] = field(default_factory=list)
+    """Of the texts, once something has been scored."""
+
+    def __post_init__(self) -> None:
+        if find_spec("xllamacpp") is None:
+            raise LitLoraError("--engine llama.cpp needs the xllamacpp package: pip install 'litlora[llama-cpp]'")
+
+    def __call__(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[Scores]:
+        answer = self._ask({"sequences": list(zip(sequences, starts, strict=True)), "texts": self.texts})
+        self.tokens = answer["tokens"]
+        scores: list[Scores] = answer["log_probs"]
+        return scores
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have a process answer a request (see `llama_cpp_worker.py`)."""
+        files = {"model": str(self.model), "adapter": str(self.adapter) if self.adapter else None}
+        worker = [sys.executable, str(Path(__file__).with_name(WORKER))]
+        child = subprocess.run(
+            worker, input=json.dumps(files | request), capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+        )
+        if child.returncode:
+            fault = (child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"])[-1]
+            raise LitLoraError(f"llama.cpp does not load {self.adapter or self.model}: {fault}")
+        answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        return answer

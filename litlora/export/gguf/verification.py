@@ -1,0 +1,124 @@
+"""Whether llama.cpp computes from a GGUF file what the training's receipt has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from litlora.errors import LitLoraError
+from litlora.export.engines.llama_cpp import LlamaCppEngine
+from litlora.export.gguf.library import gguf
+from litlora.export.gguf.tokenizer import OTHER_SPLITTING
+from litlora.export.gguf.writer import FILE_TYPES
+from litlora.export.ollama import MODELFILE, stops_of, template_hash
+from litlora.export.receipt import TEMPLATE, Probe, Receipt, text_hash
+from litlora.export.verification import Verdict, compare
+
+TOLERANCE = 1e-3
+"""Of a log-probability in nats, between llama.cpp and litlora in float32."""
+SHARES = {"f32": 0.0, "f16": 0.25, "bf16": 2.0, "q8_0": 5.0, "q4_0": 40.0}
+"""How large the rounding of weights and activations is in a file, as a multiple of that of weights to bfloat16."""
+LONG = {f"tokenizer.ggml.{name}" for name in ("merges", "scores", "token_type")}  # metadata that is not needed
+COARSEST = 40.0  # for the types that litlora does not write
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """The metadata of a file."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "GGUFFile":
+        """Read a file's header."""
+        try:
+            reader = gguf.GGUFReader(path)
+            return cls(path, {name: field.contents() for name, field in reader.fields.items() if name not in LONG})
+        except (IndexError, KeyError, OSError, TypeError, ValueError) as error:
+            fault = " ".join(str(error).split())
+            raise LitLoraError(f"{path} is not a complete GGUF file ({fault}): export it again") from error
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.values.get("general.type") == "adapter"
+
+    @property
+    def outtype(self) -> str:
+        """The type of most weights, as --outtype names it, or else llama.cpp's number for it."""
+        number = self.values.get("general.file_type")
+        return next((name for name, kind in FILE_TYPES.items() if kind == number), f"type {number}")
+
+    def token(self, name: str) -> int | None:
+        """Return the id of a special token, such as eos."""
+        token: int | None = self.values.get(f"tokenizer.ggml.{name}_token_id")
+        return token
+
+    def text(self, token: int | None) -> str:
+        """Return the text of a token."""
+        tokens = self.values.get("tokenizer.ggml.tokens", [])
+        return str(tokens[token]) if token is not None and 0 <= token < len(tokens) else ""
+
+
+def verify_gguf(path: Path, base: Path | None = None) -> Verdict:
+    """Compare what llama.cpp computes from a GGUF file with the receipt in its folder."""
+    own = GGUFFile.read(_file_in(path))
+    receipt = Receipt.read(own.path.parent)
+    if own.is_adapter and base is None:
+        raise LitLoraError(f"{own.path} is an adapter: name the GGUF file of its base with --base_dir")
+    model = GGUFFile.read(_file_in(base)) if own.is_adapter and base is not None else own
+    probes = [probe for probe in receipt.prompts if probe.text]
+    texts = tuple(_without_bos(probe, model) for probe in probes)
+    engine = LlamaCppEngine(model.path, own.path if own.is_adapter else None, texts)
+    share = SHARES.get(model.outtype, COARSEST) + base_share(receipt)
+    verdict = compare(receipt, engine, TOLERANCE, share, model.outtype, _faults(receipt, model, own.path.parent))
+    found = [fault for probe, ids in zip(probes, engine.tokens, strict=True) if (fault := _token_fault(probe, ids))]
+    if found and model.values.get(OTHER_SPLITTING):
+        return replace(verdict, notes=[f"{found[0]}, as its export said: give it token ids"])
+    return replace(verdict, faults=[*verdict.faults, *found[:1]])
+
+
+def base_share(receipt: Receipt) -> float:
+    """Return how far training rounded the weights of the base, which are exported as they are stored."""
+    return 1.0 if receipt.dtype != receipt.stored_dtype else 0.0
+
+
+def _file_in(path: Path) -> Path:
+    """Return a GGUF file, or the one in a folder."""
+    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(found) != 1 or not found[0].is_file():
+        raise LitLoraError(f"{path} is not a GGUF file, nor a folder with one: name the file itself")
+    return found[0]
+
+
+def _faults(receipt: Receipt, model: GGUFFile, folder: Path) -> list[str]:
+    """Return what of template and stop tokens differs from the receipt."""
+    faults = _template_faults(receipt, model, folder / MODELFILE)
+    stops = {model.text(model.token(name)) for name in ("eos", "eot", "eom")} | stops_of(folder / MODELFILE)
+    missing = [text for text in map(model.text, receipt.stop_ids) if text not in stops]
+    return faults + ([f"generation does not stop at {missing[0]}"] if missing else [])
+
+
+def _template_faults(receipt: Receipt, model: GGUFFile, modelfile: Path) -> list[str]:
+    template = text_hash(str(model.values.get("tokenizer.chat_template", "")))
+    other = receipt.prompt_style == "chat" and template != receipt.hashes.get(TEMPLATE)
+    faults = ["its chat template is not the one that was trained"] if other else []
+    expected = receipt.hashes.get(MODELFILE)
+    if expected and modelfile.is_file() and template_hash(modelfile.read_text(encoding="utf-8")) != expected:
+        faults.append(f"the template in its {MODELFILE} is not the one that was trained")
+    return faults
+
+
+def _without_bos(probe: Probe, model: GGUFFile) -> str:
+    """Return the text of a probe as programs give it to llama.cpp, which adds BOS where the file says so."""
+    adds = model.values.get("tokenizer.ggml.add_bos_token", False)
+    return probe.text.removeprefix(model.text(model.token("bos"))) if adds else probe.text
+
+
+def _token_fault(probe: Probe, actual: list[int]) -> str | None:
+    ids = probe.ids
+    if actual[: len(ids)] == ids:
+        return None
+    if actual[1 : len(ids) + 1] == ids:
+        return f"llama.cpp puts the token {actual[0]} before a prompt, which training did not"
+    return "llama.cpp makes other tokens of a prompt"
