@@ -146,7 +146,8 @@ def test_text_stays_as_it_was_typed(text):
 def test_null_in_quotes_is_a_text():
     assert settings("--prompt_style", "null").prompt_style == "null"
     assert args_of("generate", "base", "--config", write("prompt: 'null'")).prompt == "null"
-    assert args_of("generate", "base", "--prompt", "null").prompt is None
+    for text in ("null", "~", "# a", "[1]", "2024-01-01"):
+        assert args_of("generate", "base", "--prompt", text, "--input", text, "--system", text).prompt == text
 
 
 def test_prompt_with_syntax_of_flags_or_yaml():

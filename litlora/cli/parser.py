@@ -194,7 +194,7 @@ def _given_by_flags(flags: Sequence[tuple[str, str | None]], settings: Mapping[s
             continue
         if text is None and bool not in settings[name].types:
             raise UsageError(f"{flag} needs a value")
-        is_null = text in NULLS and settings[name].is_nullable
+        is_null = text in NULLS and settings[name].is_nullable and not settings[name].is_text
         value = None if is_null else "true" if text is None else text
         several = name in given and any(get_origin(kind) is list for kind in settings[name].types)
         given[name] = Given(flag, [*_as_list(given[name].value), value] if several else value)

@@ -41,6 +41,11 @@ class Setting:
         return NoneType in self.types
 
     @property
+    def is_text(self) -> bool:
+        """Whether a flag takes any text as it stands, "null" among them."""
+        return set(self.types) <= {str, NoneType}
+
+    @property
     def item(self) -> Any:
         """The type of the items of a list, whose commas part them on the command line; None for another type."""
         return next((get_args(kind)[0] for kind in self.types if get_origin(kind) is tuple), None)
