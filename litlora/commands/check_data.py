@@ -57,7 +57,10 @@ def _lengths(split: CheckedSplit, limit: int) -> Iterator[str]:
     """Yield a summary of a split, and a histogram of its lengths in tokens."""
     about, lengths = split.tokens.about, np.diff(split.tokens.offsets)
     rows, supervised = len(np.unique(about["line"])), int(about["labels"].sum())
-    counted = f"{rows:,} rows, {len(lengths):,} sequences, {lengths.sum():,} tokens"
+    many = f"{rows:,} row{'' if rows == 1 else 's'}"
+    if len(lengths) > rows:
+        many += f" as {len(lengths):,} sequences"
+    counted = f"{many}, {lengths.sum():,} tokens"
     yield f"{split.path}: {counted}, {supervised:,} supervised"
     edges = [0, *(2**power for power in range(3, int(lengths.max()).bit_length() + 1))]
     counts, _ = np.histogram(lengths, edges)
@@ -72,8 +75,8 @@ def _lengths(split: CheckedSplit, limit: int) -> Iterator[str]:
 
 def _cut_rows(split: CheckedSplit, limit: int) -> Iterator[str]:
     """Yield the rows that are longer than the limit, and whether they are dropped."""
-    lengths = np.diff(split.tokens.offsets) - 1
-    longer = np.flatnonzero(lengths > limit)
+    lengths = np.diff(split.tokens.offsets)
+    longer = np.flatnonzero(lengths - 1 > limit)  # the last token is a label only
     for index in longer[:CUT_ROWS]:
         fate = "dropped" if split.tokens.first_labels[index] >= limit else "cut"
         yield f"  {split.at(int(index))}: {lengths[index]:,} tokens, {fate} at {limit:,}"

@@ -1,6 +1,7 @@
 """check_data prints findings, lengths, and rows as they are learned."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,46 @@ def test_findings_and_lengths_are_printed(tiny, data, capsys):
     out = capsys.readouterr().out
     empty = "with an empty output, the first at"
     assert f"warning: 1 row {empty} {data}/train.jsonl line 4: it teaches the model to stop at once\n" in out
-    assert f"{data}/train.jsonl: 4 rows, 4 sequences, " in out
+    assert f"{data}/train.jsonl: 4 rows, " in out
     assert f"  {data}/train.jsonl line 1: " in out
     assert "cut at 12" in out
+
+
+def test_sequences_of_a_row_are_shown_up_to_the_limit(tiny, tmp_path, capsys):
+    """A template that writes history otherwise makes a sequence of each answer."""
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    each = "{{ m.role }}: {{ m.content if m.role == 'user' or loop.last else 'yes' }}</s>"
+    template = "{% for m in messages %}" + each + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, ("a?", "bb", "c?", "dd"), strict=True)]
+    row = json.dumps({"messages": messages}) + "\n"
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text(row * 2, encoding="utf-8")
+    flags = ["--show", "1", "--max_seq_length", "25"]
+    assert main(["check_data", str(base), "--data_dir", str(tmp_path), *flags]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/train.jsonl: 2 rows as 4 sequences, " in out
+    titles = [line for line in out.splitlines() if line.startswith("--- ")]
+    assert [title.partition(": ")[0] for title in titles[:2]] == [
+        f"--- {tmp_path}/train.jsonl line 1 (sequence {n} of 2)" for n in (1, 2)
+    ]
+    assert "\nuser: a?</s>assistant: [[bb</s>]]\n" in out
+    assert titles[2].endswith("more tokens are cut")
+    assert "line 2 (sequence" not in out
+
+
+def test_cells_break_at_the_width_of_the_terminal(tiny, data, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    row = {"instruction": "Say it in Japanese.", "output": "四と六です。" * 6}
+    (data / "train.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert check(tiny, data, "--show", "1", "--tokens", "true") == 0
+    *_, shown = capsys.readouterr().out.partition("supervised\n│")
+    lines = shown.splitlines()
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 40
+    assert all(line.startswith(("│", "[[│")) for line in lines[1:])
+    assert "[[" in shown and shown.endswith("│]]\n")
 
 
 def test_strict_refuses_warnings(tiny, data, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
 
 from litlora.data.checks import (
     CheckedData,
@@ -23,6 +24,7 @@ from litlora.data.prompt_styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.transformers_ids import find_other_ids
 from litlora.errors import LitLoraError
 
 Row = dict[str, Any]
@@ -190,6 +192,24 @@ def test_a_row_of_several_sequences_counts_once(opened):
     assert len(splits[0].tokens.about) == 2
     (finding,) = [f for f in run_checks(CheckedData(splits, 20, 300)) if f.first.startswith("train")]
     assert finding.count == 1
+
+
+def test_rows_that_transformers_tokenizes_otherwise_are_found(tiny, tmp_path):
+    """Of some classes, transformers rebuilds the pre-tokenizer and drops that of the file."""
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    backend = Backend.from_file(str(base / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("green", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.save(str(base / "tokenizer.json"))
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
+    rows = [*GOOD[:4], {"instruction": "Which colour?", "output": "That is green."}, *GOOD[4:]]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    encoder = SplitEncoder(Tokenizer(base), StyleSettings("alpaca"), mask_prompt=True)
+    (finding,) = find_other_ids(base, encoder, [path])
+    assert (finding.check, finding.count, finding.first) == ("transformers_ids", 1, f"{path} line 5")
 
 
 def test_data_without_a_label_is_an_error(check):
