@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from litlora.args.finetune import EvalArgs as EvalArgs
     from litlora.args.finetune import FinetuneLoraArgs as FinetuneLoraArgs
     from litlora.args.finetune import TrainArgs as TrainArgs
+    from litlora.errors import LitLoraError as LitLoraError
+    from litlora.generation.llm import LLM as LLM
     from litlora.train.report import Report as Report
     from litlora.train.setup import finetune as finetune
 
@@ -14,6 +16,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "EvalArgs": "litlora.args.finetune",
     "FinetuneLoraArgs": "litlora.args.finetune",
+    "LLM": "litlora.generation.llm",
+    "LitLoraError": "litlora.errors",
     "Report": "litlora.train.report",
     "TrainArgs": "litlora.args.finetune",
     "finetune": "litlora.train.setup",

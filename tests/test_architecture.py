@@ -66,6 +66,7 @@ def test_late_imports_have_a_reason():
             if isinstance(function, ast.FunctionDef) for name in imports(function)}  # fmt: skip
     assert late == {("data/readers.py", "_parquet_rows", "pyarrow"),
                     ("lora/pissa.py", "copy_whole", "torch.distributed.tensor"),
+                    ("commands/chat.py", "chat", "prompt_toolkit"),
                     ("evaluation/metrics.py", "rouge", "rouge_score.rouge_scorer"),
                     ("evaluation/tasks.py", "find_tasks", "lm_eval.tasks"),
                     ("commands/evaluate.py", "evaluate_tasks", "litlora.evaluation.lm_eval_model"),

@@ -162,6 +162,7 @@ def test_print_config_is_a_config_again(command, capsys):
         "finetune_lora": [*NEEDED, "--lora_r=4", "--train.max_norm=null", "--optimizer.class_path=SGD",
                           "--optimizer.init_args.momentum=0.9", "--resume=true", "--prompt_style={instruction}: yes"],
         "generate": ["--checkpoint_dir", "base", "--prompt", "a: b\n 'c' # d", "--top_k", "null"],
+        "chat": ["--checkpoint_dir", "base"],
         "merge_lora": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
         "export": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
         "verify": ["--checkpoint_dir", "adapter"],

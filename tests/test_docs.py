@@ -56,6 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
         path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]), encoding="utf-8")
     examples = "".join(block.text for _, block in of_language("json"))
     (folder / "my_data.jsonl").write_text(examples * 5, encoding="utf-8")
+    (folder / "questions.jsonl").write_text('{"prompt": "What is 2 + 3?"}\n', encoding="utf-8")
     lengths = [*range(1, 60), *range(500, 620)]  # most are longer than the limit of config_hub
     rows = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n)))} for n in lengths]
     (folder / "archive.json").write_text(json.dumps(rows), encoding="utf-8")

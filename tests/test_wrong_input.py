@@ -590,6 +590,54 @@ def test_generate_refuses_invalid_arguments(flags, sentence, capsys):
     check(capsys, [*GENERATE, *flags.split()], sentence)
 
 
+PROMPTS = ["generate", "--checkpoint_dir", "base", "--prompts", "rows.jsonl", "--out_file", "answers.jsonl"]
+PROMPT_SHAPE = (
+    'a row must look like {"prompt": "..."}, {"instruction": "...", "input": "..."} or '
+    '{"messages": [{"role": "user", "content": "..."}]}'
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("\n\n", f"rows.jsonl holds no rows; {PROMPT_SHAPE}"),
+        ('{"prompt": "a"}\n{"question"',
+         f"rows.jsonl line 2: this is not valid JSON (Expecting ':' delimiter at column 12); {PROMPT_SHAPE}"),
+        ('{"prompt": "a"}\n[]\n{"prompt": 1}',
+         f"rows.jsonl line 2: this is a list, not an object (invalid rows after it: 1); {PROMPT_SHAPE}"),
+        ('{"prompt": ""}', f"rows.jsonl line 1: the prompt is empty; {PROMPT_SHAPE}"),
+        ('{"text": "a"}', f"rows.jsonl line 1: a plain text has no prompt; {PROMPT_SHAPE}"),
+        ('{"messages": []}', f"rows.jsonl line 1: the keys ['messages'] match no row format; {PROMPT_SHAPE}"),
+        ('{"prompt": "a", "completion": "b"}',
+         'rows.jsonl line 1: the row has a "completion", which would be lost: rename it'),
+        ('{"prompt": "a"}\n{"prompt": "' + 250 * "a " + '"}',
+         "rows.jsonl line 2: the prompt's 251 tokens and --max_new_tokens (50) are more than the checkpoint's 256 "
+         "positions: shorten one of them"),
+    ],
+)  # fmt: skip
+def test_generate_refuses_a_file_of_prompts(rows, sentence, capsys):
+    write("rows.jsonl", rows)
+    check(capsys, PROMPTS, sentence)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (PROMPTS, "there is no file rows.jsonl for --prompts"),
+        ([*PROMPTS, "--out_file", "data"], "--out_file (data) is there already: choose another, or remove it"),
+        ([*PROMPTS, "--batch_size", "0"], "--batch_size (0) must be at least 1"),
+        ([*PROMPTS, "--num_samples", "2"],
+         "--num_samples goes with one prompt, and --prompts with many: leave one of them out"),
+        ([*PROMPTS, "--prompt", "a"], "--prompt goes with one prompt, and --prompts with many: leave one of them out"),
+        (PROMPTS[:-2], "--prompts needs --out_file, for the completions"),
+        ([*GENERATE, "--out_file", "x"], "--out_file is for the completions of --prompts: add these"),
+        (["chat", "base"], "chat needs a terminal: for a prompt, or a file of them, use litlora generate"),
+    ],
+)  # fmt: skip
+def test_generate_refuses_flags_of_a_file_of_prompts(command, sentence, capsys):
+    check(capsys, command, sentence)
+
+
 @pytest.mark.parametrize("command", [ANSWER, MERGE], ids=["generate", "merge_lora"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an alarm that a callback took
 @pytest.mark.parametrize(

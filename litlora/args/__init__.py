@@ -8,7 +8,7 @@ from litlora.args.data import CheckDataArgs, PrepareAlpacaArgs, PrepareJsonArgs,
 from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.hub import DownloadArgs, UploadArgs
-from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
+from litlora.args.inference import ChatArgs, EvaluateArgs, GenerateArgs, MergeLoraArgs
 from litlora.args.sweep import SweepArgs
 from litlora.args.verify import VerifyArgs
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, type[CommandArgs]] = {
     "check_data": CheckDataArgs,
     "finetune_lora": FinetuneLoraArgs,
     "generate": GenerateArgs,
+    "chat": ChatArgs,
     "evaluate": EvaluateArgs,
     "merge_lora": MergeLoraArgs,
     "export": ExportArgs,

@@ -1,7 +1,7 @@
-"""The flags of the commands that load a checkpoint with adapters: generate, evaluate and merge_lora."""
+"""The flags of the commands that load a checkpoint with adapters: generate, chat, evaluate and merge_lora."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -68,16 +68,9 @@ class InferenceArgs(ModelArgs):
 
 
 @dataclass(frozen=True)
-class GenerateArgs(InferenceArgs):
-    """Complete a prompt with a checkpoint, or with an adapter on its base."""
+class Sampling:
+    """How long completions are, and how their tokens are chosen."""
 
-    examples: ClassVar = (
-        'litlora generate checkpoints/ORG/NAME --prompt "Once upon a time"',
-        'litlora generate out/alpaca/final --prompt "Name three primary colors." --temperature 0',
-    )
-
-    prompt: str | None = None
-    """Prompt, by default read from standard input."""
     max_new_tokens: int = 50
     """Maximum number of tokens of the completion."""
     temperature: float = 0.8
@@ -86,27 +79,91 @@ class GenerateArgs(InferenceArgs):
     """Sample from the k most likely tokens; null for all."""
     top_p: float = 1.0
     """Sample from the most likely tokens with this total probability."""
-    num_samples: int = 1
-    """Number of completions."""
     seed: int = 1234
     """Random seed of sampling."""
-    input: str = ""
-    """Input of the instruction, for models that were trained with inputs."""
-    system: str = ""
-    """System message before the prompt."""
-    compile: bool = False
-    """Compile the decoding step first, which takes seconds and needs a C++ compiler."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_new_tokens", "num_samples"):
-            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
-        if self.prompt == "":
-            raise LitLoraError(NO_PROMPT)
+        require(self.max_new_tokens >= 1, "--max_new_tokens", self.max_new_tokens, "at least 1")
         require_seed(self.seed)
         require(self.temperature >= 0, "--temperature", self.temperature, "0 or more")
         require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1, or null for all")
         require(0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")
+
+
+SAMPLING = tuple(field.name for field in fields(Sampling))
+
+
+@dataclass(frozen=True)
+class GenerateArgs(Sampling, InferenceArgs):
+    """Complete a prompt, or a file of prompts, with a checkpoint, or with an adapter on its base."""
+
+    groups: ClassVar = {
+        "prompts": ("prompt", "input", "system", "prompts", "out_file", "batch_size"),
+        "sampling": (*SAMPLING, "num_samples"),
+    }
+    examples: ClassVar = (
+        'litlora generate checkpoints/ORG/NAME --prompt "Once upon a time"',
+        "litlora generate out/alpaca/final --prompts questions.jsonl --out_file answers.jsonl --temperature 0",
+    )
+
+    prompt: str | None = None
+    """Prompt, by default read from standard input."""
+    input: str = ""
+    """Input of the instruction, for models that were trained with inputs."""
+    system: str = ""
+    """System message before the prompt; with --prompts, of the rows that have none."""
+    prompts: Path | None = None
+    """File of prompts, such as a .jsonl file of {"prompt": ...}, or rows of any data format."""
+    out_file: Path | None = None
+    """JSONL file for the rows of --prompts, each with its completion."""
+    batch_size: int = 32
+    """Prompts of --prompts that are completed at a time; fewer need less memory."""
+    num_samples: int = 1
+    """Number of completions of the prompt."""
+    compile: bool = False
+    """Compile the decoding step first, which takes seconds and needs a C++ compiler."""
+
+    def __post_init__(self) -> None:
+        InferenceArgs.__post_init__(self)
+        Sampling.__post_init__(self)
+        for name in ("num_samples", "batch_size"):
+            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
+        if self.prompt == "":
+            raise LitLoraError(NO_PROMPT)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        if (self.prompts is None) != (self.out_file is None):
+            needed = "--prompts needs --out_file, for the completions"
+            raise LitLoraError(needed if self.prompts else "--out_file is for the completions of --prompts: add these")
+        others = {
+            "prompt": self.prompt,
+            "input": self.input,
+            "num_samples": self.num_samples > 1,
+            "compile": self.compile,
+        }
+        if self.prompts and (named := [f"--{name}" for name, value in others.items() if value]):
+            raise LitLoraError(f"{named[0]} goes with one prompt, and --prompts with many: leave one of them out")
+
+
+@dataclass(frozen=True)
+class ChatArgs(Sampling, InferenceArgs):
+    """Talk with a checkpoint, or with an adapter on its base, in a terminal."""
+
+    groups: ClassVar = {"sampling": SAMPLING}
+    examples: ClassVar = (
+        "litlora chat checkpoints/ORG/NAME",
+        'litlora chat out/alpaca/final --system "Answer in one sentence." --temperature 0',
+    )
+
+    max_new_tokens: int = 1024
+    """Maximum number of tokens of an answer."""
+    system: str = ""
+    """System message at the beginning."""
+
+    def __post_init__(self) -> None:
+        InferenceArgs.__post_init__(self)
+        Sampling.__post_init__(self)
 
 
 @dataclass(frozen=True)

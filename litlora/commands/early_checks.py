@@ -6,9 +6,9 @@ from litlora.args.common import CommandArgs
 from litlora.args.data import PrepareArgs
 from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
-from litlora.args.inference import EvaluateArgs, GenerateArgs, MergeLoraArgs
+from litlora.args.inference import ChatArgs, EvaluateArgs, GenerateArgs, MergeLoraArgs
 from litlora.args.sweep import SweepArgs
-from litlora.commands.prompt import Prompt
+from litlora.commands.prompt import Prompt, PromptFile, find_for_chat
 from litlora.data.dataset import choose_prompt_style, count_rows, read_example
 from litlora.data.prepare import check_paths
 from litlora.data.prompt_styles import StyleSettings
@@ -39,7 +39,9 @@ def check_early(args: CommandArgs) -> tuple[object, ...]:
         case FinetuneLoraArgs():
             return (check_training(args),)
         case GenerateArgs():
-            return (Prompt.read(args),)
+            return (Prompt.read(args) if args.prompts is None else PromptFile.read(args),)
+        case ChatArgs():
+            return (find_for_chat(args),)
         case EvaluateArgs() if args.tasks:
             return (Benchmark.read(args),)
         case EvaluateArgs():

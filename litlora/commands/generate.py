@@ -1,38 +1,35 @@
-"""generate: a prompt in, the completion alone on stdout."""
+"""generate: a prompt in, the completion alone on stdout; or a file of prompts in, a file with completions out."""
 
-import torch
+from time import perf_counter
+
+from tqdm import tqdm
 
 from litlora.args.inference import GenerateArgs
-from litlora.commands.prompt import Prompt
-from litlora.errors import LitLoraError
-from litlora.generation.compile import compile_decode_step, prepare_for_decoding
-from litlora.generation.sampler import Sampler
-from litlora.generation.session import generate_samples
-from litlora.lora.checkpoint import load_with_adapters, requested_storage
-from litlora.models.checkpoint import Checkpoint
-from litlora.nn.backend import backend, default_device
-from litlora.utils.console import write
+from litlora.commands.prompt import Prompt, PromptFile
+from litlora.generation.llm import LLM
+from litlora.utils.console import log, write
+from litlora.utils.files import write_atomically
 
 
-def generate(args: GenerateArgs, prompt: Prompt | None = None) -> None:
-    """Complete a prompt with a checkpoint, or with an adapter on its base; `prompt` is given if it has been read."""
-    prompt = prompt or Prompt.read(args)
-    base, adapters, tokenizer = Checkpoint.open(prompt.base), prompt.adapters, prompt.tokenizer
-
-    device = default_device()
-    dtype, quantization = requested_storage(args, adapters)
-    if args.compile and quantization:
-        raise LitLoraError(f"--compile does not work with a 4-bit base ({quantization.name}): leave one of them out")
-    model = load_with_adapters(base, adapters, dtype, device, quantization)
-    if args.compile:
-        compile_decode_step(model)
-    elif args.max_new_tokens * args.num_samples >= backend(device).repacking_pays_from:
-        prepare_for_decoding(model)
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
-    samples = generate_samples(
-        model, prompt.ids, sampler, args.num_samples, max_new_tokens=args.max_new_tokens, stop_ids=prompt.stop_ids
-    )
-    for tokens in samples:
-        for text in tokenizer.stream(prompt.ids, tokens):
+def generate(args: GenerateArgs, prompt: Prompt | PromptFile | None = None) -> None:
+    """Complete prompts with a checkpoint, or with adapters on it; `prompt` is given if it has been read."""
+    prompt = prompt or (Prompt.read(args) if args.prompts is None else PromptFile.read(args))
+    llm = LLM.open(prompt.files, compiled=args.compile)
+    if isinstance(prompt, PromptFile):
+        complete_file(llm, args, prompt)
+        return
+    for texts in llm.samples(prompt.ids, prompt.style, args, args.num_samples):
+        for text in texts:
             write(text)
         write("\n")
+
+
+def complete_file(llm: LLM, args: GenerateArgs, prompts: PromptFile) -> None:
+    """Write the rows of --prompts with their completions to --out_file."""
+    assert args.out_file is not None
+    start, completions = perf_counter(), [""] * len(prompts.ids)
+    found = llm.complete(prompts.ids, prompts.style, args, args.batch_size)
+    for number, text in tqdm(found, desc="completions", total=len(completions), unit="row", delay=2):
+        completions[number] = text
+    write_atomically({args.out_file: prompts.answered(completions)})
+    log(f"{len(completions):,} completions in {args.out_file} ({perf_counter() - start:.1f} s)")

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from litlora.data.chat_template import ChatTemplateError
-from litlora.data.examples import Example, Message
+from litlora.data.examples import Example, Json, Message
 from litlora.data.rendered import NO_END, REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST, Rendered
 from litlora.data.special_tokens import SpecialTokens
 from litlora.data.template_process import IsolatedTemplate
@@ -48,11 +48,12 @@ class ChatStyle:
 
     def prompt(self, instruction: str, input: str = "", system: str = "") -> Rendered:
         """Return what a server sends for a first question."""
-        return Rendered.of(self.conversation([*_system(system), Message("user", instruction, input)]))
+        return self.conversation([*_system(system), Message("user", instruction, input)])
 
-    def conversation(self, messages: Sequence[Message]) -> str:
-        """Return the text of messages up to the next answer, with the special tokens in their texts marked."""
-        return self._text(self._chat(self._placed(messages)), True, None)
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> Rendered:
+        """Return the text of messages up to the next answer."""
+        chat = self._chat(self._placed(messages))
+        return Rendered.of(self._text(chat, True, self.special.guard(list(tools)) or None))
 
     def render(self, example: Example) -> list[Rendered]:
         """Return the sequences of an example."""

@@ -1,13 +1,13 @@
 """Prompt styles: how an example becomes text, and which characters of it are supervised."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
 from litlora.data.chat_style import ChatStyle
-from litlora.data.examples import Example
+from litlora.data.examples import Example, Json, Message
 from litlora.data.rendered import Rendered
 from litlora.data.special_tokens import SpecialTokens
 from litlora.data.template_process import IsolatedTemplate
@@ -82,6 +82,9 @@ class PromptStyle(Protocol):
     def prompt(self, instruction: str, input: str = "", system: str = "") -> Rendered:
         """Return the text before the first response."""
 
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> Rendered:
+        """Return the text of messages up to the next response."""
+
     def render(self, example: Example) -> list[Rendered]:
         """Return the sequences of an example, in which each response is followed by its end token."""
 
@@ -139,6 +142,10 @@ class TemplateStyle:
 
     def prompt(self, instruction: str, input: str = "", system: str = "") -> Rendered:
         return Rendered.of(self._prompt(instruction, input, system))
+
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> Rendered:
+        answered = Example((*messages, Message("assistant")), tuple(tools))
+        return self.render(answered)[0].last_prompt
 
     def _prompt(self, instruction: str, input: str, system: str) -> str:
         """Return a prompt in which the special tokens of the values are marked."""

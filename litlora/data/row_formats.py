@@ -375,6 +375,30 @@ def _arguments(function: Fields) -> Json | str:
     return arguments or {}
 
 
+def _parse_prompt(row: object) -> ParsedRow:
+    """Parse a row whose last answer may be missing: it is empty then."""
+    values = dict(Fields.of(row).values)
+    if name := Fields(values).find(CONVERSATIONS):
+        values[name] = _answered(Fields(values).json(name))
+    elif pair := _find_pair(Fields(values)):
+        values[pair[1]] = "" if values.get(pair[1]) is None else values[pair[1]]
+    parsed = _parse_fields(Fields(values))
+    if not any(message.content or message.input for message in parsed.example.messages[:-1]):
+        raise RowError("the prompt is empty" if parsed.example.messages else "a plain text has no prompt")
+    return parsed
+
+
+def _answered(messages: Any) -> Any:
+    """Return messages that end with an answer."""
+    if not isinstance(messages, list) or not messages:
+        return messages
+    last = messages[-1]
+    if isinstance(last, str):  # which alternate
+        return [*messages, ""] if len(messages) % 2 else messages
+    role = str(last.get("role", last.get("from"))).lower() if isinstance(last, dict) else ""
+    return messages if ROLES.get(role) == "assistant" else [*messages, {"role": "assistant", "content": ""}]
+
+
 COLUMNS = (
     "instruction", "input", "output", "system", "history", "reasoning_content", "tools", "text", "messages",
 )  # fmt: skip
@@ -417,3 +441,8 @@ _ALPACA_SHAPE = '{"instruction": "...", "input": "...", "output": "..."}'
 _MESSAGES_SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 ALPACA = RowFormat(_ALPACA_SHAPE, _parse_alpaca)
 ANY = RowFormat(f'{_ALPACA_SHAPE}, {{"prompt": "...", "completion": "..."}} or {_MESSAGES_SHAPE}', _parse_any)
+PROMPT = RowFormat(
+    '{"prompt": "..."}, {"instruction": "...", "input": "..."} or {"messages": [{"role": "user", "content": "..."}]}',
+    _parse_prompt,
+)
+"""Rows that are to be completed, with or without an answer, which is not read."""

@@ -149,6 +149,6 @@ def _text(style: ChatStyle, turns: Turns) -> str:
     """Return what the template makes of messages, up to the next answer."""
     messages = [Message(role, content) for role, content in turns]
     try:
-        return style.conversation(messages)
+        return style.conversation(messages).text
     except ChatTemplateError:
         return ""

@@ -1,7 +1,7 @@
 """The decode loop: a session with a KV cache, and the tokens that it generates."""
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -9,6 +9,12 @@ from torch import Tensor
 from litlora.generation.sampler import Sampler, checked
 from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT, evaluating
+
+
+def eagerly(model: GPT) -> AbstractContextManager[None]:
+    """Return a context in which compiled code is not used: it is for single tokens of one sequence."""
+    # A stance imports the compiler, which takes seconds.
+    return torch.compiler.set_stance("force_eager") if model.is_compiled else nullcontext()
 
 
 class Session:
@@ -30,9 +36,7 @@ class Session:
         regimes = self.model.config.rope_regimes
         if regimes(self.cache.length) != regimes(self.cache.length + len(tokens)):
             tokens, self.cache.length = self.tokens, 0
-        # A stance imports the compiler, which takes seconds.
-        eager = self.model.is_compiled and len(tokens) > 1
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+        with eagerly(self.model) if len(tokens) > 1 else nullcontext():
             hidden = self.model(tokens, [len(tokens)], self.cache)
             logits: Tensor = self.model.logits(hidden[-1:])
         return logits[0]
@@ -45,7 +49,16 @@ class Session:
         self.tokens, self.cache.length = kept, length
         if changed:
             self.tokens, self.cache.length = kept[:0], 0
-            self.next_logits(kept)
+            if length:
+                self.next_logits(kept)
+
+    def switch_to(self, tokens: Tensor) -> Tensor:
+        """Make tokens (T,) the sequence, and return the logits (vocab,) after the last; what is cached stays."""
+        most = min(len(tokens) - 1, len(self.tokens))
+        different = (tokens[:most] != self.tokens[:most]).nonzero()
+        common = int(different[0]) if len(different) else most
+        self.rewind(common)
+        return self.next_logits(tokens[common:])
 
 
 def generate(
@@ -70,11 +83,11 @@ def generate_samples(
     for _ in range(count):
         with evaluating(model):
             session.rewind(len(prompt))
-        yield _complete(session, logits, sampler, length - len(prompt), stop_ids)
+        yield complete(session, logits, sampler, length - len(prompt), stop_ids)
 
 
 @torch.inference_mode()
-def _complete(
+def complete(
     session: Session, logits: Tensor, sampler: Sampler, limit: int, stop_ids: Collection[int]
 ) -> Iterator[int]:
     """Yield the tokens that follow those of a session, given the logits after these."""

@@ -1,7 +1,7 @@
 """The angles by which positions are rotated, for each rope type of config.json."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -23,9 +23,10 @@ from litlora.nn.rope import Rope, turns
 class RopeTables:
     """The rotations of all positions of a packed sequence, computed once for the layers that share them."""
 
-    def __init__(self, spans: Sequence[Span], start: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Describe sequences by their spans; a single one may continue after `start` tokens in a KV cache."""
-        self.dtype, self.lengths = dtype, [start + shared + own for shared, own in spans]
+    def __init__(self, spans: Sequence[Span], starts: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
+        """Describe sequences by their spans, and by how many tokens of each are in a KV cache."""
+        self.dtype = dtype
+        self.lengths = [start + shared + own for (shared, own), start in zip(spans, starts, strict=False)]
         self.own = [own for _, own in spans]
         ends = zip(self.lengths, self.own, strict=True)
         self.positions = torch.cat([torch.arange(end - own, end, device=device) for end, own in ends])  # (T,)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litlora.models.config import GPTConfig
-from litlora.models.kv_cache import KVCache
+from litlora.models.kv_cache import Cache, Slots
 from litlora.models.rope_scaling import RopeTables
 from litlora.nn.activation import ACTIVATIONS, gated, softcap
 from litlora.nn.attention import attend
@@ -65,13 +65,15 @@ class Attention(nn.Module):
         if not self.fused:
             self.joint = Joint(self.q_proj, self.k_proj, self.v_proj)
 
-    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope | None, past: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope | None, past: Tensor | Slots | None) -> Tensor:
         q, k, v = self.heads(x)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
             q = q if rope.query_scale is None else (q * rope.query_scale).to(q.dtype)
         if past is None:
             y = backend(q.device).varlen_attention(q, k, v, spans, self.spec)
+        elif isinstance(past, Slots):
+            y = past.attend(q, k, v, spans, self.spec)
         else:
             past[:, :, -len(k) :] = torch.stack((k, v)).transpose(1, 2)  # (2, n_kv, T, head_dim)
             y = attend(q.transpose(0, 1), *past, spec=self.spec).transpose(0, 1)
@@ -149,7 +151,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_mlp_layernorm = make_norm_if(config.post_norms, config)
 
-    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope | None, past: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope | None, past: Tensor | Slots | None) -> Tensor:
         normed = self.input_layernorm(x)
         attended = self.post_self_attn_layernorm(self.self_attn(normed, spans, rope, past))
         after = torch.add(x, attended, alpha=self.scale)
@@ -174,11 +176,10 @@ class Decoder(nn.Module):
         self.activation_checkpointing = False  # whether backward recomputes the activations inside of blocks
         self.ropes = config.ropes
 
-    def forward(self, tokens: Tensor, spans: Sequence[Span], cache: KVCache | None) -> Tensor:
+    def forward(self, tokens: Tensor, spans: Sequence[Span], cache: Cache | None) -> Tensor:
         x = scaled(self.embed_tokens(tokens), self.embedding_scale)  # (T, hidden)
-        start = cache.length if cache else 0
-        tables = RopeTables(spans, start, x.dtype, tokens.device)
-        pasts = cache.grow(len(tokens)) if cache else repeat(None)
+        tables = RopeTables(spans, cache.starts if cache else repeat(0), x.dtype, tokens.device)
+        pasts = cache.grow([own for _, own in spans]) if cache else repeat(None)
         for layer, rope_config, past in zip(self.layers, self.ropes, pasts, strict=False):
             rope = None if rope_config is None else tables[rope_config]
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -210,13 +211,13 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, tokens: Tensor, lengths: Sequence[int], cache: KVCache | None = None, shared: Sequence[int] = ()
+        self, tokens: Tensor, lengths: Sequence[int], cache: Cache | None = None, shared: Sequence[int] = ()
     ) -> Tensor:
         """Return the hidden states (T, hidden) that `logits` takes.
 
         tokens (T,) holds packed sequences of the given lengths. Each attends to itself alone, from position 0, or
         also to the first `shared` tokens that the sequence before it attends to, from the position after them. With a
-        cache there is one sequence, which continues where the cache ends.
+        cache, each continues where the cache says.
         """
         spans = tuple(zip_longest(shared, lengths, fillvalue=0))
         out: Tensor = self.model(tokens, spans, cache)

@@ -59,6 +59,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec) -> Tensor:
     return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, **options)[0]
 
 
+def attend_each(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec) -> Tensor:
+    """Let one query of each of B sequences see the positions that its mask (B, S) leaves.
+
+    q is (B, n_head, head_dim), k and v are (B, n_kv, S, head_dim). Returns (B, n_head, head_dim).
+    """
+    if q.device.type == "cpu" and has_slow_products(q.dtype):
+        return attend_each(q.float(), k.float(), v.float(), mask, spec).to(q.dtype)
+    # The heads of a group are to their keys what several queries would be.
+    groups, seen = q.view(len(q), k.shape[1], -1, q.shape[2]), mask[:, None, None]
+    if spec.softcap is None:
+        y = F.scaled_dot_product_attention(groups, k, v, seen, scale=spec.scale)
+    else:
+        y = _attend_with_softcap(groups, k, v, spec, seen)
+    return y.reshape(q.shape)
+
+
 def _attend_one_query(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Let one query (n_head, 1, head_dim) see all keys (n_head, S, head_dim), by loops that a compiler can fuse."""
     scores = softcap((q.float() * spec.scale * k.float()).sum(-1), spec.softcap)

@@ -70,6 +70,11 @@ def write(text: str) -> None:
         raise LitLoraError(f"standard output cannot be written: {error.strerror}") from error
 
 
+def is_terminal() -> bool:
+    """Tell whether a person can type and read."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def read_input() -> str:
     """Return all of standard input."""
     try:

@@ -292,7 +292,7 @@ def check_writable(path: Path, flag: str) -> None:
 
 
 def check_absent(path: Path, flag: str) -> None:
-    """Refuse an output folder that exists, or that could not be written."""
-    check_writable(path, flag)
+    """Refuse an output file or folder that exists, or that could not be written."""
     if path.exists():
         raise LitLoraError(f"{flag} ({path}) is there already: choose another, or remove it")
+    check_writable(path, flag)

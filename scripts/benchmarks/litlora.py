@@ -68,7 +68,7 @@ def write_in_order(job: Job, folder: Path) -> None:
 def generate(job: Job) -> Result:
     """Generate greedily twice and time the second; time compilation separately."""
     restart_as_command()
-    command = importlib.import_module("litlora.commands.generate")
+    module = importlib.import_module("litlora.generation.llm")
     runs: list[tuple[float, list[int]]] = []
     compilations: list[float] = []
 
@@ -90,8 +90,8 @@ def generate(job: Job) -> Result:
         compile_decode_step(model)
         compilations.append(time.perf_counter() - start)
 
-    samples, compile_decode_step = command.generate_samples, command.compile_decode_step
-    with patch.multiple(command, generate_samples=timed, compile_decode_step=timed_compilation):
+    samples, compile_decode_step = module.generate_samples, module.compile_decode_step
+    with patch.multiple(module, generate_samples=timed, compile_decode_step=timed_compilation):
         run(generate_flags(job))
     seconds, ids = runs[1]
     return Result(

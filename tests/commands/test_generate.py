@@ -60,6 +60,25 @@ def test_adapters_are_summed_by_weight_with_their_base_and_prompt_style(adapter,
     assert generate(tiny, *flags, *halves[:2]) != expected  # 1 each
 
 
+ROWS = [
+    {"prompt": "Say hello to", "id": [7]},
+    {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
+    {"messages": [{"role": "user", "content": "Close the door."}]},
+    {"messages": [{"role": "user", "content": "Sag «ja» 🚪"}, {"role": "assistant", "content": "ja"}]},
+]
+ALONE = [["Say hello to"], ["Add the numbers.", "--input", "2 and 3"], ["Close the door."], ["Sag «ja» 🚪"]]
+
+
+def test_completions_of_a_file_are_those_of_each_prompt(adapter, tmp_path, generate, capfd):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    flags, out_file = ["--max_new_tokens", 12, "--temperature", 0], tmp_path / "new" / "answers.jsonl"
+    files = ["--prompts", tmp_path / "rows.jsonl", "--out_file", out_file]
+    assert generate(adapter, *files, "--batch_size", 3, *flags) == ""
+    answered = [json.loads(line) for line in out_file.read_text(encoding="utf-8").splitlines()]
+    expected = [generate(adapter, "--prompt", *prompt, *flags).removesuffix("\n") for prompt in ALONE]
+    assert answered == [{**row, "completion": text} for row, text in zip(ROWS, expected, strict=True)]
+
+
 def test_prompt_from_stdin(litlora, tiny):
     flags = ["generate", "--checkpoint_dir", tiny, "--temperature", 0, "--precision", "32-true"]
     piped = litlora(*flags, stdin="Say hello\n")

@@ -54,7 +54,7 @@ def test_merged_folder_keeps_its_style_and_stops_at_the_end_token(base):
     stops = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     assert stops == [tokenizer.eos_id, end]
     prompt = Prompt.read(GenerateArgs(base, prompt="Hi", max_new_tokens=1))
-    assert end in prompt.stop_ids
+    assert end in tokenizer.stop_ids_of(prompt.style)
     assert tokenizer.decode(prompt.ids) == "user: Hi\nthink: assistant: "
 
 
@@ -68,7 +68,7 @@ def test_merged_folder_keeps_its_style_and_stops_at_the_end_token(base):
 )
 def test_system_input_and_variables_reach_the_prompt(base, flags, expected):
     prompt = Prompt.read(GenerateArgs(base, prompt="Hi", prompt_style="chat", max_new_tokens=1, **flags))
-    assert prompt.tokenizer.decode(prompt.ids) == expected
+    assert prompt.files.tokenizer.decode(prompt.ids) == expected
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from litlora.__main__ import main
 from litlora.errors import LitLoraError
+from litlora.generation.batch import Request, complete_all
 from litlora.generation.compile import prepare_for_decoding
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import Session, generate
@@ -50,6 +51,8 @@ BLOCK_SWITCHES = [switch for switch in TARGET_MODULES if switch != "head"]
 
 
 FIRST = [case for case in MATRIX if case.name.endswith("-0") or case.model_type in VISION]
+
+MIXED = [case for case in MATRIX if case in FIRST or "lengths" in case.name]
 
 
 class Network:
@@ -195,6 +198,37 @@ def test_greedy_tokens_equal_transformers(network):
         settings["use_cache"] = False  # transformers' cache would keep keys of other frequencies
     theirs = network.theirs.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), **settings)
     assert ours == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("network", MIXED, ids=lambda case: case.name, indirect=True)
+def test_completions_together_equal_those_alone(network):
+    """Up to where the two likeliest tokens are nearer than rounding: more rows in a product may round another way."""
+    prompts = [tokens.tolist() for tokens in sequences()]
+    sampler = Margins()
+    expected = [list(generate(network.ours, ids, sampler, max_new_tokens=6, stop_ids=[])) for ids in prompts]
+    certain = [
+        next((n for n, margin in enumerate(margins) if margin < 1e-4), 6) for margins in batched(sampler.seen, 6)
+    ]
+    assert sum(certain) > 12
+    found = complete_all(network.ours, [Request(ids, 6) for ids in prompts], Sampler(), stop_ids=[], batch_size=2)
+    for (_, tokens), alone, count in zip(sorted(found), expected, certain, strict=True):
+        assert tokens[:count] == alone[:count]
+
+
+@dataclass(frozen=True)
+class Margins(Sampler):
+    """Records how far the likeliest token is above the next."""
+
+    seen: list[float] = field(default_factory=list)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        first, second = logits.topk(2).values.tolist()
+        self.seen.append(first - second)
+        return super().choose(logits)
+
+
+def batched(values: list[float], size: int) -> list[list[float]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def test_joined_and_repacked_weights_give_the_same_logits(network):

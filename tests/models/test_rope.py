@@ -84,7 +84,7 @@ def test_regime_tells_lengths_apart(name, depends):
 
 def test_query_scale_is_that_of_llama_4():
     rope = RopeConfig(1e4, 8, query_scaling=QueryScaling(0.1, 4))
-    scale = RopeTables([(0, 3), (2, 7)], 0, torch.float32, CPU)[rope].query_scale
+    scale = RopeTables([(0, 3), (2, 7)], [0, 0], torch.float32, CPU)[rope].query_scale
     positions = torch.tensor([0, 1, 2, *range(2, 9)])
     torch.testing.assert_close(scale.flatten(), 1 + 0.1 * torch.log(1 + torch.floor(positions / 4)))
 
