@@ -18,7 +18,7 @@ PREFILL_TOKENS = 4096
 
 
 def never(token: int) -> bool:
-    """Tell of each token that the completion goes on after it."""
+    """Let the completion continue after any token."""
     return False
 
 

@@ -57,7 +57,7 @@ class Conversation:
         return self.style.conversation(self._with_system(messages))
 
     def answer(self, prompt: Rendered) -> Iterator[str]:
-        """Yield the completion of a prompt, of which what the cache holds already is not computed again."""
+        """Yield the completion of a prompt; what the cache holds of it is not computed again."""
         (ids,) = self.files.encode(self.style, [prompt])
         tokenizer, positions = self.files.tokenizer, self.files.base.config.positions
         if len(ids) >= positions:
