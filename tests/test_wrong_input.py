@@ -607,7 +607,7 @@ PROMPT_SHAPE = (
          f"rows.jsonl line 2: this is a list, not an object (invalid rows after it: 1); {PROMPT_SHAPE}"),
         ('{"prompt": ""}', f"rows.jsonl line 1: the prompt is empty; {PROMPT_SHAPE}"),
         ('{"text": "a"}', f"rows.jsonl line 1: a plain text has no prompt; {PROMPT_SHAPE}"),
-        ('{"messages": []}', f"rows.jsonl line 1: the keys ['messages'] match no row format; {PROMPT_SHAPE}"),
+        ('{"messages": [{"role": "user", "content": ""}]}', f"rows.jsonl line 1: the prompt is empty; {PROMPT_SHAPE}"),
         ('{"prompt": "a", "completion": "b"}',
          'rows.jsonl line 1: the row has a "completion", which would be lost: rename it'),
         ('{"prompt": "a"}\n{"prompt": "' + 250 * "a " + '"}',

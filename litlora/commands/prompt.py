@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from litlora.args.inference import NO_PROMPT, ChatArgs, GenerateArgs
-from litlora.data.dataset import read_rows, require_rows
+from litlora.data.dataset import Invalid, read_rows, require_rows
 from litlora.data.examples import Example, Message
 from litlora.data.prompt_styles import PromptStyle
-from litlora.data.readers import RawFile, parse_rows
+from litlora.data.raw_files import RawFile
+from litlora.data.readers import parse_rows
 from litlora.data.rendered import Rendered
 from litlora.data.row_formats import PROMPT
 from litlora.errors import LitLoraError
@@ -71,7 +72,7 @@ class PromptFile:
     def answered(self, completions: list[str]) -> bytes:
         """Return the rows with their completions, as JSONL."""
         rows = ({**row, COMPLETION: text} for row, text in zip(self.rows, completions, strict=True))
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
 
 
 def find_for_chat(args: ChatArgs) -> ModelFiles:
@@ -89,8 +90,10 @@ def read_prompts(path: Path) -> tuple[list[dict[str, Any]], list[tuple[str, Exam
     """Return the rows of a file, and their examples with their locations; LitLoraError if any is invalid."""
     raw = RawFile.from_path(path, f"there is no file {path} for --prompts")
     located = list(parse_rows(raw))
-    parsed, invalid = read_rows(located, PROMPT)
-    require_rows(str(path), len(parsed), [f"{location}: {error}" for location, error in invalid], PROMPT)
+    (parsed, refused), invalid = read_rows(located, PROMPT), Invalid()
+    for location, error in refused:
+        invalid.add(location, error)
+    require_rows(str(path), len(parsed), invalid, PROMPT)
     rows: list[dict[str, Any]] = [row for _, row in located if isinstance(row, dict)]
     for row, (location, _) in zip(rows, parsed, strict=True):
         if COMPLETION in row:
