@@ -21,7 +21,7 @@ from litlora.distributed.launcher import (
     report_to_launcher,
 )
 from litlora.errors import EndedElsewhereError, LitLoraError, OutputClosedError, is_shortage
-from litlora.utils.console import log, log_error, open_streams, output
+from litlora.utils.console import log, log_error, open_streams, output, quietly
 from litlora.utils.files import require_working_directory
 
 
@@ -69,6 +69,12 @@ def run(arguments: Sequence[str], *, in_process: bool = True) -> int:
     if isinstance(call, str):
         output(call)
         return 0
+    with quietly(getattr(call.args, "quiet", False)):
+        return carry_out(call, arguments, in_process=in_process)
+
+
+def carry_out(call: Call, arguments: Sequence[str], *, in_process: bool) -> int:
+    """Call a command, in this process or in others, and return its exit code."""
     count = count_to_launch(call.args, in_process=in_process)
     already_read = start(call, count)
     if count:

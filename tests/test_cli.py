@@ -164,6 +164,7 @@ def test_print_config_is_a_config_again(command, capsys):
         "generate": ["--checkpoint_dir", "base", "--prompt", "a: b\n 'c' # d", "--top_k", "null"],
         "chat": ["--checkpoint_dir", "base"],
         "merge_lora": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
+        "report": ["out/one", "out/two"],
         "export": ["--checkpoint_dir", "adapter", "--out_dir", "out"],
         "verify": ["--checkpoint_dir", "adapter"],
         "upload": ["--checkpoint_dir", "adapter", "--repo_id", "a/b"],

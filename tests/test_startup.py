@@ -37,6 +37,7 @@ HEAVY = {
     "safetensors",
     "numpy",
     "jsonargparse",
+    "rich",
 }
 
 

@@ -9,6 +9,7 @@ from litlora.args.export import ExportArgs
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.hub import DownloadArgs, UploadArgs
 from litlora.args.inference import ChatArgs, EvaluateArgs, GenerateArgs, MergeLoraArgs
+from litlora.args.report import ReportArgs
 from litlora.args.sweep import SweepArgs
 from litlora.args.verify import VerifyArgs
 
@@ -22,6 +23,7 @@ COMMANDS: dict[str, type[CommandArgs]] = {
     "generate": GenerateArgs,
     "chat": ChatArgs,
     "evaluate": EvaluateArgs,
+    "report": ReportArgs,
     "merge_lora": MergeLoraArgs,
     "export": ExportArgs,
     "verify": VerifyArgs,

@@ -49,6 +49,8 @@ def plain(value: Any) -> Any:
     """Turn nested dataclasses and paths into what YAML holds."""
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

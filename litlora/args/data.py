@@ -39,6 +39,8 @@ class PrepareArgs(CommandArgs):
     """Subset of a data set on the Hub, by default the one that its card names as default."""
     access_token: SecretStr | None = None
     """Hub token for gated or private data sets; by default the environment's HF_TOKEN."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
     @property
     def sources(self) -> list[str]:

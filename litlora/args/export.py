@@ -27,6 +27,8 @@ class ExportArgs(ModelArgs):
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
     verify: bool = True
     """Compare what llama.cpp computes from the file with the receipt of the training, if there is one."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,6 +11,7 @@ from litlora.errors import LitLoraError
 
 Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
 Strategy = Literal["auto", "ddp", "fsdp"]
+Logger = Literal["csv", "tensorboard", "wandb", "mlflow"]
 Start = Literal["zero", "fisher", "pissa", "pissa_niter_4", "pissa_niter_16"]
 
 LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -147,6 +148,11 @@ class EvalArgs:
     """Validate after the last step."""
     evaluate_example: int = 0
     """Row of the validation split whose prompt is completed, counted from 0."""
+    samples: int = 3
+    """Rows of the validation split, from evaluate_example on, whose completions before and after report.html shows."""
+    highest_losses: int = 20
+    """Training rows that report.html lists for their high loss after training, which is measured on a random sample
+    with a tenth as many tokens as were trained; 0 measures none."""
     keep_best: bool = False
     """Save the adapter with the best validation loss as the final one, instead of the last."""
     patience: int | None = None
@@ -157,7 +163,7 @@ class EvalArgs:
         for name in ("max_iters", "patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--eval.{name}", value, "at least 1, or null")
-        for name in ("max_new_tokens", "evaluate_example"):
+        for name in ("max_new_tokens", "evaluate_example", "samples", "highest_losses"):
             require(getattr(self, name) >= 0, f"--eval.{name}", getattr(self, name), "0 or more")
 
 
@@ -243,8 +249,8 @@ class FinetuneLoraArgs(CommandArgs):
     eval: EvalArgs = field(default_factory=EvalArgs)
     optimizer: dict[str, Any] | str = "AdamW"
     """Name of a torch optimizer, or its class_path and init_args."""
-    logger_name: Literal["csv"] = "csv"
-    """Logger of the metrics: csv writes OUT_DIR/metrics.csv."""
+    logger_name: tuple[Logger, ...] = ("csv",)
+    """Loggers of the metrics, such as tensorboard,wandb: csv, OUT_DIR/metrics.csv, is always written."""
     seed: int = 1337
     """Random seed of the adapter's initialization, the order of the examples and dropout."""
     resume: bool | Literal["auto"] | Path = False
@@ -255,6 +261,8 @@ class FinetuneLoraArgs(CommandArgs):
     """Servers that will load the adapter, such as vllm,llama.cpp: refuse settings that they do not support."""
     receipt: bool = True
     """Record what the trained network answers to three prompts, by which verify tells whether a copy is the same."""
+    quiet: bool = False
+    """Print warnings and errors only."""
     dry_run: bool = False
     """Print steps, tokens and estimated peak memory of the run, and exit without loading weights."""
 

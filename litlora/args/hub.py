@@ -26,6 +26,8 @@ class DownloadArgs(CommandArgs):
     """Hub token for gated or private repositories; by default the environment's HF_TOKEN."""
     tokenizer_only: bool = False
     """Download the tokenizer and configuration without the weights."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
     def __post_init__(self) -> None:
         require_token(self.access_token)

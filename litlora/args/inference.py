@@ -183,6 +183,8 @@ class MergeLoraArgs(ModelArgs):
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
     verify: bool = True
     """Compare what the merged checkpoint computes with the receipt of the training, if there is one."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,8 @@ class EvaluateArgs(InferenceArgs):
     """Number of tokens to which rows are cut for the loss, by default the checkpoint's positions."""
     seed: int = 1234
     """Random seed of the intervals."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

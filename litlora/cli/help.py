@@ -18,7 +18,7 @@ from litlora.args.common import SecretStr
 from litlora.cli.settings import Setting, sections_of, settings_of
 
 METAVARS = {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT", SecretStr: "TOKEN", dict: "{NAME: N}"}
-POSITIONALS = {"checkpoint_dir": "CHECKPOINT", "repo_id": "ORG/NAME"}
+POSITIONALS = {"checkpoint_dir": "CHECKPOINT", "repo_id": "ORG/NAME", "runs": "RUN [RUN ...]"}
 """The settings that need no flag, and what their values are called."""
 GENERAL = (
     ("--config FILE", "YAML file of these settings; a flag overrides it. May be given several times."),
@@ -50,7 +50,9 @@ def command_help(command: str) -> str:
     docs, groups = explanations(kind), _groups(kind, flag)
     lines = [usage, "", summary(kind), ""]
     if metavar:
-        lines += _table("argument", [(metavar, f"{docs[flag.removeprefix('--')]} (or {flag} {metavar})")])
+        name = flag.removeprefix("--")
+        value = metavar_of(settings_of(kind)[name]) if is_list(command, name) else metavar
+        lines += _table("argument", [(metavar, f"{docs[name]} (or {flag} {value})")])
     for title, settings in groups.items():
         lines += _table(title, [_row(setting, docs[setting.name]) for setting in settings])
     return "\n".join([*lines, *_table("general", GENERAL), *_examples(kind.examples)])
@@ -60,6 +62,11 @@ def positional_of(command: str) -> tuple[str, str] | None:
     """Return the flag that a word without one stands for, and what that word is called."""
     settings = settings_of(COMMANDS[command])
     return next(((f"--{name}", metavar) for name, metavar in POSITIONALS.items() if name in settings), None)
+
+
+def is_list(command: str, name: str) -> bool:
+    """Tell whether a setting takes several values, and where it needs no flag, several words."""
+    return settings_of(COMMANDS[command])[name].item is not None
 
 
 def summary(kind: type) -> str:

@@ -13,7 +13,7 @@ from litlora import __version__
 from litlora.args import COMMANDS
 from litlora.args.common import require
 from litlora.cli.config_files import Schema, parse_value, read_config, read_text
-from litlora.cli.help import command_help, overview, positional_of
+from litlora.cli.help import command_help, is_list, overview, positional_of
 from litlora.cli.litgpt_files import KEYS, translate
 from litlora.cli.settings import Given, Setting, join, missing_from, refusal, sections_of, settings_of
 from litlora.cli.suggestions import hint_for, nearest
@@ -136,7 +136,7 @@ def _given(command: str, words: Words, settings: Mapping[str, Setting]) -> dict[
     for flag, text in _take(flags, [f"--{section}" for section in sections]):
         read = read_text if text.lstrip().startswith("{") else read_config
         given |= read(f"{flag} {text}", text, schema, flag.removeprefix("--"))
-    given |= _given_by_flags(flags, settings)
+    given |= _given_by_flags(flags, settings) | _given_by_words(command, words)
     return _with_optimizer(given, settings, [pair for pair in flags if pair[0].split(".")[0] == OPTIMIZER])
 
 
@@ -164,12 +164,25 @@ def _with_positional(command: str, words: Words) -> list[tuple[str, str | None]]
     if positional is None:
         raise UsageError(f"{command} has flags only, but {stray}")
     flag, metavar = positional
+    if is_list(command, flag.removeprefix("--")):
+        return words.flags
     if count > 1:
         raise UsageError(f"{command} takes one {metavar}, but {stray}")
     value = words.positional[0]
     if others := {given for name, given in words.flags if name == flag} - {value}:
         raise UsageError(f"{metavar} ({value}) and {flag} ({others.pop()}) are the same setting: give one of them")
     return [*words.flags, (flag, value)]
+
+
+def _given_by_words(command: str, words: Words) -> dict[str, Given]:
+    """Return the setting that takes all words without a flag, if the command has one and they are given."""
+    flag, metavar = positional_of(command) or ("", "")
+    name = flag.removeprefix("--")
+    if not words.positional or not is_list(command, name):
+        return {}
+    if any(given == flag for given, _ in words.flags):
+        raise UsageError(f"{metavar} ({words.positional[0]}) and {flag} are the same setting: give one of them")
+    return {name: Given(flag, list(words.positional))}
 
 
 def _stray_word(command: str, word: str) -> str:

@@ -51,6 +51,11 @@ class Setting:
         return next((get_args(kind)[0] for kind in self.types if get_origin(kind) is tuple), None)
 
     @property
+    def item_choices(self) -> list[str]:
+        """The words that each item of a list can be."""
+        return [*get_args(self.item)] if get_origin(self.item) is Literal else []
+
+    @property
     def number(self) -> Any:
         """The type of the numbers in a mapping; None for another type."""
         kinds = [get_args(kind)[1] for kind in self.types if get_origin(kind) is dict]
@@ -66,8 +71,7 @@ class Setting:
         """What a value must be, in words."""
         others = [NEEDS[get_origin(kind) or kind] for kind in self.types if get_origin(kind) not in (Literal, tuple)]
         others = [f"{need} {FORM}" if need == NEEDS[dict] and self.number else need for need in others]
-        items = get_args(self.item) if get_origin(self.item) is Literal else ()
-        each = join([*map(str, items)], "or") if items else NEEDS.get(self.item)
+        each = join(self.item_choices, "or") if self.item_choices else NEEDS.get(self.item)
         others += [f"a list, each item {each}"] if self.item else []
         return join([*self.choices, *sorted(others, key=lambda need: need == "null")], "or")
 
@@ -112,7 +116,8 @@ def refusal(setting: Setting, given: Given) -> UsageError:
     shown = cut("null" if given.value is None else str(given.value))
     null = ["null"] if setting.is_nullable else []
     fault = f"{given.source} ({shown}) must be {setting.need}"
-    near = near_value(setting.name, shown, [*setting.choices, *null]) if isinstance(given.value, str) else None
+    words = [*setting.choices, *setting.item_choices, *null]
+    near = near_value(setting.name, shown, words) if isinstance(given.value, str) else None
     return UsageError(f"{fault}: did you mean {near}?" if near else fault)
 
 

@@ -24,6 +24,7 @@ from litlora.lora.selection import Adapters, find_adapters, find_folders
 from litlora.lora.targets import refuse_parted_head
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.sweep.plan import Plan
+from litlora.train.logger_names import check_loggers
 from litlora.train.lora_flags import new_adapter
 from litlora.train.optimizer_names import check_name
 from litlora.train.resume import AUTO, Identity, starting_point
@@ -90,6 +91,7 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     """Refuse settings that do not fit the files that they name, and return the base."""
     check_writable(args.out_dir, "--out_dir")
     check_name(args.optimizer)
+    check_loggers(args.logger_name)
     # The run itself reports which checkpoint it takes, and with "auto" whether it is finished.
     start = None if args.resume == AUTO else starting_point(args, lambda _: None, find_truncation)
     refuse_adapter(args.checkpoint_dir)

@@ -98,6 +98,10 @@ class Samples:
         """The number of examples that are longer."""
         self.dropped = len(full_lengths) - len(self.lengths)
         """The number of those that have no label left."""
+        self.unsupervised = int((tokens.about["labels"] == 0).sum())
+        """The number of those that have none at their full length either."""
+        self.rows = 1 + int((np.diff(tokens.about["line"]) != 0).sum())
+        """The number of rows of the split, each of which may be several examples."""
 
     def __len__(self) -> int:
         return len(self.lengths)

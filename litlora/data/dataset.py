@@ -69,6 +69,13 @@ def read_example(path: Path, index: int, flag: str) -> Example:
     raise LitLoraError(f"{flag} ({index}) must be below the number of rows in {path.name} ({count})")
 
 
+def read_some_examples(path: Path, first: int, count: int) -> list[Example]:
+    """Read up to `count` rows of a prepared split from one on, counted from 0; one that is invalid ends them."""
+    with open_split(path) as file:
+        rows, _ = read_rows(islice(jsonl_rows(jsonl_lines(file)), first, first + max(0, count)), ANY)
+    return [row.example for _, row in rows]
+
+
 def choose_prompt_style(name: str, split: Path, chat_template: str | None) -> tuple[str, str]:
     """Return what --prompt_style auto stands for, and why: chat for conversations and a chat template, else alpaca."""
     if name != AUTO:

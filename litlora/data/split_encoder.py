@@ -14,8 +14,6 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from litlora.data.chat_style import ChatStyle
 from litlora.data.checks import NAMES, flags_of_row
 from litlora.data.dataset import Invalid, open_split, read_rows, require_rows
@@ -30,6 +28,7 @@ from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError
 from litlora.utils.files import digest
 from litlora.utils.processes import exit_with_parent, usable_cores
+from litlora.utils.progress import task
 
 FORMAT = 2  # to be increased when the tokens of an example or the files of the cache change
 CHUNK = 4_000_000  # bytes of a split that a worker reads at once
@@ -90,7 +89,7 @@ class SplitEncoder:
         lines = rows = 0
         invalid, refused = Invalid(), Invalid()
         ranges = (LineRange(path, *s, only_check=bool(invalid.count or refused.count)) for s in chunk_spans(path))
-        with tqdm(desc=f"tokenizing {path.name}", total=size, unit="B", unit_scale=True, delay=2) as bar:
+        with task(f"tokenizing {path.name}", size, "B") as progress:
             for chunk in _encode_ranges(ranges, self, processes):
                 for faults, found in ((invalid, chunk.invalid), (refused, chunk.refused)):
                     for line, error in found:
@@ -98,7 +97,7 @@ class SplitEncoder:
                 if not invalid.count and not refused.count:
                     yield from (tokens.with_lines_from(lines) for tokens in chunk.tokens)
                 lines, rows = lines + chunk.lines, rows + chunk.rows
-                bar.update(chunk.size)
+                progress.advance(chunk.size)
         require_rows(str(path), rows, invalid, ANY)
         if refused.count:
             more = f" (rows after it: {refused.count - 1:,})" if refused.count > 1 else ""

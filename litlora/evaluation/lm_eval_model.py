@@ -13,11 +13,12 @@ from torch import Tensor
 
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.evaluation.scoring import load_model, progress
+from litlora.evaluation.scoring import load_model
 from litlora.evaluation.tasks import Benchmark
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
 from litlora.models.transformer import GPT, evaluating
+from litlora.utils.progress import track
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own models
 PACKED = 4096  # tokens of the requests that are computed at once
@@ -79,7 +80,8 @@ class LitLoraLM(TemplateLM):  # type: ignore[misc]
         """Return for each continuation its log-likelihood, and whether it is the greedy completion."""
         found: list[tuple[float, bool]] = []
         with evaluating(self.gpt):
-            for group in progress(list(packed(requests, self.gpt.config.positions)), "likelihoods"):
+            groups = list(packed(requests, self.gpt.config.positions))
+            for group in track(groups, "likelihoods", len(groups)):
                 found += self._score(group)
         return found
 
@@ -99,7 +101,7 @@ class LitLoraLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the greedy completion of each context, up to the first of its stop texts."""
-        return [self._generate(*request.args) for request in progress(requests, "completions")]
+        return [self._generate(*request.args) for request in track(requests, "completions", len(requests))]
 
     def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
         kwargs = normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)

@@ -1,6 +1,8 @@
-"""Sample completions: what a model generates for an example."""
+"""Sample completions: what a model generates for rows of the validation split, beside what they expect."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from litlora.distributed.process_group import Ranks
 from litlora.evaluation.engine import Engine
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
+from litlora.utils.progress import track
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,53 @@ class BroadcastSampler(Sampler):
         return self.ranks.broadcast(super().choose(logits))
 
 
-def sample_completion(
-    engine: Engine, tokenizer: Tokenizer, style: PromptStyle, example: Example, max_new_tokens: int
-) -> str:
-    """Return the first prompt of an example and its greedy completion, as two lines to print."""
-    turn, sampler = example.turns[0], BroadcastSampler(ranks=engine.ranks)
-    ids = tokenizer.encode_prompt(style, style.prompt(turn.instruction, turn.input, example.system))
-    with engine.fabric.autocast():
-        stop_ids = tokenizer.stop_ids_of(style)
-        tokens = generate(engine.gpt, ids, sampler, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-        question = " ".join(filter(None, (turn.instruction, turn.input)))
-        return f"  {question}\n  -> {''.join(tokenizer.stream(ids, tokens))}"
+@dataclass(frozen=True)
+class Completion:
+    """The greedy completion of a row's first prompt."""
+
+    row: int
+    """Of the validation split, counted from 0."""
+    system: str
+    question: str
+    expected: str
+    completion: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as samples.jsonl holds it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Return the lines that are printed."""
+        parts = {"  system: ": self.system, "  question: ": self.question, "  expected: ": self.expected}
+        named = [f"{name}{_indented(text)}" for name, text in parts.items() if text]
+        return "\n".join([*named, f"  -> {_indented(self.completion)}"])
+
+
+def _indented(text: str) -> str:
+    return text.strip().replace("\n", "\n     ")
+
+
+@dataclass(frozen=True)
+class Completer:
+    """Completes the prompts of rows."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    style: PromptStyle
+    max_new_tokens: int
+
+    def complete(self, row: int, example: Example) -> Completion:
+        """Return the greedy completion of an example's first prompt."""
+        turn = example.turns[0]
+        prompt = self.style.prompt(turn.instruction, turn.input, example.system)
+        ids = self.tokenizer.encode_prompt(self.style, prompt)
+        with self.engine.fabric.autocast():
+            text = "".join(self.tokenizer.stream(ids, self._tokens(ids)))
+        question = "\n".join(filter(None, (turn.instruction, turn.input)))
+        return Completion(row, example.system, question, turn.output, text)
+
+    def _tokens(self, ids: list[int]) -> Iterator[int]:
+        sampler, limit = BroadcastSampler(ranks=self.engine.ranks), self.max_new_tokens
+        stop_ids = self.tokenizer.stop_ids_of(self.style)
+        tokens = generate(self.engine.gpt, ids, sampler, max_new_tokens=limit, stop_ids=stop_ids)
+        return track(tokens, "sample completion", limit)

@@ -1,14 +1,12 @@
 """What a model makes of the rows: their losses, its completions, and the likelihood of each choice."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from tqdm import tqdm
 
 from litlora.args.finetune import Precision, TrainArgs
 from litlora.data.batching import Samples, pack
@@ -26,8 +24,7 @@ from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT, evaluating
 from litlora.nn.backend import backend, default_device
 from litlora.utils.console import log
-
-T = TypeVar("T")
+from litlora.utils.progress import track
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def row_losses(engine: Engine, text: Tokens, rows: int, limit: int | None, name:
     losses, tokens = np.zeros(rows), np.zeros(rows)
     each = [samples[index] for index in range(len(samples))]
     results = engine.workers.map(partial(loss_and_tokens, engine), (pack([sample]) for sample in each))
-    for sample, (loss, count) in zip(each, progress(results, name, len(each)), strict=True):
+    for sample, (loss, count) in zip(each, track(results, name, len(each)), strict=True):
         losses[sample.row - 1] += loss
         tokens[sample.row - 1] += count
     return losses, tokens
@@ -95,11 +92,6 @@ def complete(model: GPT, task: Task) -> Iterator[str]:
     ):
         prepare_for_decoding(model)
     stop_ids = tokenizer.stop_ids_of(task.subject.style)
-    for ids in progress(task.prompts, "completions", len(task.prompts)):
+    for ids in track(task.prompts, "completions", len(task.prompts)):
         tokens = generate(model, ids, Sampler(), max_new_tokens=limit, stop_ids=stop_ids)
         yield "".join(tokenizer.stream(ids, tokens))
-
-
-def progress(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
-    """Show on stderr how far a measurement is."""
-    yield from tqdm(items, desc=name, total=total, unit="row", delay=2)

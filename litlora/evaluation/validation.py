@@ -1,6 +1,6 @@
 """The validation loss, of all rows and of those of each source."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, zip_longest
@@ -11,6 +11,7 @@ from litlora.data.batching import DUMMY_MICRO_BATCH, Batching, MicroBatch, Sampl
 from litlora.data.row_sources import ONE_SOURCE, RowSources
 from litlora.evaluation.engine import Engine
 from litlora.models.transformer import evaluating
+from litlora.utils.progress import Task, task
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def validate(
     ranks = engine.ranks
     sums = torch.zeros(len(sources.names), 2, dtype=torch.float64, device=engine.fabric.device)
     batches = islice(_micro_batches(samples, batching, sources), max_iters)
-    with evaluating(engine.gpt):
+    rows = len(samples) if max_iters is None else min(len(samples), max_iters * batching.micro_batch_size)
+    with evaluating(engine.gpt), task("validation", rows) as progress:
         rounds = zip_longest(*[batches] * ranks.world_size, fillvalue=(0, DUMMY_MICRO_BATCH))  # one for each rank
-        for source, loss, tokens in engine.workers.map(
-            partial(_loss_of_source, engine), (round_[ranks.rank] for round_ in rounds)
-        ):
+        local = (round_[ranks.rank] for round_ in _counted(rounds, progress))
+        for source, loss, tokens in engine.workers.map(partial(_loss_of_source, engine), local):
             sums[source] += torch.tensor([loss, tokens], dtype=torch.float64)
     losses, tokens = ranks.all_reduce(sums).T
     means = zip(sources.names, losses.tolist(), tokens.tolist(), strict=True)
@@ -70,6 +71,15 @@ def _by_source(samples: Sequence[Sample], sources: RowSources) -> list[list[Samp
 def _loss_of_source(engine: Engine, item: tuple[int, MicroBatch]) -> tuple[int, float, int]:
     source, micro = item
     return source, *loss_and_tokens(engine, micro)
+
+
+def _counted(
+    rounds: Iterable[Sequence[tuple[int, MicroBatch]]], progress: Task
+) -> Iterator[Sequence[tuple[int, MicroBatch]]]:
+    """Yield rounds of micro-batches, and count the rows of each when the next one is asked for."""
+    for round_ in rounds:
+        yield round_
+        progress.advance(sum(len(micro.lengths) for _, micro in round_))
 
 
 @torch.no_grad()  # in the worker thread: the setting holds for one thread only

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
-from tqdm import tqdm
+from rich.filesize import decimal
 
 from litlora import __version__
 from litlora.errors import LitLoraError
@@ -384,9 +384,7 @@ def _refuse_leftovers(folder: Path, wanted: list[str], repo: Repo) -> None:
 def _check_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        fault = (
-            f"the download needs {tqdm.format_sizeof(needed, 'B')}, but {folder} has {tqdm.format_sizeof(free, 'B')}"
-        )
+        fault = f"the download needs {decimal(needed)}, but {folder} has {decimal(free)}"
         raise LitLoraError(f"{fault}: free some space, or choose another --checkpoint_root")
 
 

@@ -19,6 +19,7 @@ from litlora.models.transformer import GPT
 from litlora.models.weights import DIGITS, Weights, fingerprint, tensor_digests, unsupported_dtype
 from litlora.nn.nf4 import NF4Linear, Quantization
 from litlora.utils.console import log
+from litlora.utils.progress import task, track
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DERIVED = r"\.rotary_emb\.inv_freq$"  # old Llama checkpoints store it, but it follows from the config
@@ -107,12 +108,14 @@ class Checkpoint:
         model = self.outline()
         shards = self._quantize_blocks(model, device, quantization, shard) if quantization else {}
         needed = model.state_dict().keys() - shards.keys()
-        for path in self.weights.files:
-            for hub_name, content in self.weights.in_file(path).items():
-                if (name := self._model_names.get(hub_name)) in needed:
-                    # A tensor to be cast is read by a map of its own, so that its pages leave memory with it.
-                    source = content if content.dtype is dtype else self.weights[hub_name]
-                    shards[name] = shard(source).to(device, dtype)
+        with task("loading weights", len(self.weights)) as progress:
+            for path in self.weights.files:
+                for hub_name, content in self.weights.in_file(path).items():
+                    if (name := self._model_names.get(hub_name)) in needed:
+                        # A tensor to be cast is read by a map of its own, so that its pages leave memory with it.
+                        source = content if content.dtype is dtype else self.weights[hub_name]
+                        shards[name] = shard(source).to(device, dtype)
+                    progress.advance()
         return model, shards
 
     def _quantize_blocks(
@@ -120,7 +123,8 @@ class Checkpoint:
     ) -> dict[str, Tensor]:
         """Replace the blocks' linear layers by quantized ones without weights, and return the shards of these."""
         shards: dict[str, Tensor] = {}
-        for name in block_linears(model):
+        names = block_linears(model)
+        for name in track(names, f"quantizing to {quantization.name}", len(names)):
             has_bias = model.get_submodule(name).bias is not None
             bias = self.tensor(f"{name}.bias").to(device) if has_bias else None
             layer = NF4Linear(self.tensor(f"{name}.weight").to(device), quantization, bias)

@@ -16,7 +16,7 @@ from litlora.args.common import plain
 from litlora.distributed.launcher import THREADS, Child, forwarding_signals, launch
 from litlora.errors import EndedElsewhereError, LitLoraError, StoppedError
 from litlora.lora.adapter_folder import FINAL
-from litlora.report.page import read_metrics
+from litlora.report.files import read_metrics
 from litlora.sweep.plan import EVALUATION, Plan
 from litlora.sweep.study import Assignment, Study
 from litlora.utils.console import log
@@ -62,7 +62,7 @@ class Watcher:
 
     def read(self) -> bool:
         """Record losses that are new; the one before the first step is the base's, and equal in all trials."""
-        rows = read_metrics(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+        rows = read_metrics(self.path.parent)
         losses = {row["step"]: row["val_loss"] for row in rows if row.get("step") and "val_loss" in row}
         new = [(step, loss) for step, loss in losses.items() if step not in self._seen]
         self._seen |= losses.keys()

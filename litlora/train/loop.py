@@ -1,7 +1,6 @@
 """The training loop: steps, validation, logging and saving."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from litlora.args.finetune import EvalArgs, TrainArgs
 from litlora.data.batching import (
@@ -28,11 +26,15 @@ from litlora.errors import LitLoraError
 from litlora.evaluation.engine import Engine
 from litlora.evaluation.validation import ValLoss
 from litlora.lora.layer import lora_parameters
-from litlora.train.metrics import row
+from litlora.train.loggers import Loggers
+from litlora.train.metrics import figures, row
 from litlora.train.optimizers import set_learning_rate
 from litlora.train.run_dir import RunFolder
+from litlora.train.samples import SampleRows
 from litlora.train.schedule import learning_rate, steps, total_steps
 from litlora.train.train_state import Best, Progress, StepResult
+from litlora.utils.console import log
+from litlora.utils.progress import task
 from litlora.utils.signals import StopRequest
 
 
@@ -49,16 +51,25 @@ class Run:
     validate: Callable[[int], ValLoss]
     """Validates the present adapter, prints what the validation of this step shows, and returns the loss."""
     folder: RunFolder
+    completions: SampleRows
+    loggers: Loggers
     stop: StopRequest
+
+    def record(self, **values: float | None) -> None:
+        """Log what was measured at a step to metrics.csv and the other loggers."""
+        self.folder.log(**values)
+        self.loggers.log(values)
 
 
 def fit(run: Run, progress: Progress) -> None:
     """Train from the step of `progress` to the last one, unless --eval.patience or a stop request ends the run."""
     gpt, total = run.engine.gpt, total_steps(len(run.samples), run.train)
     epochs = steps(run.samples, run.train.global_batch_size, run.seed, after=progress.step, total=total)
-    with tqdm(total=total, initial=progress.step, unit="step", file=sys.stderr, mininterval=_bar_interval()) as bar:
-        if progress.step == 0 and run.eval.initial_validation:
-            run.folder.log(step=0, epoch=0, val_loss=run.validate(0).mean)
+    val_loss = None
+    if progress.step == 0 and run.eval.initial_validation:
+        val_loss = run.validate(0).mean
+        run.record(step=0, epoch=0, val_loss=val_loss)
+    with task("training", total, done=progress.step, is_main=True) as bar:
         for epoch, step, batch in epochs:
             if is_out_of_patience(progress.best, run.eval.patience, progress.step):
                 break
@@ -66,16 +77,15 @@ def fit(run: Run, progress: Progress) -> None:
             result = train_step(run, batch, rate, step)
             progress.add(epoch, result)
             if step % run.eval.interval == 0 or (step == total and run.eval.final_validation):
-                progress.validated(run.validate(step), lora_parameters(gpt) if run.eval.keep_best else {})
+                validation = run.validate(step)
+                val_loss = validation.mean
+                progress.validated(validation, lora_parameters(gpt) if run.eval.keep_best else {})
             if progress.val_loss is not None or step % run.train.log_interval == 0:
-                run.folder.log(**row(progress, result, rate))
+                run.record(**row(progress, result, rate))
             code = run.engine.ranks.all_reduce_max(run.stop.exit_code()) if step < total else 0
             if code or step % run.train.save_interval == 0:
                 saved = run.folder.save_step(gpt, run.optimizer, progress)
-            bar.set_postfix_str(
-                f"loss {result.loss:.4f}, {result.tokens / result.seconds:,.0f} tokens/s", refresh=False
-            )
-            bar.update()
+            bar.advance(figures=figures(result, val_loss))
             if code:
                 raise run.stop.error(code, f"after step {step} of {total}, which is saved in {saved}")
 
@@ -85,12 +95,8 @@ def is_out_of_patience(best: Best, patience: int | None, step: int) -> bool:
     if patience is None or best.beaten < patience:
         return False
     since = f"no validation has been better than that of step {best.step} ({best.loss:.4f})"
-    tqdm.write(f"stopped early after step {step}: {since}", file=sys.stderr)
+    log(f"stopped early after step {step}: {since}")
     return True
-
-
-def _bar_interval() -> float:
-    return 0.1 if sys.stderr.isatty() else 10.0  # seconds between updates; a log file needs fewer
 
 
 def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> StepResult:

@@ -1,4 +1,4 @@
-"""The rows of metrics.csv."""
+"""The rows of metrics.csv, and the figures beside the progress of a run."""
 
 from litlora.nn.backend import backend, default_device
 from litlora.train.train_state import Progress, StepResult
@@ -17,6 +17,13 @@ def row(progress: Progress, result: StepResult, rate: float) -> dict[str, float 
         "tokens_per_second": result.tokens / result.seconds,
         "memory_gb": peak_memory_gb(),
     }
+
+
+def figures(result: StepResult, val_loss: float | None) -> str:
+    """Return what the progress display shows of the last step."""
+    validation = "" if val_loss is None else f"val {val_loss:.4f}, "
+    speed = f"{result.tokens / result.seconds:,.0f} tokens/s"
+    return f"loss {result.loss:.4f}, {validation}{speed}, {peak_memory_gb():.2f} GB"
 
 
 def peak_memory_gb() -> float:

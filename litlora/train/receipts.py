@@ -21,7 +21,7 @@ from litlora.export.scoring import LitLoraEngine
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
 from litlora.nn.nf4 import quantization_of
 from litlora.train.run_dir import RunFolder
-from litlora.utils.console import log
+from litlora.utils.console import log, warn
 
 
 def find_receipt(folder: RunFolder, engine: Engine, checkpoint: Checkpoint, tokenizer: Tokenizer) -> Receipt | None:
@@ -35,7 +35,7 @@ def find_receipt(folder: RunFolder, engine: Engine, checkpoint: Checkpoint, toke
     try:
         receipt = _receipt(folder, engine, checkpoint, tokenizer)
     except (MemoryError, RuntimeError) as error:  # of which torch's OutOfMemoryError is one: no adapter is lost
-        log(f"warning: no {RECEIPT} is written: {' '.join(str(error).split())}")
+        warn(f"no {RECEIPT} is written: {' '.join(str(error).split())}")
         return None
     log(f"computed {RECEIPT} in {time.perf_counter() - start:.1f} s")
     return receipt

@@ -9,14 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
+from litlora.data.batching import Samples
 from litlora.data.checks import Finding
+from litlora.evaluation.row_losses import RowLosses
 from litlora.lora.layer import count
 from litlora.models.transformer import GPT
+from litlora.report.chart import ticks
+from litlora.report.files import REPORT
+from litlora.report.rows import digests_of
 from litlora.train.metrics import peak_memory_gb
 from litlora.train.train_state import Progress
 from litlora.utils.files import read_json
 
-REPORT = "report.json"
+BINS = 20  # of the histogram of lengths, or a few more, so that their edges are round
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class Report:
     """Validation loss before the first step; None if it was not measured."""
     warning: str | None
     """What to change where the validation loss ends above its start."""
+    data: dict[str, Any]
+    """For each split the rows, sequences and tokens, how many were truncated or dropped and why, and a histogram of
+    lengths."""
+    highest_losses: dict[str, Any] | None
+    """The training rows with the highest losses after training, by lines and hashes; None if none was scored."""
 
     @classmethod
     def of(
@@ -63,6 +75,8 @@ class Report:
         template_date: str | None,
         start_val_loss: float | None,
         rate: float,
+        data: dict[str, Any],
+        highest_losses: dict[str, Any] | None,
     ) -> Self:
         """Summarize a run whose final adapter has this validation loss."""
         return cls(
@@ -84,6 +98,8 @@ class Report:
             template_date=template_date,
             start_val_loss=start_val_loss,
             warning=divergence(start_val_loss, val_loss, rate),
+            data=data,
+            highest_losses=highest_losses,
         )
 
     @classmethod
@@ -96,6 +112,28 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write the report into the folder of a final adapter."""
         (folder / REPORT).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def counts_of(samples: Samples) -> dict[str, Any]:
+    """Return what a split holds, and what of it is trained on."""
+    edges = ticks(0, max(int(samples.lengths.max()), BINS), BINS, outside=True)
+    counts, _ = np.histogram(samples.lengths, edges)
+    return {
+        "rows": samples.rows,
+        "sequences": len(samples) + samples.dropped,
+        "tokens": int(samples.lengths.sum()),
+        "truncated": samples.truncated,
+        "cut_before_response": samples.dropped - samples.unsupervised,
+        "unsupervised": samples.unsupervised,
+        "lengths": {"edges": edges, "counts": counts.tolist()},
+    }
+
+
+def losses_with_digests(losses: RowLosses, path: Path) -> dict[str, Any]:
+    """Return the highest losses with a hash of each line, by which the page tells whether the line has changed."""
+    digests = digests_of(path, {row.line for row in losses.highest})
+    highest = [asdict(row) | {"sha256": digests.get(row.line, "")} for row in losses.highest]
+    return asdict(losses) | {"highest": highest}
 
 
 def divergence(before: float | None, after: float | None, rate: float) -> str | None:

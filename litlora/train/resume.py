@@ -11,12 +11,12 @@ from litlora.args.common import plain
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import FINAL, is_adapter
-from litlora.utils.console import log
+from litlora.report.files import METRICS
+from litlora.utils.console import notice
 from litlora.utils.files import read_json, refuse_link
 from litlora.utils.manifest import find_corruption
 
 RUN = "run.json"
-METRICS = "metrics.csv"
 AUTO = "auto"  # of --resume
 COUNTERS = "training_state.json"
 """A file that a folder has from which a run can resume."""
@@ -28,11 +28,11 @@ TOKENIZATION = {"ids": "of the tokenizer's file"}
 # Settings that say where, how fast or how often, but not what comes out of a step; folders count by their content.
 WITHOUT_EFFECT = {
     "checkpoint_dir", "data_dir", "out_dir", "init_adapter", "devices", "num_nodes", "strategy", "logger_name",
-    "resume", "overwrite", "dry_run", "deploy", "receipt",
+    "resume", "overwrite", "dry_run", "deploy", "receipt", "quiet",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.parallel_micro_batches",
     "train.activation_checkpointing", "train.max_time",
     "train.save_interval", "train.save_total_limit", "train.log_interval",
-    "eval.max_new_tokens", "eval.evaluate_example", "eval.initial_validation",
+    "eval.max_new_tokens", "eval.evaluate_example", "eval.samples", "eval.highest_losses", "eval.initial_validation",
 }  # fmt: skip
 MAY_GROW = {"train.epochs", "train.max_steps"}
 
@@ -136,7 +136,7 @@ Check = Callable[[Path], str | None]
 
 
 def starting_point(
-    args: FinetuneLoraArgs, report: Callable[[str], None] = log, check: Check = find_corruption
+    args: FinetuneLoraArgs, report: Callable[[str], None] = notice, check: Check = find_corruption
 ) -> Path | None:
     """Return the checkpoint to start from, or None for a run from the start.
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -25,13 +26,13 @@ from litlora.hub.origin import origin
 from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.models.transformer import GPT
-from litlora.report.page import PAGE, changed, page, read_metrics
+from litlora.report.files import HYPERPARAMETERS, METRICS, SAMPLES, RunFiles, read_metrics, read_samples, read_settings
+from litlora.report.output import write_report
 from litlora.train.lora_flags import described
 from litlora.train.report import Report
 from litlora.train.resume import (
     AUTO,
     BASE,
-    METRICS,
     TENSORS,
     Explain,
     Identity,
@@ -41,11 +42,9 @@ from litlora.train.resume import (
     step_of,
 )
 from litlora.train.train_state import Progress, write_state
-from litlora.utils.console import log
-from litlora.utils.files import atomic_directory, copy_own, read_yaml, reporting_write_errors, write_atomically
+from litlora.utils.files import atomic_directory, copy_own, reporting_write_errors, write_atomically
 from litlora.utils.manifest import write_manifest
 
-HYPERPARAMETERS = "hyperparameters.yaml"
 STEP = re.compile("[0-9]{1,18}")
 COLUMNS = (
     "step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gb",
@@ -82,6 +81,10 @@ class RunFolder:
         return self.path / METRICS
 
     @property
+    def samples(self) -> Path:
+        return self.path / SAMPLES
+
+    @property
     def final(self) -> Path:
         return self.path / "final"
 
@@ -112,8 +115,7 @@ class RunFolder:
         """Tell whether --resume auto finds this run finished, and refuse a finished run of other settings."""
         if self.args.resume != AUTO or self.args.overwrite or not self.final.exists():
             return False
-        settings = read_yaml(self.path / HYPERPARAMETERS)
-        if changes := self.identity.changed_settings(settings if isinstance(settings, dict) else {}):
+        if changes := self.identity.changed_settings(read_settings(self.path)):
             hint = "choose another, or resume it by --overwrite true"
             raise LitLoraError(f"--out_dir ({self.path}) holds a finished run: {', '.join(changes)}; {hint}")
         return True
@@ -134,6 +136,11 @@ class RunFolder:
                 self.metrics: "".join(f"{row}\n" for row in rows_until(start, step)).encode(),
             }
         )
+        samples = [] if start is None else samples_until(start.parent, step)
+        if samples:
+            write_atomically({self.samples: "".join(samples).encode()})
+        else:
+            remove(self.samples)
 
     def log(self, **values: float | None) -> None:
         """Append a row to metrics.csv, at once, so that a killed run loses none."""
@@ -144,6 +151,16 @@ class RunFolder:
             path.open("a", newline="", encoding="utf-8") as file,
         ):
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
+
+    def log_sample(self, step: int, sample: Mapping[str, Any]) -> None:
+        """Append a sample completion to samples.jsonl."""
+        path = self.samples
+        with self._naming_checkpoint(), reporting_write_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **sample}) + "\n")
+
+    def sampled_rows(self, step: int) -> list[int]:
+        """Return the rows of which a step has a sample completion."""
+        return [sample["row"] for sample in read_samples(self.path) if sample["step"] == step]
 
     def save_step(self, model: GPT, optimizer: Optimizer, progress: Progress) -> Path:
         """Save the adapter and all that an exact resume needs, and return its folder."""
@@ -181,26 +198,12 @@ class RunFolder:
             if receipt is not None:
                 receipt.of_adapter(folder).write(folder)
             self._write_model_card(folder, report)
-            self._write_page(folder, report)
+            write_report(RunFiles.of(self.path, plain(self.args), dataclasses.asdict(report)), folder)
         return self.final
 
     def start_val_loss(self) -> float | None:
         """Return the validation loss before the first step, also of a run that has resumed."""
-        rows = read_metrics(self._metrics_text())
-        return next((row.get("val_loss") for row in rows if row.get("step") == 0), None)
-
-    def _metrics_text(self) -> str:
-        return self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.is_file() else ""
-
-    def _write_page(self, folder: Path, report: Report) -> None:
-        """Write the page of the run; no adapter is lost because of it."""
-        try:
-            settings = changed(plain(self.args), defaults())
-            html = page(self.path.name, settings, read_metrics(self._metrics_text()), vars(report))
-        except Exception as error:
-            log(f"warning: {PAGE} is not written: {' '.join(str(error).split())}")
-            return
-        (folder / PAGE).write_text(html, encoding="utf-8")
+        return next((row.get("val_loss") for row in read_metrics(self.path) if row.get("step") == 0), None)
 
     def _write_model_card(self, folder: Path, report: Report) -> None:
         base_dir = self.args.checkpoint_dir.resolve()
@@ -224,6 +227,9 @@ class ReadOnlyRunFolder(RunFolder):
     def log(self, **values: float | None) -> None:
         """Do nothing."""
 
+    def log_sample(self, step: int, sample: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
     def save_step(self, model: GPT, optimizer: Optimizer, progress: Progress) -> Path:
         """Return the folder that rank 0 writes."""
         return self.step(progress)
@@ -233,11 +239,9 @@ class ReadOnlyRunFolder(RunFolder):
         return self.final
 
 
-def defaults() -> dict[str, Any]:
-    """Return the default settings; what has none is left out."""
-    settings = {field.name: field for field in dataclasses.fields(FinetuneLoraArgs)}
-    made = {n: plain(f.default_factory()) for n, f in settings.items() if f.default_factory is not dataclasses.MISSING}
-    return made | {n: plain(f.default) for n, f in settings.items() if f.default is not dataclasses.MISSING}
+def samples_until(run: Path, step: int) -> list[str]:
+    """Return the lines of a run's samples.jsonl up to a step."""
+    return [json.dumps(sample) + "\n" for sample in read_samples(run) if sample["step"] <= step]
 
 
 def rows_until(start: Path | None, step: int) -> list[str]:

@@ -1,24 +1,23 @@
 """Building a fine-tuning run from its arguments, and carrying it out."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric  # not by way of lightning, which imports all of its trainer as well
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from tqdm import tqdm
 
+from litlora.args.common import plain
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.data.batching import Batching, Samples, epoch_order
-from litlora.data.checks import CheckedData, CheckedSplit, Finding, refuse_errors, run_checks
-from litlora.data.dataset import choose_prompt_style, read_example
+from litlora.data.checks import CheckedData, CheckedSplit, Finding, Severity, refuse_errors, run_checks
+from litlora.data.dataset import choose_prompt_style, read_example, read_some_examples
 from litlora.data.examples import Example
 from litlora.data.prompt_styles import AUTO, PromptStyle, StyleSettings
 from litlora.data.row_sources import RowSources, read_row_sources
@@ -31,7 +30,8 @@ from litlora.distributed.launcher import find_rank_info
 from litlora.distributed.process_group import Ranks, monitor_peers, open_fabric, reporting_once
 from litlora.errors import LitLoraError
 from litlora.evaluation.engine import Engine
-from litlora.evaluation.samples import sample_completion
+from litlora.evaluation.row_losses import highest_losses
+from litlora.evaluation.samples import Completer
 from litlora.evaluation.validation import ValLoss, parts, validate
 from litlora.export.server_limits import log_notes, refuse_faults, server_limits
 from litlora.lora.adapter_folder import CONFIG, WEIGHTS, read_prompt_style, refuse_adapter
@@ -49,6 +49,8 @@ from litlora.nn.backend import backend
 from litlora.nn.nf4 import Quantization, import_bitsandbytes
 from litlora.train.changes import Open, explanations
 from litlora.train.init_adapter import continued_adapter
+from litlora.train.logger_names import check_loggers
+from litlora.train.loggers import Loggers, Place
 from litlora.train.loop import Run, fit, loss_and_gradients
 from litlora.train.lora_flags import new_adapter
 from litlora.train.memory_check import (
@@ -63,7 +65,7 @@ from litlora.train.memory_estimate import Network, breakdown, table
 from litlora.train.metrics import peak_memory_gb
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
 from litlora.train.receipts import find_receipt
-from litlora.train.report import Report
+from litlora.train.report import Report, counts_of, losses_with_digests
 from litlora.train.resume import (
     BASE,
     ROWS,
@@ -78,15 +80,19 @@ from litlora.train.resume import (
     split_content,
 )
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
+from litlora.train.samples import SampleRows, is_told_to_stop
 from litlora.train.schedule import automatic_rate, orders, total_steps
 from litlora.train.train_state import Progress, restore_state
-from litlora.utils.console import log
+from litlora.utils.console import log, quietly, warn
 from litlora.utils.files import refuse_foreign_link
 from litlora.utils.locks import locked
+from litlora.utils.progress import task
 from litlora.utils.signals import StopRequest
 
 FISHER_EXAMPLES = 32
 """Examples that measure the Fisher information; eight times as many gave no lower loss."""
+SCORED = 10
+"""Rows are scored after training up to one in this number of the trained tokens: about 3 % of the time."""
 
 
 def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Report:
@@ -116,8 +122,9 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
         if progress.step < total_steps(len(data.train), args.train):
             longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size, progress.step)
             shards = ranks.world_size if isinstance(run.engine.gpt, FSDPModule) else 1
-            check_memory(run.engine, replace(network, shards=shards), args.train, args.optimizer, longest)
-        return carry_out(run, progress, start, inputs, data.findings)
+            with task("checking memory"):
+                check_memory(run.engine, replace(network, shards=shards), args.train, args.optimizer, longest)
+        return carry_out(run, progress, start, inputs, data)
 
 
 def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str:
@@ -137,7 +144,7 @@ def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str
 def joined(args: FinetuneLoraArgs) -> Iterator[tuple[Fabric, Ranks]]:
     """Join the other processes of the run, if any, and lock the output folder."""
     rank_info = find_rank_info(args.devices, args.num_nodes)
-    with reporting_once(rank_info):
+    with quietly(args.quiet), reporting_once(rank_info):
         # Fabric's bf16-true would cast the adapter too; here the base has its dtype and the adapter stays float32.
         fabric = open_fabric(rank_info, "bf16-mixed" if args.precision == "bf16-mixed" else "32-true")
         ranks = Ranks(rank_info.rank, rank_info.world_size, fabric.device)
@@ -213,6 +220,7 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     limits = server_limits(args, lora, checkpoint.hub_config)
     refuse_faults(args.deploy, limits)
     log_notes(limits)
+    check_loggers(args.logger_name)
     check_optimizer(args.optimizer, args.train.peak_rate, device, args.lora_plus_ratio)
     if args.quantize:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
@@ -265,20 +273,24 @@ def run_folder(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> RunFolde
 
 @dataclass(frozen=True)
 class Data:
-    """The samples of a run, and the example of the validation split whose completion is printed."""
+    """The samples of a run, and the rows of the validation split that it completes, counted from 0."""
 
     train: Samples
     val: Samples
-    example: Example
+    examples: list[tuple[int, Example]]
     findings: list[Finding]
     val_sources: RowSources
     digests: dict[str, str]
     """Hashes of the tokens of each split, as a run records them."""
 
+    def counts(self) -> dict[str, Any]:
+        """Return what the splits hold."""
+        return {"train": counts_of(self.train), "val": counts_of(self.val)}
+
 
 def read_data(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> Data:
     """Open the splits as tokens; those that are not cached yet are tokenized by rank 0."""
-    example = read_example(args.data_dir / "val.jsonl", args.eval.evaluate_example, "--eval.evaluate_example")
+    examples = find_examples(args)
     with ranks.first_ahead():
         opened = inputs.open(inputs.splits, inputs.encoder)
     named = {split.path.name: tokens for split, tokens in zip(inputs.splits, opened, strict=True)}
@@ -286,9 +298,22 @@ def read_data(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> Data:
     findings = check_splits(inputs, opened)
     train, val = (samples_of(name, tokens, limit, most) for name, tokens in named.items())
     for finding in findings:
-        log(str(finding))
+        if finding.severity is Severity.WARNING:
+            warn(finding.sentence)
+        else:
+            log(str(finding))
     digests = {TOKENS + name: tokens.digest for name, tokens in named.items()}
-    return Data(train, val, example, findings, read_row_sources(args.data_dir / "val.jsonl"), digests)
+    return Data(train, val, examples, findings, read_row_sources(args.data_dir / "val.jsonl"), digests)
+
+
+def find_examples(args: FinetuneLoraArgs) -> list[tuple[int, Example]]:
+    """Read the rows of the validation split that are completed: --eval.evaluate_example and those after it."""
+    path, first = args.data_dir / "val.jsonl", args.eval.evaluate_example
+    example = read_example(path, first, "--eval.evaluate_example")
+    if not args.eval.max_new_tokens:
+        return []
+    others = enumerate(read_some_examples(path, first + 1, args.eval.samples - 1), start=first + 1)
+    return [(first, example), *others]
 
 
 def check_splits(inputs: Inputs, opened: Sequence[Tokens]) -> list[Finding]:
@@ -317,14 +342,15 @@ def build_run(
     groups = adapter_groups(lora_layers(gpt).values(), args.lora_plus_ratio)
     optimizer = build_optimizer(args.optimizer, groups, args.train.peak_rate)
     _, wrapped = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
-    progress = restore(inputs.checkpoint, start, gpt, cast(Optimizer, wrapped))
+    wrapped = cast(Optimizer, wrapped)
+    progress = restore(inputs.checkpoint, start, gpt, wrapped)
     workers = 1 if isinstance(gpt, FSDPModule) else network.backend.workers(args.train.parallel_micro_batches)
     engine = Engine(gpt, fabric, args.precision, network.backend.worker_pool(workers), ranks)
-    completion = partial(sample_completion, engine, inputs.tokenizer, inputs.style, data.example)
+    completer = Completer(engine, inputs.tokenizer, inputs.style, args.eval.max_new_tokens)
+    samples = SampleRows(completer, data.examples, folder, partial(is_told_to_stop, ranks, stop))
     loss = partial(validate, engine, data.val, Batching.of(args.train), args.eval.max_iters, data.val_sources)
-    limit = args.eval.max_new_tokens
-    show = partial(validate_and_print, loss, partial(completion, limit) if limit else None)
-    run = Run(engine, cast(Optimizer, wrapped), data.train, args.train, args.eval, args.seed, show, folder, stop)
+    show = partial(validate_and_print, loss, samples)
+    run = Run(engine, wrapped, data.train, args.train, args.eval, args.seed, show, folder, samples, Loggers(), stop)
     return run, progress
 
 
@@ -338,37 +364,70 @@ def is_sharded(args: FinetuneLoraArgs, network: Network, data: Data, ranks: Rank
     return bool(ranks.all_reduce_max(int(not has_room(free, network, load, args.optimizer))))
 
 
-def validate_and_print(loss: Callable[[], ValLoss], completion: Callable[[], str] | None, step: int) -> ValLoss:
+def validate_and_print(loss: Callable[[], ValLoss], samples: SampleRows, step: int) -> ValLoss:
     """Validate, and print the loss and a sample completion on stderr."""
     val_loss = loss()
-    tqdm.write(f"step {step}: validation loss {val_loss}", file=sys.stderr)
-    if completion is not None:
-        tqdm.write(completion(), file=sys.stderr)
+    log(f"step {step}: validation loss {val_loss}")
+    samples.show(step)
+    if step == 0:
+        samples.record(step)
     return val_loss
 
 
-def carry_out(run: Run, progress: Progress, start: Path | None, inputs: Inputs, findings: Sequence[Finding]) -> Report:
+def carry_out(run: Run, progress: Progress, start: Path | None, inputs: Inputs, data: Data) -> Report:
     """Train to the end, and save the final adapter with the report."""
     run.folder.open(start, progress.step)
-    with reporting_shortage(progress, run.train):
+    with reporting_shortage(progress, run.train), closing(open_loggers(run, progress.step)) as loggers:
+        run = replace(run, loggers=loggers)
         if start is None:
             initialize_adapter(run, inputs.checkpoint)
         with run.stop.handling_signals():
             fit(run, progress)
-        val_loss, by_source = select_final_adapter(run.engine.gpt, progress)
-        date = run.folder.prompt_style.date
-        before, rate = run.folder.start_val_loss(), run.train.peak_rate
-        report = Report.of(
-            run.engine.gpt, progress, val_loss, by_source, run.folder.adapter, findings, date, before, rate
-        )
+            val_loss, by_source = select_final_adapter(run.engine.gpt, progress)
+            highest = look_back(run, progress)
+        report = make_report(run, progress, (val_loss, by_source), data, highest)
         if by_source:
             log(f"validation loss by source: {parts(by_source)}")
         if report.warning:
-            log(f"warning: {report.warning}")
+            warn(report.warning)
         receipt = find_receipt(run.folder, run.engine, inputs.checkpoint, inputs.tokenizer)
         final = run.folder.save_final(run.engine.gpt, report, receipt)
     log(f"adapter in {final}")
     return report
+
+
+def open_loggers(run: Run, step: int) -> Loggers:
+    """Open the loggers of the run, on rank 0 alone."""
+    args = run.folder.args
+    names = args.logger_name if run.engine.ranks.is_first else ()
+    return Loggers.open(names, Place(args.out_dir, step + 1 if step else 0), plain(args))
+
+
+def look_back(run: Run, progress: Progress) -> dict[str, Any] | None:
+    """Complete the sampled rows with the final adapter, and find the training rows with the highest losses."""
+    best = progress.best
+    run.completions.record(best.step if best.matrices else progress.step)
+    if not run.eval.highest_losses or run.completions.is_stopped():
+        return None
+    most_tokens, data_dir = progress.tokens // SCORED, run.folder.args.data_dir
+    count, is_stopped = run.eval.highest_losses, run.completions.is_stopped
+    found = highest_losses(run.engine, run.samples, count, most_tokens, run.seed, is_stopped)
+    return losses_with_digests(found, data_dir / "train.jsonl") if found.scored else None
+
+
+def make_report(
+    run: Run,
+    progress: Progress,
+    losses: tuple[float | None, dict[str, float]],
+    data: Data,
+    highest: dict[str, Any] | None,
+) -> Report:
+    """Summarize the run, whose final adapter has these validation losses, of all rows and by source."""
+    folder = run.folder
+    return Report.of(
+        run.engine.gpt, progress, *losses, folder.adapter, data.findings, folder.prompt_style.date,
+        folder.start_val_loss(), run.train.peak_rate, data.counts(), highest,
+    )  # fmt: skip
 
 
 def initialize_adapter(run: Run, checkpoint: Checkpoint) -> None:

@@ -4,7 +4,8 @@ import io
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from litlora.errors import LitLoraError, OutputClosedError
@@ -14,6 +15,7 @@ HUB_TOKEN = re.compile(r"\b(hf|api_org)_[\w.-]{8,}")
 PASSWORD = re.compile(r"(?<=://)[^/\s]*@")  # and user, of an address
 SHORTEST_TOKEN = 8  # characters, below which a text may be part of others by chance
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_settings = {"quiet": False}  # of the command that runs
 
 
 def open_streams() -> None:
@@ -32,8 +34,35 @@ def open_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Print warnings and errors only while the block runs, if `quiet`."""
+    before = is_quiet()
+    _settings["quiet"] = before or quiet
+    try:
+        yield
+    finally:
+        _settings["quiet"] = before
+
+
+def is_quiet() -> bool:
+    """Tell whether only warnings and errors are printed."""
+    return _settings["quiet"]
+
+
 def log(message: str) -> None:
-    """Print a message, of one or several lines, on stderr; one that nobody reads any more ends no run."""
+    """Print a message, of one or several lines, on stderr, unless --quiet is on."""
+    if not is_quiet():
+        notice(message)
+
+
+def warn(sentence: str) -> None:
+    """Print a warning on stderr, with --quiet as well."""
+    notice(f"warning: {sentence}")
+
+
+def notice(message: str) -> None:
+    """Print a message on stderr, with --quiet as well; one that nobody reads any more ends no run."""
     lines = "\n".join(printable(line) for line in redacted(message).split("\n"))
     try:
         sys.stderr.write(f"{lines}\n")
@@ -43,7 +72,7 @@ def log(message: str) -> None:
 
 def log_error(sentence: str) -> None:
     """Print what went wrong as one line on stderr."""
-    log(f"litlora: {printable(sentence)}")
+    notice(f"litlora: {printable(sentence)}")
 
 
 def redacted(text: str) -> str:

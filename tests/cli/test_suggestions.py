@@ -176,11 +176,12 @@ def test_near_values_are_values():
     ("arguments", "sentence"),
     [
         ([], "name a command: download, prepare_alpaca, prepare_lima, prepare_json, check_data, "
-         "finetune_lora, generate, chat, evaluate, merge_lora, export, verify, upload or sweep; see litlora --help"),
+         "finetune_lora, generate, chat, evaluate, report, merge_lora, export, verify, upload or sweep; "
+         "see litlora --help"),
         (["finetune"], "there is no such command: did you mean finetune_lora?"),
         (["--lr", "1", "finetune_lora"], "the command comes before its flags: there are download, prepare_alpaca, "
-         "prepare_lima, prepare_json, check_data, finetune_lora, generate, chat, evaluate, merge_lora, export, verify, "
-         "upload and sweep"),
+         "prepare_lima, prepare_json, check_data, finetune_lora, generate, chat, evaluate, report, merge_lora, export, "
+         "verify, upload and sweep"),
     ],
     ids=["none", "misspelt", "late"],
 )  # fmt: skip

@@ -24,7 +24,8 @@ def run(tiny, data_dir, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(run):
-    assert {path.name for path in run.iterdir()} == {"hyperparameters.yaml", "metrics.csv", "step-000002", "final"}
+    expected = {"hyperparameters.yaml", "metrics.csv", "samples.jsonl", "step-000002", "final"}
+    assert {path.name for path in run.iterdir()} == expected
     adapter = {"adapter_config.json", "adapter_model.safetensors", "prompt_style.yaml"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (run / "final").iterdir()} == adapter | tokenizer | {
@@ -46,7 +47,7 @@ def test_the_report_says_what_was_done(run):
     report = json.loads((run / "final" / "report.json").read_text())
     expected = "train_loss val_loss val_perplexity steps supervised_tokens tokens seconds tokens_per_second "
     expected += "peak_memory_gb trainable_parameters frozen_parameters versions findings template_date adapter "
-    expected += "start_val_loss warning"
+    expected += "start_val_loss warning data highest_losses val_loss_by_source"
     assert set(report) == set(expected.split())
     assert report["steps"] == 3
     assert report["trainable_parameters"] == 2 * 2 * 4 * (32 + 32)
@@ -88,6 +89,10 @@ def test_progress_goes_to_stderr_with_loss_speed_and_time_left(litlora, tiny, da
     assert done.returncode == 0
     assert done.stdout == ""
     assert "Warning" not in done.stderr
-    assert re.search(r"2/2 \[.*<.*loss \d+\.\d+, [\d,]+ tokens/s", done.stderr)
-    assert "step 0: validation loss" in done.stderr
-    assert "Name a fruit that is green." in done.stderr
+    figures = r"loss \d+\.\d{4}, val \d+\.\d{4}, [\d,]+ tokens/s, \d+\.\d\d GB"
+    assert re.search(rf"^training: 2/2 \(100 %\), {figures}, in \d+:\d\d$", done.stderr, re.MULTILINE)
+    assert "\r" not in done.stderr
+    assert "\x1b" not in done.stderr
+    assert re.search(r"^step 0: validation loss \d", done.stderr, re.MULTILINE)
+    sample = r"^  question: Name a fruit that is green\.\n  expected: A pear is green, and so is a lime\.\n  -> "
+    assert re.search(sample, done.stderr, re.MULTILINE)

@@ -347,9 +347,9 @@ def test_index_without_valid_shards_is_refused(hub: HubServer, root: Path, weigh
 
 def test_disk_space_is_checked_before_the_transfer(hub: HubServer, root: Path):
     hub.add("org/name", SINGLE, listed_sizes={"model.safetensors": 10**18})
-    sentence = re.sub(r"has [\d.]+[MGT]B", "has less", refusal(root, "org/name"))
+    sentence = re.sub(r"has [\d.]+ [MGT]B", "has less", refusal(root, "org/name"))
     hint = "free some space, or choose another --checkpoint_root"
-    assert sentence == f"the download needs 1.00EB, but {root} has less: {hint}"
+    assert sentence == f"the download needs 1.0 EB, but {root} has less: {hint}"
     assert not hub.fetched()
     assert not left_behind(root)
 

@@ -17,9 +17,9 @@ import litlora
 from litlora.__main__ import main
 from litlora.args.finetune import FinetuneLoraArgs, TrainArgs
 from litlora.errors import RESUME, LitLoraError
+from litlora.report.files import read_settings
 from litlora.train.resume import TOKENIZATION, Identity
 from litlora.train.schedule import automatic_rate
-from litlora.utils.files import read_yaml
 from litlora.utils.locks import locked
 
 
@@ -91,7 +91,7 @@ def test_an_automatic_rate_is_recorded_and_resumed_as_its_number(world, capsys):
     hidden_size = json.loads(Path("base/config.json").read_text(encoding="utf-8"))["hidden_size"]
     rate = automatic_rate(hidden_size)
     assert f"--train.learning_rate auto is {rate:g}: " in capsys.readouterr().err
-    assert read_yaml(Path("out/hyperparameters.yaml"))["train"]["learning_rate"] == rate
+    assert read_settings(Path("out"))["train"]["learning_rate"] == rate
     shutil.rmtree("out/final")
     assert run("--resume", "true", "--train.max_steps", 2, "--train.learning_rate", rate) == 0
     shutil.rmtree("out/final")
@@ -341,13 +341,12 @@ def test_loss_of_each_source_is_reported(world, capsys):
     flags = ["--data_dir", "mixed", "--train.max_steps", 2, "--eval.keep_best", "true"]
     assert run(*flags) == 0
     losses = report("out/final")["val_loss_by_source"]
-    printed = f"one.jsonl {losses['one.jsonl']:.4f}, two.jsonl {losses['two.jsonl']:.4f}"
+    assert losses.keys() == {"one.jsonl", "two.jsonl"}
+    printed = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     err = capsys.readouterr().err
     assert f"validation loss by source: {printed}\n" in err
     assert f"step 2: validation loss {report('out/final')['val_loss']:.4f} ({printed})\n" in err
-    assert (
-        f"validation loss of one.jsonl</td><td>{losses['one.jsonl']:.4f}" in Path("out/final/report.html").read_text()
-    )
+    assert f"<td>one.jsonl</td><td>{losses['one.jsonl']:.4f}" in Path("out/final/report.html").read_text()
     shutil.rmtree("out/final")
     assert run(*flags, "--resume", "true") == 0
     assert report("out/final")["val_loss_by_source"] == losses
