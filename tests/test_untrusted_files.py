@@ -37,6 +37,8 @@ from litlora.data.template_process import IsolatedTemplate
 from litlora.data.token_cache import ABOUT, FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
+from litlora.export.gguf.tensors import GGUFTensor
+from litlora.export.gguf.writer import encoded, type_of
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import find_base, read_prompt_style
 from litlora.lora.checkpoint import load_with_adapters, read_adapter
@@ -445,6 +447,16 @@ def test_merging_writes_no_number_that_is_none(tiny, adapter, tmp_path, capsys, 
     expected = f"litlora: merging {folder} would write NaN or infinity to model.layers.0.self_attn.q_proj.weight: "
     assert capsys.readouterr().err.startswith(expected)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("outtype", "value"),
+    [("f32", float("nan")), ("f32", float("inf")), ("f16", 1e5), ("q8_0", 1e8), ("q4_0", 1e6)],
+)
+def test_exporting_writes_no_number_that_is_none(outtype, value):
+    tensor = GGUFTensor("blk.0.attn_q.weight", (32, 32), lambda: torch.full((32, 32), value))
+    with pytest.raises(LitLoraError, match=r"blk\.0\.attn_q\.weight has (NaN or infinity|values beyond those of)"):
+        encoded(tensor, type_of(tensor, outtype))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from litlora.data.tokens import ABOUT as ABOUT_TYPE
 from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError
 from litlora.utils.console import log
-from litlora.utils.files import atomic_directory, check_writable, digest, read_json, refuse_link
+from litlora.utils.files import atomic_directory, check_writable, digest, read_json, refuse_link, remove_unlocked
 
 FOLDER = "tokenized"
 IDS, OFFSETS, FIRST_LABELS, ABOUT = "ids.int32", "offsets.int64", "first_labels.int32", "about.records"
@@ -77,9 +77,11 @@ def _prune(folder: Path, stem: str) -> None:
     entries = _modification_times(folder.glob(f"{stem}-*"))
     partials = _modification_times(folder.glob(f".{stem}-*.partial"))
     superseded = sorted(entries, key=entries.__getitem__, reverse=True)[RETAINED:]
-    abandoned = [path for path in partials if time.time() - partials[path] > ABANDONED]
-    for path in (*superseded, *abandoned):
+    for path in superseded:
         shutil.rmtree(path, ignore_errors=True)
+    for path in partials:
+        if time.time() - partials[path] > ABANDONED:
+            remove_unlocked(path)
 
 
 def _modification_times(paths: Iterable[Path]) -> dict[Path, float]:

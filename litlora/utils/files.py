@@ -222,9 +222,14 @@ def _temporary_folder(path: Path, cleanup: ExitStack) -> Path:
 def _remove_leftovers(path: Path) -> None:
     """Remove the folders that `atomic_directory` created for `path` and that no process has locked."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with suppress(OSError), _folder_lock(leftover) as acquired:
-            if acquired:
-                shutil.rmtree(leftover)
+        remove_unlocked(leftover)
+
+
+def remove_unlocked(folder: Path) -> None:
+    """Remove a temporary folder, unless a process has it locked, or its file system has no locks."""
+    with suppress(OSError), _folder_lock(folder) as acquired:
+        if acquired:
+            shutil.rmtree(folder)
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import shutil
 import subprocess
@@ -118,10 +119,14 @@ def flip_bit(path: Path) -> None:
 
 
 def test_cache_retains_the_newest_entries(data, tokenizer):
-    abandoned, active = (data / FOLDER / f".train-{name}.partial" for name in ("abandoned", "active"))
-    abandoned.mkdir(parents=True)
-    active.mkdir()
-    os.utime(abandoned, (0, 0))
+    partials = [data / FOLDER / f".train-{name}.partial" for name in ("abandoned", "active", "slow")]
+    abandoned, active, slow = partials
+    for path in partials:
+        path.mkdir(parents=True)
+    for path in (abandoned, slow):
+        os.utime(path, (0, 0))
+    held = os.open(slow, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
     encoders = [
         SplitEncoder(tokenizer, StyleSettings(f"{number} {{instruction}}"), mask_prompt=True) for number in range(6)
     ]
@@ -130,7 +135,8 @@ def test_cache_retains_the_newest_entries(data, tokenizer):
     newest = {
         find_split(data / f"{name}.jsonl", encoder).name for name in ("train", "val") for encoder in encoders[-4:]
     }
-    assert {folder.name for folder in folders(data)} == newest | {active.name}
+    os.close(held)
+    assert {folder.name for folder in folders(data)} == newest | {active.name, slow.name}
 
 
 def test_unwritable_cache_is_temporary(data, encoder, capsys, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ FILE_TYPES = {
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 BLOCK = 32  # values of a row that q8_0 and q4_0 quantize together
+FLOAT16 = torch.finfo(torch.float16).max
+LARGEST = {Type.F16: FLOAT16, Type.Q8_0: 127 * FLOAT16, Type.Q4_0: 8 * FLOAT16}  # as float16 scales a block
 ENDS = "token_embd.weight", "output.weight"
 
 
@@ -74,8 +76,10 @@ def encoded(tensor: GGUFTensor, kind: gguf.GGMLQuantizationType) -> NDArray[np.g
     """Read a tensor and return it as it is stored."""
     content: Tensor = tensor.read().float()
     assert tuple(content.shape) == tensor.shape, tensor.name
-    if kind is Type.F16 and not content.half().isfinite().all():
-        raise LitLoraError(f"{tensor.name} has values beyond those of f16: pass --outtype bf16 or f32")
+    if not content.isfinite().all():
+        raise LitLoraError(f"{tensor.name} has NaN or infinity: replace the weights or the adapter with an intact copy")
+    if content.abs().amax() > LARGEST.get(kind, torch.inf):
+        raise LitLoraError(f"{tensor.name} has values beyond those of {kind.name.lower()}: pass --outtype bf16 or f32")
     with torch.no_grad():
         array: NDArray[np.generic] = gguf.quants.quantize(content.contiguous().numpy(), kind)
     return array
