@@ -150,7 +150,7 @@ def test_a_hub_cache_may_have_links_to_its_blobs(tiny, adapter, folder):
     assert not [path for path in (folder / "merged").iterdir() if path.is_symlink()]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("command", ["merge_lora", "export"])
 def test_weights_from_elsewhere_are_not_published(command, name, tiny, adapter, folder, capsys, monkeypatch):
     base = Path(shutil.copytree(tiny, folder / "base"))

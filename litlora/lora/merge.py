@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES
+from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES, TOKENIZER_FILES
 from litlora.lora.adapter import Adapter
 from litlora.lora.adapter_folder import CONFIG as ADAPTER_CONFIG
 from litlora.lora.adapter_folder import PROMPT_STYLE, WEIGHTS, read_prompt_style, same_style
@@ -71,8 +71,9 @@ def merge_adapters(
 
 def refuse_foreign_links(adapters: Sequence[Weighted], base: Checkpoint) -> None:
     """Refuse links out of the folders of what is merged: their content would be published with the result."""
-    files = [adapter.folder / name for adapter in adapters for name in (ADAPTER_CONFIG, WEIGHTS, PROMPT_STYLE)]
-    for path in (base.dir / CONFIG, *base.weights.files, *files):
+    files = [base.dir / name for name in (CONFIG, GENERATION_CONFIG, PROMPT_STYLE, *LICENCES, *TOKENIZER_FILES)]
+    files += [adapter.folder / name for adapter in adapters for name in (ADAPTER_CONFIG, WEIGHTS, PROMPT_STYLE)]
+    for path in (*files, *base.weights.files):
         refuse_foreign_link(path)
 
 
