@@ -186,3 +186,17 @@ def test_token_cache_behind_a_link_is_not_pruned(tiny, data_dir, folder, tmp_pat
     )
     assert OWN in capsys.readouterr().err
     assert len(list(runs.iterdir())) == 9
+
+
+def test_adapter_that_is_a_pipe_or_a_loop_is_one_sentence(tiny, adapter, folder, capsys):
+    own = Path(shutil.copytree(adapter, folder / "adapter"))
+    weights = own / "adapter_model.safetensors"
+    run = ["merge_lora", str(own), "--base_dir", str(tiny), "--out_dir", str(folder / "merged")]
+    weights.unlink()
+    os.mkfifo(weights)
+    assert main(run) == 1
+    assert "is not a file but a device or a pipe" in capsys.readouterr().err
+    weights.unlink()
+    weights.symlink_to(weights)
+    assert main(run) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("litlora: ")

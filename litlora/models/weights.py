@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.models.checkpoint_files import weight_files
-from litlora.utils.files import HASH_THREADS
+from litlora.utils.files import HASH_THREADS, refuse_device
 
 SAMPLES, SAMPLE = 64, 1 << 16  # of a file that go into a fingerprint, and the bytes of each
 PIECES, PIECE = 4, 1 << 14  # of a tensor that go into its digest, and the bytes of each
@@ -108,6 +108,7 @@ def map_file(path: Path) -> Tensor:
 
 def open_safetensors(path: Path) -> Any:
     """Open a safetensors file as a memory map."""
+    refuse_device(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,14 +46,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_whole(path: Path, most: int = MOST_BYTES) -> bytes:
     """Read a file that a stranger may have written: one of bearable size, and no pipe or device, which has no end."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise LitLoraError(f"{path} is not a file but a device or a pipe: remove it")
-        if status.st_size > most:
-            size = f"{status.st_size / 1e6:,.0f} MB"
-            raise LitLoraError(f"{path} has {size}, more than any file of its kind: replace it with an intact copy")
+    refuse_device(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            fault = f"has {size / 1e6:,.0f} MB, more than any file of its kind"
+            raise LitLoraError(f"{path} {fault}: replace it with an intact copy")
         return file.read()
+
+
+def refuse_device(path: Path) -> None:
+    """Refuse a pipe or device where a file is expected: reading it may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise LitLoraError(f"{path} is not a file but a device or a pipe: remove it")
 
 
 def read_yaml(path: Path) -> Any:
@@ -134,7 +138,7 @@ def copy_own(path: Path, folder: Path) -> None:
 
 def refuse_foreign_link(path: Path) -> None:
     """Refuse a link out of a checkpoint's folder, the Hub cache that it may be part of, and the user's LINK_FOLDERS."""
-    home, target = path.parent.resolve(), path.resolve()
+    home, target = path.parent.resolve(), Path(os.path.realpath(path))  # which takes a loop for a file
     cache = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
     named = [Path(folder).resolve() for folder in os.environ.get(LINK_FOLDERS, "").split(os.pathsep) if folder]
     if not any(target.is_relative_to(root) for root in (home, *cache, *named)):
