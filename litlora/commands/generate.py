@@ -2,13 +2,12 @@
 
 from time import perf_counter
 
-from tqdm import tqdm
-
 from litlora.args.inference import GenerateArgs
 from litlora.commands.prompt import Prompt, PromptFile
 from litlora.generation.llm import LLM
 from litlora.utils.console import log, write
 from litlora.utils.files import write_atomically
+from litlora.utils.progress import track
 
 
 def generate(args: GenerateArgs, prompt: Prompt | PromptFile | None = None) -> None:
@@ -29,7 +28,7 @@ def complete_file(llm: LLM, args: GenerateArgs, prompts: PromptFile) -> None:
     assert args.out_file is not None
     start, completions = perf_counter(), [""] * len(prompts.ids)
     found = llm.complete(prompts.ids, prompts.style, args, args.batch_size)
-    for number, text in tqdm(found, desc="completions", total=len(completions), unit="row", delay=2):
+    for number, text in track(found, "completions", len(completions)):
         completions[number] = text
     write_atomically({args.out_file: prompts.answered(completions)})
     log(f"{len(completions):,} completions in {args.out_file} ({perf_counter() - start:.1f} s)")
