@@ -71,7 +71,10 @@ def check_merge(args: MergeLoraArgs) -> tuple[CheckpointFiles, Adapters]:
 def check_export(args: ExportArgs) -> tuple[CheckpointFiles, Adapters]:
     """Refuse a checkpoint, adapters or an output folder that do not do, and return base and adapters."""
     base_dir, adapters = find_folders(args)
-    check_absent(args.out_dir, "--out_dir")
+    if not args.check:
+        check_absent(args.folder, "--out_dir")
+    if args.check and not adapters:
+        raise LitLoraError(f"--check needs an adapter, and {base_dir} is a checkpoint, which all servers load")
     if args.format == "gguf-lora" and not adapters:
         raise LitLoraError(f"--format gguf-lora needs an adapter, and {base_dir} is a checkpoint: use --format gguf")
     base = CheckpointFiles.find(base_dir)

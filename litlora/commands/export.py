@@ -3,9 +3,11 @@
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from litlora.args.common import Server
 from litlora.args.export import ExportArgs
 from litlora.commands.early_checks import check_export
 from litlora.data.tokenizer import Tokenizer
@@ -16,17 +18,18 @@ from litlora.export.gguf.verification import verify_gguf
 from litlora.export.model_card import copy_card
 from litlora.export.ollama import MODELFILE, modelfile, template_hash
 from litlora.export.receipt import RECEIPT, Receipt
+from litlora.export.server_limits import limits_of, refuse_faults
 from litlora.export.verification import log_verdict, passes_receipt_on
 from litlora.hub.origin import origin
-from litlora.lora.adapter_folder import read_prompt_style
+from litlora.lora.adapter_folder import CONFIG, read_prompt_style
 from litlora.lora.checkpoint import read_adapters
 from litlora.lora.merge import Merge, read_merge, refuse_foreign_links
 from litlora.lora.selection import Adapters, shared_prompt_style
 from litlora.lora.variants import MAGNITUDE, A, B
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
-from litlora.utils.console import log
-from litlora.utils.files import atomic_directory
+from litlora.utils.console import log, output
+from litlora.utils.files import atomic_directory, read_json
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
 ROUNDED = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -36,12 +39,15 @@ def export(args: ExportArgs, files: CheckpointFiles | None = None, adapters: Ada
     """Write a model or an adapter as a GGUF file, with a Modelfile; base and adapters if they have been read."""
     if files is None:
         files, adapters = check_export(args)
+    if args.check:
+        check(args, files, adapters)
+        return
     base, is_alone = Checkpoint.open(files), args.format == "gguf-lora"
     refuse_foreign_links(adapters, base)
-    model, outtype = _model(base, args.checkpoint_dir or args.out_dir), args.outtype or ("f32" if is_alone else "f16")
+    model, outtype = _model(base, args.checkpoint_dir or args.folder), args.outtype or ("f32" if is_alone else "f16")
     merge = None if is_alone or not adapters else read_merge(adapters, base, dequantized=args.dequantized_base)
     receipt = _receipt(base, adapters, dequantized=args.dequantized_base)
-    with atomic_directory(args.out_dir) as folder:
+    with atomic_directory(args.folder) as folder:
         if is_alone:
             write_adapter(folder / ADAPTER, model, _pairs(base, adapters), outtype)
         else:
@@ -54,11 +60,20 @@ def export(args: ExportArgs, files: CheckpointFiles | None = None, adapters: Ada
         (folder / "README.md").write_text(card, encoding="utf-8")
         if receipt is not None:
             replace(receipt, hashes={**receipt.hashes, MODELFILE: template_hash(text)}).write(folder)
-    log(f"{ADAPTER if is_alone else MODEL} and {MODELFILE} in {args.out_dir}")
+    log(f"{ADAPTER if is_alone else MODEL} and {MODELFILE} in {args.folder}")
     if merge is not None and outtype in ROUNDED:
         log(str(merge.changes))
     if receipt is not None and args.verify:
-        _verify(args.out_dir, is_alone=is_alone)
+        _verify(args.folder, is_alone=is_alone)
+
+
+def check(args: ExportArgs, files: CheckpointFiles, adapters: Adapters) -> None:
+    """Print what servers cannot do with adapters; LitLoraError for a fault of a server that was named."""
+    configs = [read_json(adapter.folder / CONFIG) for adapter in adapters]
+    targets = args.deploy or get_args(Server)
+    limits = [limit for config in configs for limit in limits_of(config, files.hub_config, targets)]
+    output("\n".join(f"{limit.weight}: {limit}" for limit in limits) or f"{', '.join(targets)}: no limits")
+    refuse_faults(args.deploy, [limit for limit in limits if limit.target in args.deploy])
 
 
 def _model(base: Checkpoint, source: Path) -> Model:

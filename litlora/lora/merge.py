@@ -124,7 +124,7 @@ class Merge:
     sources: str
     """The folders of the adapter, for messages."""
     stored: torch.dtype | None = None
-    """In which the merged weights will be stored, if it is another than the base's."""
+    """In which the merged weights will be stored, if different from that of the base."""
     changes: Changes = field(default_factory=Changes)
     """Of the weights merged so far."""
 

@@ -165,6 +165,21 @@ def test_peft_computes_what_the_receipt_has(trained, capsys):
     assert "tolerance 1.00e-03 for float32 weights: the same" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("qwen2", ["--lora_use_rslora", "true", "--lora_rank_pattern", "{v_proj: 4}"]),
+        ("llama-3.2", ["--lora_use_dora", "true", "--lora_head", "true"]),
+    ],
+)
+def test_exports_of_biased_and_tied_models_are_sound(family, flags, checkpoints, data_dir, tmp_path):
+    adapter = finetune(checkpoints(family), data_dir, tmp_path / "run", "--train.max_steps", 1, *flags)
+    assert main(["merge_lora", str(adapter), "--out_dir", str(tmp_path / "merged")]) == 0
+    assert main(["export", str(adapter), "--out_dir", str(tmp_path / "gguf"), "--outtype", "f32"]) == 0
+    assert main(["export", str(tmp_path / "merged"), "--out_dir", str(tmp_path / "again")]) == 0
+    assert verify(tmp_path / "merged", "--engine", "peft") == 0
+
+
 def test_peft_finds_a_fault(trained, tmp_path):
     folder = Path(shutil.copytree(trained[0], tmp_path / "final"))
     edit_json(folder / CONFIG, use_rslora=True)

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig
@@ -99,3 +101,27 @@ def test_deploy_prints_what_must_be_set(tiny, data_dir, tmp_path, capsys):
 def test_an_unknown_server_is_refused(tiny, data_dir, tmp_path, capsys):
     assert run(tiny, data_dir, tmp_path / "out", "--deploy", "vlm") == 2
     assert "--deploy" in capsys.readouterr().err
+
+
+def test_a_finished_adapter_is_checked(adapter, tmp_path, capsys):
+    command = ["export", str(adapter), "--check", "true"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "vllm, llama.cpp, peft, ollama: no limits\n"
+    folder = Path(shutil.copytree(adapter, tmp_path / "final"))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 4}}), encoding="utf-8")
+    assert main(["export", str(folder), "--check", "true"]) == 0
+    assert "fault: vllm ignores alpha_pattern: merge" in capsys.readouterr().out
+    assert main(["export", str(folder), "--check", "true", "--deploy", "peft"]) == 0
+    assert main(["export", str(folder), "--check", "true", "--deploy", "vllm"]) == 1
+    assert "--deploy (vllm): vllm ignores alpha_pattern" in capsys.readouterr().err
+
+
+def test_export_without_a_folder_or_an_adapter_is_refused(adapter, tiny, capsys):
+    for flags, sentence in (
+        ([adapter], "missing --out_dir"),
+        ([tiny, "--check", "true"], "--check needs an adapter"),
+        ([adapter, "--out_dir", "out", "--deploy", "vllm"], "--deploy (vllm) is for --check true"),
+    ):
+        assert main(["export", *map(str, flags)]) in (1, 2)
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
