@@ -93,3 +93,37 @@ def test_learned_tokens_are_coloured_on_a_terminal(tiny, data, capsys, monkeypat
     monkeypatch.setenv("NO_COLOR", "1")
     assert check(tiny, data, "--show", "1") == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+FACTS = [(name, doc) for name in dir(str) if not name.startswith("_") and (doc := getattr(str, name).__doc__)][:24]
+
+
+def turns(*texts):
+    return [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant") * len(texts), texts, strict=False)
+    ]
+
+
+CLEAN = {
+    "pairs": [{"question": f"What does {name} do?", "answer": doc} for name, doc in FACTS],
+    "alpaca": [{"instruction": "Explain the method.", "input": name, "output": doc} for name, doc in FACTS],
+    "history": [
+        {"instruction": f"And {name}?", "output": doc, "system": "Be exact.", "history": [["Ready?", "Yes, ask."]]}
+        for name, doc in FACTS
+    ],
+    "messages": [{"messages": turns("Ready?", "Yes, ask.", f"What does {name} do?", doc)} for name, doc in FACTS],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": name}, {"from": "gpt", "value": doc}]} for name, doc in FACTS
+    ],
+    "text": [{"text": doc} for _, doc in FACTS],
+}
+
+
+@pytest.mark.parametrize("rows", CLEAN.values(), ids=CLEAN)
+def test_clean_data_has_no_error_and_no_warning(tiny, tmp_path, rows, capsys):
+    source, out = tmp_path / "rows.json", tmp_path / "out"
+    source.write_text(json.dumps(rows))
+    assert main(["prepare_json", "--source", str(source), "--destination_path", str(out)]) == 0
+    assert len(capsys.readouterr().err.splitlines()) <= 2  # the count of rows, and the next command
+    assert main(["check_data", str(tiny), "--data_dir", str(out), "--max_seq_length", "10000", "--strict", "true"]) == 0
+    assert not {"error", "warning"} & {line.split(":")[0] for line in capsys.readouterr().out.splitlines()}

@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import pyarrow
@@ -296,6 +297,22 @@ def test_unterminated_csv_quote_is_located():
     assert (
         refusal(".csv", b'a,b\n1,2\n3,"4\n5,6\n') == "data.csv line 3: this is not valid CSV (unexpected end of data)"
     )
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".json.gz"])
+def test_memory_does_not_grow_with_the_file(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(raw_files, "CHUNK", 1 << 16)
+    lines = [f'{{"a": "{number} {"x" * 400}"}}' for number in range(8_000)]
+    text = f"[{','.join(lines)}]" if "json" in suffix and suffix != ".jsonl" else "\n".join(["a", *lines])
+    content = text.removeprefix("a\n").encode() if suffix == ".jsonl" else text.encode()
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(content, 1) if suffix.endswith(".gz") else content)
+    tracemalloc.start()
+    count = sum(1 for _ in parse_rows(RawFile.from_path(path, "missing")))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == len(lines)
+    assert peak < len(content) / 3
 
 
 def packed(suffix, content):
