@@ -10,6 +10,8 @@ from torch import Tensor
 from litlora.args.inference import Sampling
 from litlora.errors import CORRUPT_WEIGHTS, LitLoraError
 
+COLDEST = 1e-30  # as good as greedy, and no logit becomes infinite
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -41,7 +43,7 @@ class Sampler:
         count = min(self.top_k or logits.shape[1], logits.shape[1])
         values, indices = logits.float().topk(count)  # sorted, likeliest first
         finite = values[:, :1].isfinite()
-        probabilities = (values / self.temperature).softmax(dim=1).where(finite, 1)
+        probabilities = (values / max(self.temperature, COLDEST)).softmax(dim=1).where(finite, 1)
         before = probabilities.cumsum(dim=1) - probabilities
         probabilities = probabilities.where(before < self.top_p, 0)  # the likeliest always stays
         pairs = zip(probabilities, generators, strict=True)

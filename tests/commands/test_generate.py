@@ -160,6 +160,12 @@ def test_missing_compiler_is_reported_before_any_token(tiny, tmp_path, litlora):
     assert sentence.startswith("litlora: --compile needs a C++ compiler: install g++, or leave --compile out (torch")
 
 
+@pytest.mark.parametrize("temperature", ["1e-320", "1e-40", "1e-30"])
+def test_temperatures_near_0_are_greedy(tiny, generate, temperature):
+    prompt = [tiny, "--prompt", "x", "--max_new_tokens", 5]
+    assert generate(*prompt, "--temperature", temperature) == generate(*prompt, "--temperature", 0)
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_nan_weights_are_reported_in_a_sentence(tiny, tmp_path, capfd, temperature):
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
