@@ -80,7 +80,7 @@ class Study:
         check_writable(self._folder, "--out_dir")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._points, self._seeds = plan.points(), plan.args.seeds
-        with self._alone():
+        with self._alone(), self._naming_journal():
             self._study = self._open()
             self._enqueue()
 
@@ -108,6 +108,15 @@ class Study:
             verb = "differs" if len(changed) == 1 else "differ"
             fault = f"holds a study of another search space ({', '.join(changed)} {verb})"
             raise LitLoraError(f"--out_dir ({self._folder}) {fault}: choose another folder")
+
+    @contextmanager
+    def _naming_journal(self) -> Iterator[None]:
+        """Refuse a journal that Optuna cannot read."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            path = self._folder / JOURNAL
+            raise LitLoraError(f"{path} is corrupt ({error}): choose another --out_dir") from error
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -109,6 +109,15 @@ def test_a_study_of_another_search_space_is_refused(planned, capsys):
     assert len(Study(planned({"lora_r": [4, 8]}, workers=3, pruner="median")).trials()) == 4
 
 
+def test_a_corrupt_journal_is_refused_in_one_sentence(planned):
+    plan = planned({"lora_r": [4]})
+    plan.args.out_dir.mkdir()
+    for text in ("\n\n", "{}\n", '{"op_code": 0}\n', "[1]\n"):
+        (plan.args.out_dir / "study.journal").write_text(text, encoding="utf-8")
+        with pytest.raises(LitLoraError, match=r"study\.journal is corrupt .*: choose another --out_dir"):
+            Study(plan)
+
+
 def test_abandoned_trials_are_finished_under_their_number(planned):
     """A worker that ends without a word leaves its trial to the next; one that lives keeps it."""
     plan = planned({"lora_r": [4, 8]}, seeds=(1,))
