@@ -1,6 +1,7 @@
 """litlora's models as a model class of lm-eval, which computes its tasks with them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,18 +12,19 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from litlora.args.inference import GenerateArgs
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.evaluation.scoring import load_model
 from litlora.evaluation.tasks import Benchmark
+from litlora.generation.batch import Request, complete_all
 from litlora.generation.sampler import Sampler
-from litlora.generation.session import generate
 from litlora.models.transformer import GPT, evaluating
 from litlora.utils.progress import track
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own models
 PACKED = 4096  # tokens of the requests that are computed at once
-Request = tuple[Any, list[int], list[int]]
+Pair = tuple[Any, list[int], list[int]]
 """Its texts, and the tokens of context and continuation."""
 
 
@@ -66,7 +68,7 @@ class LitLoraLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, computed in windows of the context's length."""
         limit, prefix = self.gpt.config.positions, self.prefix_token_id
-        windows: list[Request] = []
+        windows: list[Pair] = []
         counts = []
         for request in requests:
             pieces = get_rolling_token_windows(self.tok_encode(request.args[0]), prefix, limit, 1)
@@ -76,7 +78,7 @@ class LitLoraLM(TemplateLM):  # type: ignore[misc]
         return [sum(scores[start:end]) for start, end in zip([0, *counts], counts, strict=False)]
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
         """Return for each continuation its log-likelihood, and whether it is the greedy completion."""
         found: list[tuple[float, bool]] = []
         with evaluating(self.gpt):
@@ -101,9 +103,16 @@ class LitLoraLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the greedy completion of each context, up to the first of its stop texts."""
-        return [self._generate(*request.args) for request in track(requests, "completions", len(requests))]
+        questions = [self._question(*request.args) for request in requests]
+        own = [Request(each.ids, each.limit, each.ends_with) for each in questions]
+        stop_ids, batch_size = self.tokens.stop_ids, GenerateArgs.batch_size
+        found = complete_all(self.gpt, own, Sampler(), stop_ids=stop_ids, batch_size=batch_size)
+        completions = dict(track(found, "completions", len(requests)))
+        texts = ("".join(self.tokens.stream(each.ids, completions[n])) for n, each in enumerate(questions))
+        pairs = zip(texts, questions, strict=True)
+        return [str(postprocess_generated_text(text, each.stops, None)) for text, each in pairs]
 
-    def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+    def _question(self, context: str, settings: Mapping[str, Any]) -> "Question":
         kwargs = normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)
         if kwargs.get("do_sample"):
             raise LitLoraError("--tasks: a task asks for sampled completions, and litlora's are greedy: leave it out")
@@ -112,17 +121,27 @@ class LitLoraLM(TemplateLM):  # type: ignore[misc]
         if limit >= self.gpt.config.positions:
             fault = f"--tasks: a task asks for {limit} new tokens, and the checkpoint has {self.gpt.config.positions}"
             raise LitLoraError(f"{fault} positions: leave it out")
-        ids = self.tok_encode(context)[limit - self.gpt.config.positions :]
-        tokens = generate(self.gpt, ids, Sampler(), max_new_tokens=limit, stop_ids=self.tokens.stop_ids)
-        text = ""
-        for piece in self.tokens.stream(ids, tokens):
-            text += piece
-            if any(stop in text for stop in stops):
-                break
-        return str(postprocess_generated_text(text, stops, None))
+        return Question(self.tokens, self.tok_encode(context)[limit - self.gpt.config.positions :], limit, stops)
 
 
-def packed(requests: Sequence[Request], positions: int) -> Iterator[list[tuple[list[int], int]]]:
+@dataclass
+class Question:
+    """A context to complete, up to the first of some texts."""
+
+    tokenizer: Tokenizer
+    ids: list[int]
+    limit: int
+    stops: list[str]
+    completion: list[int] = field(default_factory=list)
+
+    def ends_with(self, token: int) -> bool:
+        """Tell whether the completion has a stop text after another token."""
+        self.completion.append(token)
+        text = "".join(self.tokenizer.stream(self.ids, self.completion))
+        return any(stop in text for stop in self.stops)
+
+
+def packed(requests: Sequence[Pair], positions: int) -> Iterator[list[tuple[list[int], int]]]:
     """Yield groups of requests of about `PACKED` tokens: the last tokens of each, and how many of them are scored."""
     group: list[tuple[list[int], int]] = []
     size = 0

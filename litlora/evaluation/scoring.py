@@ -1,6 +1,5 @@
 """What a model makes of the rows: their losses, its completions, and the likelihood of each choice."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,6 +8,7 @@ import torch
 from lightning_fabric import Fabric
 
 from litlora.args.finetune import Precision, TrainArgs
+from litlora.args.inference import GenerateArgs
 from litlora.data.batching import Samples, pack
 from litlora.data.tokens import Tokens
 from litlora.distributed.process_group import Ranks
@@ -16,9 +16,8 @@ from litlora.evaluation.engine import Engine
 from litlora.evaluation.intervals import Floats
 from litlora.evaluation.rows import Subject, Task
 from litlora.evaluation.validation import loss_and_tokens
-from litlora.generation.compile import prepare_for_decoding
+from litlora.generation.batch import Request, complete_all
 from litlora.generation.sampler import Sampler
-from litlora.generation.session import generate
 from litlora.lora.checkpoint import load_with_adapters, requested_storage
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT, evaluating
@@ -49,7 +48,7 @@ def score(task: Task, rows: int) -> Scores:
             losses, tokens = row_losses(engine, task.text, rows, task.subject.args.max_seq_length, "loss")
         choices = [row_losses(engine, text, rows, None, "choices")[0] for text in task.choices]
     likelihoods = -np.stack(choices, axis=1) if choices else np.zeros((0, 0))
-    return Scores(losses, tokens, likelihoods, list(complete(engine.gpt, task)))
+    return Scores(losses, tokens, likelihoods, complete(engine.gpt, task))
 
 
 def load_engine(subject: Subject) -> Engine:
@@ -83,15 +82,11 @@ def row_losses(engine: Engine, text: Tokens, rows: int, limit: int | None, name:
     return losses, tokens
 
 
-def complete(model: GPT, task: Task) -> Iterator[str]:
-    """Yield the greedy completion of each prompt."""
+def complete(model: GPT, task: Task) -> list[str]:
+    """Return the greedy completion of each prompt; they are computed together."""
     limit, tokenizer = task.subject.args.max_new_tokens, task.subject.tokenizer
-    if (
-        len(task.prompts) * limit >= backend(model.model.embed_tokens.weight.device).repacking_pays_from
-        and task.prompts
-    ):
-        prepare_for_decoding(model)
-    stop_ids = tokenizer.stop_ids_of(task.subject.style)
-    for ids in track(task.prompts, "completions", len(task.prompts)):
-        tokens = generate(model, ids, Sampler(), max_new_tokens=limit, stop_ids=stop_ids)
-        yield "".join(tokenizer.stream(ids, tokens))
+    requests = [Request(ids, limit) for ids in task.prompts]
+    stop_ids, batch_size = tokenizer.stop_ids_of(task.subject.style), GenerateArgs.batch_size
+    found = complete_all(model, requests, Sampler(), stop_ids=stop_ids, batch_size=batch_size)
+    completions = dict(track(found, "completions", len(requests)))
+    return ["".join(tokenizer.stream(ids, completions[n])) for n, ids in enumerate(task.prompts)]
