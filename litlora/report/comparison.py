@@ -33,7 +33,7 @@ BODY = """{% extends "base" %}
 <h2>{{ title }}</h2>
 <div class="keys">{% for curve in curves %}<span class="key {{ curve.style }}">{{ curve.name }}</span>{% endfor %}</div>
 {{ drawn }}{% endif %}{% endmacro %}
-{% macro table(rows) %}<div class="scroll"><table>
+{% macro table(rows) %}<div class="scroll"><table class="figures">
 <tr><th></th>{% for name in names %}<th class="number">{{ name }}</th>{% endfor %}</tr>
 {% for name, cells in rows %}<tr><td>{{ name }}</td>
 {% for value, is_best in cells %}<td class="number{{ " best" if is_best }}">{{ value }}</td>

@@ -17,8 +17,8 @@ def digests_of(path: Path, lines: Collection[int]) -> dict[int, str]:
 
 
 def digest(line: bytes) -> str:
-    """Return the hash of a line."""
-    return sha256(line).hexdigest()[:16]
+    """Return the hash of a line, without its end."""
+    return sha256(line.rstrip(b"\r\n")).hexdigest()[:16]
 
 
 def texts_of(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str] | None]:

@@ -54,6 +54,7 @@ th { color: var(--soft); font-weight: 600; font-size: .875rem; }
 .number, .pairs td:last-child { text-align: right; }
 .number { width: 1%; white-space: nowrap; }
 .counts .number { width: auto; }
+.figures { width: auto; min-width: min(100%, 36rem); }
 .best { font-weight: 700; color: var(--c2); }
 .sample { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem;
   margin: .75rem 0; }
