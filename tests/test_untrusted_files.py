@@ -18,6 +18,7 @@ import torch
 from helpers.families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
+from litlora.export.gguf.tensors import GGUFTensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,7 +38,6 @@ from litlora.data.template_process import IsolatedTemplate
 from litlora.data.token_cache import ABOUT, FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.export.gguf.tensors import GGUFTensor
 from litlora.export.gguf.writer import encoded, type_of
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import find_base, read_prompt_style

@@ -338,7 +338,7 @@ def test_invalid_setting_is_refused(flags, sentence, capsys):
         ("--train.learning_rate 1e400", "--train.learning_rate (1e400) must be auto or a number"),
         ("--train.max_steps #", "--train.max_steps (#) must be a whole number or null"),
         ("--precision int3", "--precision (int3) must be bf16-true, bf16-mixed or 32-true"),
-        ("--quantize gptq", "--quantize (gptq) must be bnb.nf4, bnb.nf4-dq or null"),
+        ("--quantize gptq", "--quantize (gptq) must be bnb.nf4, bnb.nf4-dq, the path of a .gguf file or null"),
         (
             "--lora_rank_pattern q_proj=4",
             "--lora_rank_pattern (q_proj=4) must be a mapping such as {q_proj: 4} or null",

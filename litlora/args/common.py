@@ -1,12 +1,21 @@
 """What the flags of all commands share: tokens that stay secret, checks of values, and the base of every command's."""
 
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, ClassVar, Literal
 
 from litlora.errors import LitLoraError
 
-Quantize = Literal["bnb.nf4", "bnb.nf4-dq"]
+GGUF = "gguf"
+
+
+class GGUFPath(PosixPath):
+    """The path of a GGUF file, which is a base as it is."""
+
+    SUFFIX = f".{GGUF}"
+
+
+Quantize = Literal["bnb.nf4", "bnb.nf4-dq"] | GGUFPath
 Server = Literal["vllm", "llama.cpp", "peft", "ollama"]
 """What an adapter may be deployed on."""
 
@@ -52,6 +61,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def as_gguf(value: Any) -> Any:
+    """Return a path or text that ends as the name of a GGUF file does as GGUFPath, and any other value as it is."""
+    return GGUFPath(value) if isinstance(value, str | Path) and str(value).endswith(GGUFPath.SUFFIX) else value
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from litlora.args.common import Server
+from litlora.args.common import GGUFPath, Server
 from litlora.args.inference import ModelArgs
 from litlora.errors import LitLoraError
 
@@ -24,6 +24,8 @@ class ExportArgs(ModelArgs):
     """gguf: the model, with the adapter merged into it; gguf-lora: the adapter alone."""
     outtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
     """Type of the weights, by default f16, and f32 for an adapter alone."""
+    quantize: GGUFPath | None = None
+    """GGUF file over which the adapter was trained, by default the one that it names."""
     dequantized_base: bool = False
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
     verify: bool = True

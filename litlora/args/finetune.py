@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from litlora.args.common import CommandArgs, Quantize, Server, require, require_seed
+from litlora.args.common import GGUF, CommandArgs, GGUFPath, Quantize, Server, as_gguf, require, require_seed
 from litlora.errors import LitLoraError
 
 Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
@@ -194,7 +194,8 @@ class FinetuneLoraArgs(CommandArgs):
     precision: Precision = "bf16-true"
     """Precision of the base and of its computation; the adapter's weights are always float32."""
     quantize: Quantize | None = None
-    """Quantize the blocks of the base to 4 bits (QLoRA); bnb.nf4-dq quantizes the scales as well."""
+    """Quantize the blocks of the base to 4 bits (QLoRA), bnb.nf4-dq with the scales; or train over the weights of this
+    GGUF file as they are."""
     devices: int = 1
     """Devices per machine: GPUs, or processes on CPU."""
     num_nodes: int = 1
@@ -268,6 +269,12 @@ class FinetuneLoraArgs(CommandArgs):
 
     def __post_init__(self) -> None:
         self._take_texts_as_paths()
+        object.__setattr__(self, "quantize", as_gguf(self.quantize))
+        if isinstance(self.quantize, GGUFPath) and self.lora_init != "zero":
+            fault = "changes the base, but that of --quantize"
+            raise LitLoraError(
+                f"--lora_init {self.lora_init} {fault} ({self.quantize}) stays as it is in the file: leave it out"
+            )
         self._keep_inputs_apart_from_outputs()
         if self.quantize and self.precision == "bf16-mixed":
             hint = "choose bf16-true or 32-true, in which the adapter is float32 as well"
@@ -350,6 +357,16 @@ class FinetuneLoraArgs(CommandArgs):
         for name, rank in {"--lora_r": self.lora_r, **others}.items():
             require(rank <= hidden_size, name, rank, need)
         return self.train.sequence_limit(positions)
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file that has the base's weights, if one has."""
+        return self.quantize if isinstance(self.quantize, GGUFPath) else None
+
+    @property
+    def storage(self) -> str | None:
+        """How the blocks of the base are stored: bnb.nf4, bnb.nf4-dq, gguf, or None in the run's precision."""
+        return GGUF if isinstance(self.quantize, GGUFPath) else self.quantize
 
     @property
     def lora_switches(self) -> tuple[str, ...]:

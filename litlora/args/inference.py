@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from litlora.args.common import CommandArgs, Quantize, require, require_seed
+from litlora.args.common import CommandArgs, GGUFPath, Quantize, as_gguf, require, require_seed
 from litlora.errors import LitLoraError
 
 METRICS = {
@@ -48,9 +48,13 @@ class ModelArgs(CommandArgs):
     """Folders of adapters on the same base, whose weighted sum is added to it."""
     adapter_weights: tuple[float, ...] = ()
     """Weight of each of --adapters, by default 1."""
+    quantize: Quantize | Literal["none"] | None = None
+    """Quantize the blocks of the base to 4 bits, or take the weights of this GGUF file; by default as the adapter was
+    trained, else none."""
 
     def __post_init__(self) -> None:
         require_adapters(self)
+        object.__setattr__(self, "quantize", as_gguf(self.quantize))
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,6 @@ class InferenceArgs(ModelArgs):
     """Variables of the chat template, such as {"enable_thinking": false}; by default those of the training."""
     precision: Literal["bf16-true", "32-true"] | None = None
     """Precision of the base, by default that in which a QLoRA adapter was trained, else bf16-true."""
-    quantize: Quantize | Literal["none"] | None = None
-    """Quantize the blocks of the base to 4 bits; by default as the adapter was trained, else none."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ class MergeLoraArgs(ModelArgs):
     """Output folder for the merged checkpoint."""
     checkpoint_dir: Path | None = None
     """Folder of the adapter; with --adapters, of their base."""
+    quantize: GGUFPath | None = None
+    """GGUF file over which the adapter was trained, by default the one that it names."""
     dequantized_base: bool = False
     """Merge into the dequantized 4-bit weights on which the adapter was trained."""
     verify: bool = True

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from litlora.args import COMMANDS
-from litlora.args.common import SecretStr
+from litlora.args.common import GGUFPath, SecretStr
 from litlora.cli.settings import Setting, sections_of, settings_of
 
-METAVARS = {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT", SecretStr: "TOKEN", dict: "{NAME: N}"}
+METAVARS = {
+    bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT", SecretStr: "TOKEN", GGUFPath: "FILE.gguf",
+    dict: "{NAME: N}",
+}  # fmt: skip
 POSITIONALS = {"checkpoint_dir": "CHECKPOINT", "repo_id": "ORG/NAME", "runs": "RUN [RUN ...]"}
 """The settings that need no flag, and what their values are called."""
 GENERAL = (

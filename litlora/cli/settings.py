@@ -6,14 +6,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from litlora.args.common import SecretStr
+from litlora.args.common import GGUFPath, SecretStr
 from litlora.cli.suggestions import near_value
 from litlora.errors import UsageError
 
 SHOWN = 60  # characters of a value that an error quotes
 NEEDS = {
     NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "a text",
-    SecretStr: "a text", dict: "a mapping", list: "a list",
+    SecretStr: "a text", GGUFPath: "the path of a .gguf file", dict: "a mapping", list: "a list",
 }  # fmt: skip
 FORM = "such as {q_proj: 4}"  # of a mapping to numbers
 

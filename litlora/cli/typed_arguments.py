@@ -14,7 +14,7 @@ from typing import Any, get_origin
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
-from litlora.args.common import SecretStr
+from litlora.args.common import GGUFPath, SecretStr, as_gguf
 from litlora.cli.config_files import parse_value
 from litlora.cli.settings import NEEDS, Given, Setting, cut, missing_from, refusal, settings_of
 from litlora.errors import UsageError
@@ -47,6 +47,7 @@ def _placeholder(setting: Setting) -> Any:
 
 def _parser(kind: Any) -> ArgumentParser:
     register_type(SecretStr, serializer=repr, deserializer=_secret)
+    register_type(GGUFPath, serializer=str, deserializer=_gguf_path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, as_group=False)
     return parser
@@ -56,6 +57,12 @@ def _secret(value: Any) -> SecretStr:
     if not isinstance(value, str):
         raise TypeError("a token is a text")
     return SecretStr(value)
+
+
+def _gguf_path(value: Any) -> GGUFPath:
+    if not isinstance(path := as_gguf(value), GGUFPath):
+        raise TypeError(f"a GGUF file ends in {GGUFPath.SUFFIX}")
+    return path
 
 
 def _parse(parser: ArgumentParser, kind: Any, given: Mapping[str, Given]) -> Namespace:

@@ -20,7 +20,7 @@ from litlora.evaluation.tasks import Benchmark
 from litlora.export.server_limits import refuse_faults, server_limits
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import refuse_adapter
-from litlora.lora.selection import Adapters, find_adapters, find_folders
+from litlora.lora.selection import Adapters, find_adapters, find_folders, find_gguf
 from litlora.lora.targets import refuse_parted_head
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.sweep.plan import Plan
@@ -63,7 +63,7 @@ def check_merge(args: MergeLoraArgs) -> tuple[CheckpointFiles, Adapters]:
     """Refuse adapters or an output folder that do not do, and return base and adapters."""
     base_dir, adapters = find_adapters(args)
     check_absent(args.out_dir, "--out_dir")
-    base = CheckpointFiles.find(base_dir)
+    base = CheckpointFiles.find(base_dir, find_gguf(args, adapters))
     check_prompt_style(base.dir, StyleSettings("none"))
     return base, adapters
 
@@ -77,7 +77,7 @@ def check_export(args: ExportArgs) -> tuple[CheckpointFiles, Adapters]:
         raise LitLoraError(f"--check needs an adapter, and {base_dir} is a checkpoint, which all servers load")
     if args.format == "gguf-lora" and not adapters:
         raise LitLoraError(f"--format gguf-lora needs an adapter, and {base_dir} is a checkpoint: use --format gguf")
-    base = CheckpointFiles.find(base_dir)
+    base = CheckpointFiles.find(base_dir, find_gguf(args, adapters))
     check_prompt_style(base.dir, StyleSettings("none"))
     return base, adapters
 
@@ -98,7 +98,7 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     # The run itself reports which checkpoint it takes, and with "auto" whether it is finished.
     start = None if args.resume == AUTO else starting_point(args, lambda _: None, find_truncation)
     refuse_adapter(args.checkpoint_dir)
-    base = CheckpointFiles.find(args.checkpoint_dir)
+    base = CheckpointFiles.find(args.checkpoint_dir, args.gguf)
     template = check_prompt_style(base.dir, StyleSettings(args.prompt_style, args.prompt_style_variables or {}))
     args.check_model(base.config.hidden_size, base.config.positions)
     lora = new_adapter(args, base.config) if args.init_adapter is None else read_settings(args.init_adapter)

@@ -14,6 +14,8 @@ STORED_SLICE_VALUES = 2**20
 """Values of a quantized weight that are dequantized at once, if each exists in one dtype: fewer, larger products."""
 LONG_OUTPUTS, LONG_SLICE = 2**14, 512
 """From how many outputs on a float32 product is computed in slices, and the outputs of a slice, which stay in cache."""
+DEQUANTIZED_VALUES = 2**18
+"""Values of a weight of a GGUF file that are computed at once, in several steps: they stay in the cache."""
 COMPILED_SUMS = 4
 """Outputs of a compiled product whose sums are interleaved, so that an addition does not wait for the one before."""
 

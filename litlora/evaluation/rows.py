@@ -19,7 +19,7 @@ from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError
 from litlora.evaluation.metrics import require_rouge
 from litlora.lora.adapter_folder import is_adapter
-from litlora.lora.selection import Adapters, find_folders, style_settings
+from litlora.lora.selection import Adapters, find_files, style_settings
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.utils.files import check_writable
 
@@ -61,8 +61,7 @@ class Subject:
     @classmethod
     def find(cls, args: EvaluateArgs, rows: Path | None, untrained: StyleSettings | None = None) -> Self:
         """Find a model; without a prompt style of its own, it has `untrained`, or that of a training on these rows."""
-        base_dir, adapters = find_folders(args)
-        base = CheckpointFiles.find(base_dir)
+        base, adapters = find_files(args)
         tokenizer = Tokenizer(base.dir, base.hub_config)
         if untrained is None:
             assert rows is not None

@@ -12,12 +12,13 @@ from litlora.export.ollama import MODELFILE
 from litlora.export.receipt import FIXED, RECEIPT, Receipt
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES, TOKENIZER_FILES
 from litlora.lora.adapter_config import of_base
-from litlora.lora.adapter_folder import BASE, LOCAL_PATH, PROMPT_STYLE
+from litlora.lora.adapter_folder import BASE, GGUF_PATH, LOCAL_PATH, PROMPT_STYLE
 from litlora.lora.adapter_folder import CONFIG as ADAPTER_CONFIG
 from litlora.utils.files import read_json, refuse_foreign_link
 
 CARD = "README.md"
 NAME = "base_model_name_or_path"
+LOCAL_PATHS = (LOCAL_PATH, GGUF_PATH)  # what an adapter records beside it
 TEXTS = (CARD, ADAPTER_CONFIG, PROMPT_STYLE, CONFIG, GENERATION_CONFIG, INDEX, MODELFILE, RECEIPT, *LICENCES)
 WEIGHTS = (".safetensors", ".gguf")
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}  # whose tokens may look like paths
@@ -78,8 +79,8 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 def _without_paths(path: Path, config: dict[str, Any], base_repo_id: str | None) -> dict[str, Any]:
     """Return adapter_config.json without the path of its base, which must be a repository of the Hub."""
-    if of_base(config, LOCAL_PATH) is not None:
-        recorded = {key: value for key, value in config[BASE].items() if key != LOCAL_PATH}
+    if any(of_base(config, key) is not None for key in LOCAL_PATHS):
+        recorded = {key: value for key, value in config[BASE].items() if key not in LOCAL_PATHS}
         config = config | {BASE: recorded or None}
     name = base_repo_id or str(config.get(NAME))
     if base_repo_id:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from litlora.args.common import Server
+from litlora.args.common import GGUF, Server
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import ALL_LINEAR, INIT, of_base, settings_as_keys
-from litlora.lora.adapter_folder import BASE
+from litlora.lora.adapter_folder import BASE, QUANTIZATION
 from litlora.lora.config import LoRAConfig
 from litlora.models.layer_names import HEAD_LAYER
 from litlora.utils.console import log
@@ -68,6 +68,15 @@ class Facts:
         targets, excluded = (self._modules(key) for key in ("target_modules", "exclude_modules"))
         lora = LoRAConfig(1, 1.0, 0.0, targets, exclude_modules=excluded)
         return any(lora.adapted([name]) for name in (HEAD_LAYER, "embed_out"))  # embed_out is that of GPT-NeoX
+
+    @property
+    def quantization(self) -> Any:
+        """How the base was quantized in training, or None."""
+        return of_base(self.adapter, QUANTIZATION)
+
+    @property
+    def is_over_gguf(self) -> bool:
+        return isinstance(self.quantization, dict) and self.quantization.get("quant_method") == GGUF
 
     def _modules(self, key: str) -> tuple[str, ...] | str:
         value = self.adapter.get(key) or ()
@@ -171,9 +180,17 @@ RULES = (
     ),
     Rule(
         ("vllm", *GGML),
-        lambda facts: of_base(facts.adapter, "quantization_config") is not None,
+        lambda facts: facts.quantization is not None and not facts.is_over_gguf,
         "adds the adapter to a base that is not quantized as in training",
         "expect small differences, or merge it with litlora merge_lora --dequantized_base true",
+        "note",
+    ),
+    # llama.cpp and Ollama add the adapter to the very file.
+    Rule(
+        ("vllm",),
+        lambda facts: facts.is_over_gguf,
+        "adds the adapter to a base that is not the GGUF file of the training",
+        f"expect small differences, or {MERGE}",
         "note",
     ),
 )
@@ -204,7 +221,8 @@ def _rank_setting(facts: Facts) -> Limit | None:
 
 def server_limits(args: FinetuneLoraArgs, lora: LoRAConfig, model_config: Mapping[str, Any]) -> list[Limit]:
     """Return what the servers of --deploy cannot do with the adapter that a run will save."""
-    quantized = {INIT: lora.init, "quantization_config": args.quantize} if args.quantize else None
+    how = {"quant_method": GGUF} if args.gguf else args.quantize
+    quantized = {INIT: lora.init, QUANTIZATION: how} if how else None
     return limits_of(settings_as_keys(lora.saved) | {BASE: quantized}, model_config, args.deploy)
 
 

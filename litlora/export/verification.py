@@ -24,10 +24,11 @@ from litlora.export.receipt import (
     tokenized,
 )
 from litlora.export.scoring import Engine, LitLoraEngine
-from litlora.lora.adapter_folder import WEIGHTS, find_base, read_prompt_style
+from litlora.lora.adapter_folder import WEIGHTS, find_base, find_named_gguf, read_prompt_style
 from litlora.lora.checkpoint import load_with_adapters, read_quantization
 from litlora.lora.selection import Adapters, Weighted
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
+from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.nn.backend import default_device
 from litlora.nn.nf4 import Quantization
 from litlora.utils.console import log
@@ -78,7 +79,7 @@ def verify_folder(folder: Path, base_dir: Path | None = None, engine: EngineName
     """Compare what an adapter or a merged checkpoint computes with its receipt."""
     receipt = Receipt.read(folder)
     base_path, adapter = find_base(folder, base_dir)
-    base = Checkpoint.open(base_path)
+    base = Checkpoint.open(CheckpointFiles.find(base_path, find_named_gguf(adapter) if adapter else None))
     base.config.check_ids("the receipt", max(id for probe in receipt.prompts for id in probe.ids))
     faults = text_faults(receipt, folder, base)
     scorer = _load(receipt, base, adapter, engine)

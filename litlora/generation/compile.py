@@ -13,7 +13,7 @@ from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT, MLP, Attention, evaluating
 from litlora.nn.backend import backend
 from litlora.nn.linear import Joint, Linear
-from litlora.nn.nf4 import quantization_of
+from litlora.nn.quantization import quantization_of
 from litlora.torch_private import dynamic_shapes, dynamo_error
 
 UNCHANGING = ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT")
@@ -42,7 +42,7 @@ OPTIONS: dict[str, Any] = {
 def prepare_for_decoding(model: GPT, *, compiled: bool = False) -> None:
     """Join the weights that have one input and store them as decoding reads them fastest; the model trains no more.
 
-    The embedding's weights stay as they are, and those in NF4.
+    The embedding's weights stay as they are, and those that are quantized.
     """
     freeze_adapter(model)
     if quantization_of(model) is None:

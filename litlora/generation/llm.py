@@ -51,7 +51,7 @@ class LLM:
         """Load the weights of a model whose files have been read."""
         dtype, quantization = requested_storage(files.args, files.adapters)
         if compiled and quantization:
-            fault = f"--compile does not work with a 4-bit base ({quantization.name})"
+            fault = f"--compile does not work with a quantized base ({quantization.name})"
             raise LitLoraError(f"{fault}: leave one of them out")
         gpt = load_with_adapters(Checkpoint.open(files.base), files.adapters, dtype, default_device(), quantization)
         if compiled:

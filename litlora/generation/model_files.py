@@ -9,7 +9,7 @@ from litlora.data.prompt_styles import PromptStyle, StyleSettings
 from litlora.data.rendered import Rendered
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.lora.selection import Adapters, find_folders, style_settings
+from litlora.lora.selection import Adapters, find_files, style_settings
 from litlora.models.checkpoint_files import CheckpointFiles
 
 
@@ -25,8 +25,7 @@ class ModelFiles:
     @classmethod
     def find(cls, args: InferenceArgs) -> Self:
         """Read the files that arguments name, or refuse what does not fit."""
-        base_dir, adapters = find_folders(args)
-        base = CheckpointFiles.find(base_dir)
+        base, adapters = find_files(args)
         return cls(args, base, adapters, Tokenizer(base.dir, base.hub_config))
 
     def style(self, untrained: str = "none") -> PromptStyle:

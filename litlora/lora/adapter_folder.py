@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from litlora.args.common import GGUF
 from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG as BASE_CONFIG
@@ -19,7 +20,22 @@ FINAL = "final"  # in the folder of a run
 # PEFT warns of keys that it does not know; this one is for whatever tells how to open the base, and unused with LoRA.
 BASE = "auto_mapping"
 LOCAL_PATH = "local_path"
+GGUF_PATH = "gguf_path"
+QUANTIZATION = "quantization_config"
 CHECKPOINTS = Path("checkpoints")  # download's --checkpoint_root
+
+
+def find_named_gguf(adapter_dir: Path) -> Path | None:
+    """Return the GGUF file over which an adapter was trained, if it was one."""
+    recorded = read_json(adapter_dir / CONFIG).get(BASE)
+    recorded = recorded if isinstance(recorded, dict) else {}
+    if isinstance(named := recorded.get(GGUF_PATH), str):
+        return Path(named)
+    quantization = recorded.get(QUANTIZATION)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == GGUF:
+        fault = f"{adapter_dir} was trained over a GGUF file and does not say where it is"
+        raise LitLoraError(f"{fault}: name it with --quantize")
+    return None
 
 
 def is_adapter(directory: Path) -> bool:

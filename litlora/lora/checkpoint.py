@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from litlora.args.common import GGUFPath
 from litlora.args.inference import InferenceArgs
 from litlora.data.prompt_styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.hub.origin import origin
 from litlora.lora.adapter import Adapter, weighted_sum
 from litlora.lora.adapter_config import INIT, of_base, read_settings, settings_as_keys
-from litlora.lora.adapter_folder import BASE, CONFIG, LOCAL_PATH, WEIGHTS, write_prompt_style
+from litlora.lora.adapter_folder import BASE, CONFIG, GGUF_PATH, LOCAL_PATH, QUANTIZATION, WEIGHTS, write_prompt_style
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_layers, add_lora, freeze_adapter, linear_layers, lora_layers, saved_tensors
 from litlora.lora.pissa import subtract_starts
@@ -29,13 +30,12 @@ from litlora.models.config import GPTConfig
 from litlora.models.layer_names import HEAD_LAYER
 from litlora.models.transformer import GPT
 from litlora.models.weights import DTYPES, open_safetensors
-from litlora.nn.nf4 import Quantization, quantization_of
+from litlora.nn.quantization import GGUF, Quantization, quantization_of
 from litlora.utils.files import read_json
 
 PREFIX = "base_model.model."
 COPY = ".base_layer.weight"  # PEFT stores the frozen head beside its adapter
 FINGERPRINT, TENSORS = "base_sha256", "base_tensors"  # keys of the metadata
-QUANTIZATION = "quantization_config"
 
 
 def write_adapter(
@@ -46,17 +46,19 @@ def write_adapter(
     base_sha256: str,
     prompt_style: StyleSettings | str,
     base_tensors: str | None = None,
+    gguf: Path | None = None,
 ) -> None:
     """Write an adapter into an existing folder, in PEFT's format, with the prompt style that it was trained on.
 
-    `base_sha256` is the fingerprint of the base, and `base_tensors` are the digests of its tensors.
+    `base_sha256` is the fingerprint of the base, and `base_tensors` are the digests of its tensors, which may be in a
+    GGUF file.
     """
     quantization, source = quantization_of(model), origin(base_dir)
     init = {INIT: lora.init} if lora.requires_quantized_base or lora.changes_base else {}
     quantized = {QUANTIZATION: quantization.hub, **init} if quantization else {}
     downloaded = {LOCAL_PATH: str(base_dir.resolve())} if source else {}
     config = {
-        BASE: {**quantized, **downloaded} or None,
+        BASE: {**quantized, **({GGUF_PATH: str(gguf.absolute())} if gguf else {}), **downloaded} or None,
         "base_model_name_or_path": source.repo_id if source else str(base_dir.resolve()),
         "inference_mode": True,
         "revision": source.revision if source else None,
@@ -187,7 +189,7 @@ def storage(args: InferenceArgs, trained: Quantization | None) -> tuple[torch.dt
     dtype = trained.dtype if trained else torch.bfloat16
     if args.precision:
         dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    name = args.quantize or (trained.name if trained else "none")
+    name = GGUF if isinstance(args.quantize, GGUFPath) else args.quantize or (trained.name if trained else "none")
     return dtype, None if name == "none" else Quantization(name, dtype)
 
 

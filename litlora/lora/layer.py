@@ -11,7 +11,7 @@ from litlora.lora.config import LayerSettings, LoRAConfig
 from litlora.lora.variants import A, AdapterLayer, B, LoRA, Variant, variant_of
 from litlora.models.transformer import GPT
 from litlora.nn.linear import frozen_linear
-from litlora.nn.nf4 import NF4Linear, NF4Weight
+from litlora.nn.quantization import QuantizedLinear, StoredWeight
 
 
 class LoRALinear(AdapterLayer):
@@ -23,7 +23,7 @@ class LoRALinear(AdapterLayer):
 
     def __init__(
         self,
-        linear: nn.Linear | NF4Linear,
+        linear: nn.Linear | QuantizedLinear,
         *,
         rank: int,
         scaling: float,
@@ -101,7 +101,7 @@ def add_layers(
         name = linears[hub_name]
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear | NF4Linear)
+        assert isinstance(linear, nn.Linear | QuantizedLinear)
         shape: dict[str, Any] = {"rank": settings.rank, "scaling": settings.scaling, "dropout": dropout}
         layer = LoRALinear(linear, **shape, variant=variant, device=device)
         setattr(model.get_submodule(parent), child, layer)
@@ -109,7 +109,7 @@ def add_layers(
 
 def linear_layers(model: GPT) -> dict[str, str]:
     """Return the names of the linear layers by PEFT's names of them, in the model's order."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantizedLinear)]
     return {model.config.hub_name(name): name for name in names}
 
 
@@ -139,11 +139,11 @@ def freeze_adapter(model: nn.Module) -> None:
 
 
 def count(model: GPT, *, trainable: bool) -> int:
-    """Count the trainable, or the frozen, weights of a model; a byte of an NF4 weight holds two."""
+    """Count the trainable, or the frozen, weights of a model; a byte of a stored weight may hold two."""
     adapter = {id(p) for p in lora_parameters(model).values()}
     if trainable:
         return sum(p.numel() for p in model.parameters() if id(p) in adapter)
-    stored = [module for module in model.modules() if isinstance(module, NF4Weight)]
+    stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
     parts = adapter | {id(p) for weight in stored for p in weight.parameters()}
     dense = sum(p.numel() for p in model.parameters() if id(p) not in parts)
     return dense + sum(weight.shape.numel() for weight in stored)

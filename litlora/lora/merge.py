@@ -14,6 +14,7 @@ from torch import Tensor
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, GENERATION_CONFIG, INDEX, LICENCES, TOKENIZER_FILES
+from litlora.hub.filenames import WEIGHTS as MODEL_WEIGHTS
 from litlora.lora.adapter import Adapter
 from litlora.lora.adapter_folder import CONFIG as ADAPTER_CONFIG
 from litlora.lora.adapter_folder import PROMPT_STYLE, WEIGHTS, read_prompt_style, same_style
@@ -73,7 +74,8 @@ def refuse_foreign_links(adapters: Sequence[Weighted], base: Checkpoint) -> None
     """Refuse links out of the folders of what is merged: their content would be published with the result."""
     files = [base.dir / name for name in (CONFIG, GENERATION_CONFIG, PROMPT_STYLE, *LICENCES, *TOKENIZER_FILES)]
     files += [adapter.folder / name for adapter in adapters for name in (ADAPTER_CONFIG, WEIGHTS, PROMPT_STYLE)]
-    for path in (*files, *base.weights.files):
+    weights = [] if base.weights.is_quantized else base.weights.files  # a GGUF file is named by itself
+    for path in (*files, *weights):
         refuse_foreign_link(path)
 
 
@@ -81,10 +83,13 @@ def read_merge(adapters: Sequence[Weighted], base: Checkpoint, *, dequantized: b
     """Read adapters that are to be merged into their base, whose weights are dequantized first if requested."""
     if not dequantized:
         refuse_compensation(adapters, "pass --dequantized_base true")
+    if dequantized and base.weights.is_quantized:
+        fault = f"{base.weights.files[0]} is dequantized in any case"
+        raise LitLoraError(f"--dequantized_base: {fault}; leave the flag out")
     quantized = quantized_weights(base, adapters) if dequantized else {}
     sources = " and ".join(str(adapter.folder) for adapter in adapters)
     merge = Merge(read_adapters(adapters, base, dequantized), quantized, sources)
-    if not dequantized:
+    if not (dequantized or base.weights.is_quantized):
         log_other_base(adapters)
     return merge
 
@@ -168,11 +173,16 @@ def write_weights(folder: Path, base: Checkpoint, merge: Merge, untie: bool) -> 
     head, embedding = base.hub_name(HEAD), base.hub_name(EMBEDDING)
     for path in base.weights.files:
         contents = base.weights.in_file(path)
-        tensors = {name: merge.merged(base.module_name(name), content) for name, content in contents.items()}
+        tensors = {
+            name: merge.merged(base.module_name(name), content).to(base.merged_dtype or content.dtype)
+            for name, content in contents.items()
+        }
         if untie and embedding in contents and head not in base.weights:
-            tensors[head] = merge.merged(base.config.hub_name(HEAD), contents[embedding])
-        save_tensors(tensors, folder / path.name)
-        weight_map |= dict.fromkeys(tensors, path.name)
+            merged = merge.merged(base.config.hub_name(HEAD), contents[embedding])
+            tensors[head] = merged.to(base.merged_dtype or merged.dtype)
+        file = MODEL_WEIGHTS if base.weights.is_quantized else path.name
+        save_tensors(tensors, folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}

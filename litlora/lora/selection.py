@@ -4,11 +4,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from litlora.args.common import GGUFPath
 from litlora.args.inference import InferenceArgs, ModelArgs
 from litlora.data.prompt_styles import AUTO, StyleSettings
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import read_settings
-from litlora.lora.adapter_folder import find_base, find_named_base, is_adapter, read_prompt_style, same_style
+from litlora.lora.adapter_folder import (
+    find_base,
+    find_named_base,
+    find_named_gguf,
+    is_adapter,
+    read_prompt_style,
+    same_style,
+)
+from litlora.models.checkpoint_files import CheckpointFiles
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,27 @@ def find_folders(args: ModelArgs) -> tuple[Path, Adapters]:
         return base, ()
     read_settings(folder)
     return base, (Weighted(folder),)
+
+
+def find_files(args: ModelArgs) -> tuple[CheckpointFiles, Adapters]:
+    """Return the files of the base that a command's arguments name, and the adapters."""
+    base_dir, adapters = find_folders(args)
+    return CheckpointFiles.find(base_dir, find_gguf(args, adapters)), adapters
+
+
+def find_gguf(args: ModelArgs, adapters: Adapters) -> Path | None:
+    """Return the GGUF file that has the base's weights, as requested, else as the adapters were trained."""
+    if args.quantize is not None:
+        return args.quantize if isinstance(args.quantize, GGUFPath) else None
+    named = {path: adapter.folder for adapter in adapters if (path := find_named_gguf(adapter.folder)) is not None}
+    if len(named) > 1:
+        (one, other), hint = list(named.values())[:2], "name the one that both are for"
+        raise LitLoraError(f"{one} and {other} were trained over different GGUF files: {hint}")
+    for path, folder in named.items():
+        if not path.is_file():
+            fault = f"the GGUF file over which {folder} was trained is not there ({path})"
+            raise LitLoraError(f"{fault}: name it with --quantize")
+    return next(iter(named), None)
 
 
 def find_adapters(args: ModelArgs) -> tuple[Path, Adapters]:

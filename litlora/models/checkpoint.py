@@ -16,8 +16,9 @@ from litlora.models.checkpoint_files import CheckpointFiles, first_three
 from litlora.models.config import GPTConfig
 from litlora.models.families import family_of
 from litlora.models.transformer import GPT
-from litlora.models.weights import DIGITS, Weights, fingerprint, tensor_digests, unsupported_dtype
-from litlora.nn.nf4 import NF4Linear, Quantization
+from litlora.models.weights import DIGITS, DTYPES, Weights, fingerprint, tensor_digests, unsupported_dtype
+from litlora.nn.nf4 import NF4Weight
+from litlora.nn.quantization import GGUF, Quantization, QuantizedLinear
 from litlora.utils.console import log
 from litlora.utils.progress import task, track
 
@@ -43,7 +44,8 @@ class Checkpoint:
     def open(cls, folder: Path | CheckpointFiles) -> Self:
         """Open a checkpoint; LitLoraError unless its weights are exactly those of its config, in name and shape."""
         files = folder if isinstance(folder, CheckpointFiles) else CheckpointFiles.find(folder)
-        checkpoint = cls(files.dir, files.hub_config, files.config, Weights(files.dir, files.weights))
+        files, weights = open_weights(files)
+        checkpoint = cls(files.dir, files.hub_config, files.config, weights)
         checkpoint._check_weights()
         if left_out := " and ".join(files.config.left_out):
             log(f"{files.dir} is multi-modal: its text model is loaded, {left_out} are left out")
@@ -79,13 +81,28 @@ class Checkpoint:
         differing = [self.hub_name(name) for name in differing]
         return f"{first_three(differing)} {'differs' if len(differing) == 1 else 'differ'}"
 
+    @property
+    def merged_dtype(self) -> torch.dtype | None:
+        """The dtype in which a merged checkpoint is written, if not in that of each tensor: as config.json has it."""
+        named = self.hub_config.get("dtype") or self.hub_config.get("torch_dtype")
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+        return dtypes.get(str(named), torch.float32) if self.weights.is_quantized else None
+
+    @property
+    def quantized_bytes(self) -> int | None:
+        """The bytes of the blocks' linear layers in a file that is quantized itself."""
+        if not self.weights.is_quantized:
+            return None
+        names = (self.hub_name(f"{name}.weight") for name in block_linears(self.outline()))
+        return sum(self.weights.stored[name].nbytes for name in names)
+
     def outline(self) -> GPT:
         """Build the model without its weights, on the meta device."""
         with torch.device("meta"):
             return GPT(self.config)
 
     def load(self, dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None) -> GPT:
-        """Build the model with its weights, those of the blocks quantized if requested.
+        """Build the model with its weights, those of the blocks quantized if requested, or as a GGUF file has them.
 
         The weights are memory-mapped and go to the device one tensor at a time; on a CPU in the checkpoint's own dtype
         the unquantized ones are not copied at all.
@@ -106,15 +123,18 @@ class Checkpoint:
         The few numbers that quantization stores beside a weight's parameters are not sharded.
         """
         model = self.outline()
+        if self.weights.is_quantized:
+            quantization = Quantization(GGUF, dtype)
         shards = self._quantize_blocks(model, device, quantization, shard) if quantization else {}
         needed = model.state_dict().keys() - shards.keys()
         with task("loading weights", len(self.weights)) as progress:
             for path in self.weights.files:
-                for hub_name, content in self.weights.in_file(path).items():
+                contents = self.weights.in_file(path)
+                for hub_name, stored in contents.stored.items():
                     if (name := self._model_names.get(hub_name)) in needed:
                         # A tensor to be cast is read by a map of its own, so that its pages leave memory with it.
-                        source = content if content.dtype is dtype else self.weights[hub_name]
-                        shards[name] = shard(source).to(device, dtype)
+                        source = contents if stored.dtype is dtype else self.weights
+                        shards[name] = shard(source[hub_name]).to(device, dtype)
                     progress.advance()
         return model, shards
 
@@ -124,10 +144,13 @@ class Checkpoint:
         """Replace the blocks' linear layers by quantized ones without weights, and return the shards of these."""
         shards: dict[str, Tensor] = {}
         names = block_linears(model)
-        for name in track(names, f"quantizing to {quantization.name}", len(names)):
+        what = "reading quantized layers" if self.weights.is_quantized else f"quantizing to {quantization.name}"
+        for name in track(names, what, len(names)):
             has_bias = model.get_submodule(name).bias is not None
             bias = self.tensor(f"{name}.bias").to(device) if has_bias else None
-            layer = NF4Linear(self.tensor(f"{name}.weight").to(device), quantization, bias)
+            weight = self.weights.stored_weight(self.hub_name(f"{name}.weight"), quantization.dtype, device)
+            weight = weight or NF4Weight(self.tensor(f"{name}.weight").to(device), quantization)
+            layer = QuantizedLinear(weight, bias)
             shards |= {f"{name}.{key}": shard(parameter.detach()) for key, parameter in layer.named_parameters()}
             shards |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers()}
             model.set_submodule(name, layer.to("meta"))
@@ -197,7 +220,17 @@ class Checkpoint:
 
     def _refuse(self, fault: str) -> NoReturn:
         hint = "use config.json and weights of the same model"
-        raise LitLoraError(f"{self.dir}: {fault}; {hint}")
+        source = self.weights.files[0] if self.weights.is_quantized else self.dir
+        raise LitLoraError(f"{source}: {fault}; {hint}")
+
+
+def open_weights(files: CheckpointFiles) -> tuple[CheckpointFiles, Weights]:
+    """Read where the tensors of a checkpoint are; those of a GGUF file may untie the output head."""
+    if files.gguf is None:
+        return files, Weights(files.dir, files.weights)
+    from litlora.models.gguf import weights  # an extra
+
+    return weights.open_weights(files, files.gguf)
 
 
 def assign(model: GPT, weights: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, INDEX, PICKLES, WEIGHTS
 from litlora.models.config import GPTConfig
+from litlora.models.gguf.reader import SUFFIX, read_gguf
 from litlora.utils.files import read_json
 
 DOWNLOADS = "checkpoints"  # download's --checkpoint_root
@@ -23,12 +24,23 @@ class CheckpointFiles:
     """The content of config.json."""
     config: GPTConfig
     weights: list[Path]
-    """The safetensors files."""
+    """The safetensors files, or one GGUF file."""
 
     @classmethod
-    def find(cls, checkpoint_dir: Path) -> Self:
-        """Read config.json and find the weights; LitLoraError if either is missing or not supported."""
-        return cls(checkpoint_dir, *read_config(checkpoint_dir), weight_files(checkpoint_dir))
+    def find(cls, checkpoint_dir: Path, gguf: Path | None = None) -> Self:
+        """Read config.json and find the weights, which may be a GGUF file of the same model in another place.
+
+        LitLoraError if one of them is missing or not supported.
+        """
+        if gguf is not None:
+            read_gguf(gguf)  # only a check
+        weights = weight_files(checkpoint_dir) if gguf is None else [gguf]
+        return cls(checkpoint_dir, *read_config(checkpoint_dir), weights)
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file, if the weights are in one."""
+        return next((path for path in self.weights if path.suffix == SUFFIX), None)
 
 
 def read_config(checkpoint_dir: Path) -> tuple[dict[str, Any], GPTConfig]:

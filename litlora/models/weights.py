@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.models.checkpoint_files import weight_files
+from litlora.nn.quantization import StoredWeight
 from litlora.utils.files import HASH_THREADS, refuse_device
 
 SAMPLES, SAMPLE = 64, 1 << 16  # of a file that go into a fingerprint, and the bytes of each
@@ -46,16 +47,60 @@ class StoredTensor:
         return aligned.view(self.dtype).view(self.shape)
 
 
+class Stored(Protocol):
+    """Where and how a tensor is stored."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def start(self) -> int:
+        """Its first byte in the file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `view` returns."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def view(self, content: Tensor) -> Tensor:
+        """Return the tensor, given the content of its file (bytes,)."""
+
+
+class InFile(Mapping[str, Tensor]):
+    """All tensors of a file, by one memory map that lasts as long as any of them."""
+
+    def __init__(self, path: Path, stored: Mapping[str, Stored]) -> None:
+        self.content, self.stored = map_file(path), {n: each for n, each in stored.items() if each.path == path}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].view(self.content)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
 class Weights(Mapping[str, Tensor]):
     """The tensors of a checkpoint by name.
 
     Each tensor is a memory map of its own: what was read of the file leaves memory with the tensor.
     """
 
+    is_quantized = False
+    """Whether the files themselves are quantized."""
+    stored: dict[str, Stored]
+
     def __init__(self, checkpoint_dir: Path, files: Sequence[Path] | None = None) -> None:
         """Read the headers of a checkpoint's files, which are looked for unless they are passed."""
         self.files = weight_files(checkpoint_dir) if files is None else files
-        self.stored: dict[str, StoredTensor] = {}
+        self.stored = {}
         for path in self.files:
             header = read_header(path)
             if twice := sorted(header.keys() & self.stored.keys()):
@@ -72,10 +117,13 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.stored)
 
-    def in_file(self, path: Path) -> dict[str, Tensor]:
-        """Return all tensors of a file, by one memory map that lasts as long as any of them."""
-        content = map_file(path)
-        return {name: stored.view(content) for name, stored in self.stored.items() if stored.path == path}
+    def in_file(self, path: Path) -> InFile:
+        """Return all tensors of a file."""
+        return InFile(path, self.stored)
+
+    def stored_weight(self, name: str, dtype: torch.dtype, device: torch.device) -> StoredWeight | None:
+        """Return a tensor as a frozen weight in the storage of a quantized file, if it is one."""
+        return None
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -117,7 +165,7 @@ def open_safetensors(path: Path) -> Any:
         raise LitLoraError(f"cannot read {path}: {error}") from error
 
 
-def tensor_digests(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+def tensor_digests(tensors: Mapping[str, Stored]) -> dict[str, str]:
     """Return a hash of each tensor by name, sorted: equal wherever and beside whatever the tensor is stored.
 
     It covers dtype, shape and samples of the content, so that a few megabytes are read; of a small model, all of it.
@@ -131,7 +179,7 @@ def tensor_digests(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
         return dict(zip(names, digests, strict=True))
 
 
-def _digest(files: Mapping[Path, int], step: int | None, tensor: StoredTensor) -> str:
+def _digest(files: Mapping[Path, int], step: int | None, tensor: Stored) -> str:
     """Hash a piece of a tensor at every `step` bytes, or PIECES of them."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     step = step or max(PIECE, tensor.nbytes // PIECES)

@@ -25,6 +25,7 @@ from litlora.cpu.worker_threads import WorkerThreads as WorkerThreads
 from litlora.cpu.worker_threads import worker_count
 from litlora.nn.attention import sdpa_per_sequence, varlen_flash_attention
 from litlora.nn.attention_spec import AttentionSpec
+from litlora.nn.whole_linear import whole_linear
 
 FLOAT32 = 4  # bytes
 WORKSPACES = 2 * 2**25
@@ -95,6 +96,10 @@ class Backend(ABC):
         """Return x W^T + b (T, out) for a weight in NF4."""
 
     @abstractmethod
+    def stored_linear(self, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b (T, out) for a weight that is dequantized for each product."""
+
+    @abstractmethod
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], spec: AttentionSpec) -> Tensor:
         """Let every packed sequence attend to itself, causally, and to the prefix that it shares with the one before.
 
@@ -138,6 +143,10 @@ class Backend(ABC):
         """Return how many rows of a weight exist at one time where products need it in another dtype."""
 
     @abstractmethod
+    def dequantized_rows(self, rows: int, width: int) -> int:
+        """Return how many rows of a weight are dequantized at one time, each of them in several steps."""
+
+    @abstractmethod
     def saves_attention_output(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
         """Tell whether attention saves its output for the backward pass."""
 
@@ -165,6 +174,9 @@ class CPUBackend(Backend):
         return matmul.linear(x, weight, bias)
 
     def nf4_linear(self, x: Tensor, weight: NF4Storage, bias: Tensor | None) -> Tensor:
+        return self.stored_linear(x, weight, bias)
+
+    def stored_linear(self, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
         return matmul.sliced_linear(x, weight, bias)
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], spec: AttentionSpec) -> Tensor:
@@ -198,6 +210,9 @@ class CPUBackend(Backend):
     def cast_rows(self, rows: int) -> int:
         return min(tuning.SLICE_ROWS, rows)
 
+    def dequantized_rows(self, rows: int, width: int) -> int:
+        return max(1, tuning.DEQUANTIZED_VALUES // width)
+
     def saves_attention_output(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
         return False
 
@@ -229,6 +244,9 @@ class CUDABackend(Backend):
     def nf4_linear(self, x: Tensor, weight: NF4Storage, bias: Tensor | None) -> Tensor:
         return weight.bitsandbytes_matmul(x, bias)
 
+    def stored_linear(self, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+        return whole_linear(x, weight, bias)
+
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], spec: AttentionSpec) -> Tensor:
         lengths = tuple(own for _, own in spans)
         assert sum(map(sum, spans)) == sum(lengths), "sequences share no prefixes on a GPU"
@@ -259,6 +277,9 @@ class CUDABackend(Backend):
 
     def cast_rows(self, rows: int) -> int:
         return rows
+
+    def dequantized_rows(self, rows: int, width: int) -> int:
+        return max(1, rows)
 
     def saves_attention_output(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
         return dtype is torch.bfloat16 and spec.softcap is None  # FlashAttention

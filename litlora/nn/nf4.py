@@ -5,16 +5,18 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from litlora.errors import LitLoraError
 from litlora.nn.backend import backend
-from litlora.nn.linear import frozen_linear
+from litlora.nn.quantization import DOUBLE as DOUBLE
+from litlora.nn.quantization import NAMES as NAMES
+from litlora.nn.quantization import Quantization as Quantization
+from litlora.nn.quantization import QuantizedLinear, StoredWeight
 
 BLOCK = 64
 """Values that share a scale, which is their largest magnitude."""
@@ -25,40 +27,6 @@ CHUNK = 2**17
 OLDEST = "0.49"
 FLAG = "a 4-bit base"
 """What needs bitsandbytes once the flags are checked."""
-SINGLE, DOUBLE = NAMES = "bnb.nf4", "bnb.nf4-dq"
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How the weights of the blocks are stored."""
-
-    name: str
-    """bnb.nf4, or bnb.nf4-dq where the scales are stored in 8 bits."""
-    dtype: torch.dtype
-    """Of the values that go in and come out."""
-
-    @property
-    def double(self) -> bool:
-        return self.name == DOUBLE
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """The same as the arguments of transformers' BitsAndBytesConfig."""
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": self.double,
-            "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
-        }
-
-    @classmethod
-    def from_hub(cls, hub: object) -> Self:
-        """Read what `hub` gives."""
-        for name in NAMES:
-            for dtype in (torch.bfloat16, torch.float32):
-                if (quantization := cls(name, dtype)).hub == hub:
-                    return quantization
-        raise LitLoraError(f"a base that litlora cannot make: {hub}")
 
 
 @cache
@@ -95,20 +63,14 @@ def _without_kernels_of_the_hub() -> Iterator[None]:
             sys.modules["kernels"] = package
 
 
-class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight is in NF4, and its bias, if any, in the dtype of the base."""
+class NF4Linear(QuantizedLinear):
+    """A frozen linear layer whose weight is in NF4."""
 
     def __init__(self, weight: Tensor, quantization: Quantization, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = NF4Weight(weight, quantization)
-        self.bias = None if bias is None else nn.Parameter(bias.to(quantization.dtype), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.weight, self.bias)
+        super().__init__(NF4Weight(weight, quantization), bias)
 
 
-class NF4Weight(nn.Module):
+class NF4Weight(StoredWeight):
     """A frozen weight (out, in): 4-bit indices of 16 levels, two per byte, and a float32 scale for each block.
 
     The scales are stored as integers of the same bits, so that casting the model leaves them unchanged.
@@ -121,6 +83,7 @@ class NF4Weight(nn.Module):
 
     def __init__(self, weight: Tensor, quantization: Quantization) -> None:
         super().__init__()
+        assert quantization.name in NAMES
         self.shape, self.quantization = weight.shape, quantization
         packed, scales = _quantize(weight.to(quantization.dtype).flatten())
         self.packed = nn.Parameter(packed, requires_grad=False)  # (out * in / 2,)
@@ -133,21 +96,9 @@ class NF4Weight(nn.Module):
         self.register_buffer("outer_scales", outer.absmax.view(torch.int32))
         self.register_buffer("mean_scale", mean.view(torch.int32))
 
-    @property
-    def device(self) -> torch.device:
-        return self.packed.device
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
-
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + b (T, out) for x (T, in)."""
         return backend(x.device).nf4_linear(x, self, bias)
-
-    def to_dense(self) -> Tensor:
-        """Return the weight as a tensor (out, in)."""
-        return self.rows(slice(None))
 
     def rows(self, rows: slice) -> Tensor:
         """Return some rows, dequantized; the first row must start with a block."""
@@ -217,8 +168,3 @@ def _functional() -> Any:
 def dequantized(weight: Tensor, quantization: Quantization) -> Tensor:
     """Return a weight (out, in) in its own dtype as it is once it has been in NF4."""
     return NF4Weight(weight, quantization).to_dense().to(weight.dtype)
-
-
-def quantization_of(model: nn.Module) -> Quantization | None:
-    """Return how the weights of a model's blocks are stored, or None where they are not quantized."""
-    return next((module.quantization for module in model.modules() if isinstance(module, NF4Weight)), None)

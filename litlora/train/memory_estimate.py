@@ -5,15 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from litlora.args.finetune import Precision
+from litlora.args.finetune import FinetuneLoraArgs, Precision
 from litlora.lora.config import PISSA, LoRAConfig
 from litlora.lora.layer import LoRALinear, add_lora, lora_layers, lora_parameters
 from litlora.lora.svd import decomposition_bytes
+from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.layer_names import HEAD_LAYER
 from litlora.models.transformer import GPT
@@ -22,7 +23,8 @@ from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend, 
 from litlora.nn.linear import Linear
 from litlora.nn.loss import CHUNK
 from litlora.nn.nf4 import BLOCK as NF4_BLOCK
-from litlora.nn.nf4 import DOUBLE, OUTER_BLOCK
+from litlora.nn.nf4 import OUTER_BLOCK
+from litlora.nn.quantization import DOUBLE
 from litlora.train.optimizers import build_optimizer
 
 BFLOAT16 = 2  # bytes
@@ -36,10 +38,18 @@ class Network:
     lora: LoRAConfig
     precision: Precision
     quantize: str | None
-    """bnb.nf4, bnb.nf4-dq, or None for a base in the run's precision."""
+    """bnb.nf4, bnb.nf4-dq, gguf, or None for a base in the run's precision."""
     device: torch.device
     shards: int = 1
     """Number of devices over which the base is sharded."""
+    quantized_bytes: int | None = None
+    """Bytes of the blocks' linear layers in a GGUF file."""
+
+    @classmethod
+    def of(cls, args: FinetuneLoraArgs, checkpoint: Checkpoint, lora: LoRAConfig, device: torch.device) -> Self:
+        """Describe what a run trains."""
+        size = checkpoint.quantized_bytes
+        return cls(checkpoint.config, lora, args.precision, args.storage, device, quantized_bytes=size)
 
     def outline(self) -> GPT:
         """Build the model with its adapter, without a single value."""
@@ -128,7 +138,7 @@ def breakdown(network: Network, load: Load, optimizer: str | dict[str, Any]) -> 
         **{name: size * load.concurrent for name, size in overheads.items()},
     }
     return {
-        **local_weight_bytes(network, weight_bytes(gpt, network.quantize)),
+        **local_weight_bytes(network, weight_bytes(gpt, network.quantize, network.quantized_bytes)),
         "adapter, float32": adapters,
         **_start_bytes(network, sum(step.values())),
         **step,
@@ -146,8 +156,11 @@ def _start_bytes(network: Network, step: int) -> dict[str, int]:
     return {"its start": starts, "singular vectors, beyond a step": max(0, finding - step)}
 
 
-def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
-    """Return the bytes of the frozen weights: embedding, output head, norms, and the linear layers of the blocks."""
+def weight_bytes(gpt: GPT, quantize: str | None, quantized: int | None = None) -> dict[str, int]:
+    """Return the bytes of the frozen weights: embedding, output head, norms, and the linear layers of the blocks.
+
+    `quantized` are those of the linear layers where a file has them quantized.
+    """
     is_tied = gpt.config.tie_word_embeddings and getattr(gpt.lm_head, "start", None) is None
     head = 0 if is_tied else gpt.lm_head.weight.nbytes
     modules = gpt.model.modules()
@@ -160,12 +173,14 @@ def weight_bytes(gpt: GPT, quantize: str | None) -> dict[str, int]:
         f"embedding, {dtype}": gpt.model.embed_tokens.weight.nbytes,
         f"output head, {dtype}": head,
         f"norms, {dtype}": sum(weight.nbytes for weight in norms if weight is not None),
-        f"linear layers, {stored}": sum(
-            size * gpt.lm_head.weight.itemsize if quantize is None else nf4_bytes(size, double=quantize == DOUBLE)
-            for size in sizes
-        )
-        + biases,
+        f"linear layers, {stored}": (_linear_bytes(gpt, sizes, quantize) if quantized is None else quantized) + biases,
     }
+
+
+def _linear_bytes(gpt: GPT, sizes: Sequence[int], quantize: str | None) -> int:
+    if quantize is None:
+        return sum(sizes) * gpt.lm_head.weight.itemsize
+    return sum(nf4_bytes(size, double=quantize == DOUBLE) for size in sizes)
 
 
 def local_weight_bytes(network: Network, weights: dict[str, int]) -> dict[str, int]:

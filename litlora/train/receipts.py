@@ -19,7 +19,7 @@ from litlora.export.receipt import (
 )
 from litlora.export.scoring import LitLoraEngine
 from litlora.models.checkpoint import EMBEDDING, Checkpoint
-from litlora.nn.nf4 import quantization_of
+from litlora.nn.quantization import quantization_of
 from litlora.train.run_dir import RunFolder
 from litlora.utils.console import log, warn
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from litlora.args.common import plain
+from litlora.args.common import GGUFPath, as_gguf, plain
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import FINAL, is_adapter
@@ -87,6 +87,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
     for name, value in settings.items():
         if isinstance(value, dict) and name in ("train", "eval"):
             yield from _flat(value, f"{name}.")
+        elif name == "quantize" and isinstance(as_gguf(value), GGUFPath):
+            yield name, GGUFPath.SUFFIX  # the file counts by its content
         else:
             yield prefix + name, value
 

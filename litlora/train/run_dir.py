@@ -212,8 +212,8 @@ class RunFolder:
 
     def _write_adapter(self, folder: Path, model: GPT) -> None:
         base_dir, base_sha256 = self.args.checkpoint_dir, self.identity.contents[BASE]
-        digests = self.identity.details.get(TENSORS)
-        write_adapter(folder, model, self.lora, base_dir, base_sha256, self.prompt_style, digests)
+        digests, gguf = self.identity.details.get(TENSORS), self.args.gguf
+        write_adapter(folder, model, self.lora, base_dir, base_sha256, self.prompt_style, digests, gguf)
         for path in self.tokenizer_files:
             copy_own(path, folder)
 

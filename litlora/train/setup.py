@@ -114,7 +114,7 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
         start = ranks.broadcast_result(partial(folder.check, inputs.explanations))
         data = read_data(args, inputs, ranks)
         folder = folder.with_details(data.digests)
-        network = Network(inputs.config, folder.lora, args.precision, args.quantize, fabric.device)
+        network = Network.of(args, inputs.checkpoint, folder.lora, fabric.device)
         run, progress = build_run(args, inputs, data, network, folder, fabric, ranks, stop, start)
         if inputs.style_choice:
             log(inputs.style_choice)
@@ -135,7 +135,7 @@ def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str
         folder = run_folder(args, inputs, ranks)
         ranks.broadcast_result(partial(folder.check, inputs.explanations))
         data = read_data(args, inputs, ranks)
-        network = Network(inputs.config, folder.lora, args.precision, args.quantize, fabric.device)
+        network = Network.of(args, inputs.checkpoint, folder.lora, fabric.device)
         log_adapter(folder, inputs.config)
         return memory_table(args, network, data.train)
 
@@ -207,7 +207,7 @@ class Inputs:
 def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: torch.device, ranks: Ranks) -> Inputs:
     """Open the base and find the splits; refuse settings that do not fit them."""
     refuse_adapter(args.checkpoint_dir)
-    checkpoint = Checkpoint.open(base or args.checkpoint_dir)
+    checkpoint = Checkpoint.open(base or CheckpointFiles.find(args.checkpoint_dir, args.gguf))
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
     for path in tokenizer.files:  # which are copied beside the adapter
         refuse_foreign_link(path)
@@ -222,7 +222,7 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     log_notes(limits)
     check_loggers(args.logger_name)
     check_optimizer(args.optimizer, args.train.peak_rate, device, args.lora_plus_ratio)
-    if args.quantize:
+    if args.quantize and not args.gguf:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, settings, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
@@ -455,7 +455,7 @@ def build_model(
 ) -> GPT:
     """Load the base, or this device's shard of it, with a new adapter."""
     dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    quantization = Quantization(args.quantize, dtype) if args.quantize else None
+    quantization = Quantization(args.storage, dtype) if args.storage else None
     if sharded:
         refuse_parted_head(lora, checkpoint.config)
         gpt = load_sharded(checkpoint, dtype, quantization, lora, fabric)

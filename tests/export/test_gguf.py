@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -9,18 +10,23 @@ from string import ascii_lowercase
 
 import gguf
 import pytest
+import sentencepiece
 import torch
 from helpers.families import LONGROPE, MATRIX, YARN, Case
 from helpers.llama_cpp import answers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from litlora.__main__ import main
-from litlora.lora.checkpoint import load_with_adapters, write_adapter
+from litlora.data.tokenizer import Tokenizer as LitLoraTokenizer
+from litlora.lora.checkpoint import load_with_adapters, read_adapter, write_adapter
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import add_lora, lora_parameters
 from litlora.lora.selection import Weighted
 from litlora.lora.targets import excluded_modules, switch_targets
 from litlora.models.checkpoint import Checkpoint
+from litlora.models.checkpoint_files import CheckpointFiles
+from litlora.models.transformer import GPT
+from litlora.nn.gguf_weight import GGUFWeight
 
 CPU = torch.device("cpu")
 TOKENS, EOS = 6, 1
@@ -132,10 +138,39 @@ def answered(exported) -> dict[str, list]:
     return dict(zip(exported, zip(found[::2], found[1::2], strict=True), strict=True))
 
 
+def load(base: Path, adapter: Path | None, gguf: Path | None = None) -> GPT:
+    """Load a model in float32 with the weights of a GGUF file, if one is given."""
+    checkpoint = Checkpoint.open(CheckpointFiles.find(base, gguf))
+    if adapter is None:
+        return checkpoint.load(torch.float32, CPU)
+    if gguf is None:
+        return load_with_adapters(checkpoint, [Weighted(adapter)], torch.float32, CPU)
+    # The adapter is one of the checkpoint's own weights, whose fingerprint is another.
+    model = checkpoint.load(torch.float32, CPU)
+    read_adapter(adapter, Checkpoint.open(base)).add_to(model)
+    return model
+
+
+def in_half(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float()
+
+
+def round_activations(model: GPT) -> GPT:
+    """Have the products of a model over a GGUF file in f16 round their inputs, as GGML does."""
+
+    def rounded(product):
+        return lambda x, bias=None: product(in_half(x), bias)
+
+    for weight in model.modules():
+        if isinstance(weight, GGUFWeight) and weight.kind.name == "F16":
+            weight.matmul = rounded(weight.matmul)
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: in_half(inputs[0]))
+    return model
+
+
 @torch.no_grad()
-def check(base: Path, adapter: Path | None, found: list, atol: float = 1e-3, prompts=PROMPTS) -> None:
+def check(model: GPT, found: list, atol: float = 1e-3, prompts=PROMPTS) -> None:
     """Compare greedy tokens and their log-probabilities with litlora's."""
-    model = load_with_adapters(Checkpoint.open(base), [Weighted(adapter)] if adapter else [], torch.float32, CPU)
     assert sum(map(len, found)) > TOKENS
     for prompt, choices in zip(prompts, found, strict=True):
         ids = [*prompt, *(token for token, _ in choices)]
@@ -149,12 +184,22 @@ def check(base: Path, adapter: Path | None, found: list, atol: float = 1e-3, pro
 
 @pytest.mark.parametrize("name", [*NAMES, *MORE])
 def test_merged_model_answers_alike(name, exported, answered):
-    check(exported[name].base, exported[name].adapter, answered[name][0])
+    check(load(exported[name].base, exported[name].adapter), answered[name][0])
 
 
 @pytest.mark.parametrize("name", [*NAMES, *MORE])
 def test_base_with_adapter_answers_alike(name, exported, answered):
-    check(exported[name].base, exported[name].adapter, answered[name][1])
+    check(load(exported[name].base, exported[name].adapter), answered[name][1])
+
+
+@pytest.mark.parametrize("name", [*NAMES, *MORE])
+def test_file_reads_back_as_the_checkpoint(name, exported):
+    """Names, permuted rows, stacked norms and what is added to a norm's weight are undone."""
+    its = exported[name]
+    expected, actual = Checkpoint.open(its.base), Checkpoint.open(CheckpointFiles.find(its.base, its.plain))
+    assert actual.outline().state_dict().keys() == expected.outline().state_dict().keys()
+    for tensor in expected.outline().state_dict():
+        torch.testing.assert_close(actual.read(tensor), expected.read(tensor).float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0", "q4_0"])
@@ -176,17 +221,39 @@ def test_scales_of_all_layers_are_exact(exported, tmp_path):
     adapter = random_adapter(base, tmp_path / "adapter", **patterns)
     alone = export(adapter, tmp_path / "alone", "--format", "gguf-lora")
     request = {"model": str(exported["llama-0"].plain), "adapter": str(alone), "prompts": PROMPTS, "tokens": TOKENS}
-    check(base, adapter, answers([request])[0])
+    check(load(base, adapter), answers([request])[0])
+
+
+def test_families_answer_alike_in_f16(exported, tmp_path_factory):
+    """In f16 llama.cpp rounds the input of each product as well, and computes nothing else in another way."""
+    requests, files = [], {}
+    for name in NAMES:
+        files[name] = export(exported[name].base, tmp_path_factory.mktemp("f16") / "out", "--outtype", "f16")
+        common = {"model": str(files[name]), "adapter": str(exported[name].alone)}
+        requests.append({**common, "prompts": PROMPTS, "tokens": TOKENS})
+    for name, found in zip(NAMES, answers(requests), strict=True):
+        its = exported[name]
+        check(round_activations(load(its.base, its.adapter, files[name])), found, atol=2e-3)
 
 
 def test_pico_answers_alike_in_f16(pico, tmp_path):
-    requests = [
-        {"model": str(export(pico, tmp_path / kind, "--outtype", kind)), "prompts": PROMPTS, "tokens": TOKENS}
-        for kind in ("f32", "f16")
-    ]
-    whole, half = answers(requests)
-    check(pico, None, whole)
-    check(pico, None, half, atol=0.02)
+    file = export(pico, tmp_path / "out", "--outtype", "f16")
+    [found] = answers([{"model": str(file), "prompts": PROMPTS, "tokens": TOKENS}])
+    check(round_activations(load(pico, None, file)), found)
+
+
+@pytest.mark.parametrize(("outtype", "atol"), [("q8_0", 0.1), ("q4_0", 0.2)])
+def test_pico_answers_nearly_alike_in_a_quantized_type(outtype, atol, pico, tmp_path):
+    """GGML rounds the input of each product to 8 bits, and a value that is rounded otherwise changes all after it."""
+    file = export(pico, tmp_path / "out", "--outtype", outtype)
+    [found] = answers([{"model": str(file), "prompts": PROMPTS, "tokens": TOKENS}])
+    check(load(pico, None, file), found, atol)
+
+
+def test_pico_answers_alike_in_f32(pico, tmp_path):
+    file = export(pico, tmp_path / "out", "--outtype", "f32")
+    [found] = answers([{"model": str(file), "prompts": PROMPTS, "tokens": TOKENS}])
+    check(load(pico, None), found)
 
 
 def test_llama_cpp_splits_text_alike(checkpoints, tmp_path):
@@ -195,6 +262,29 @@ def test_llama_cpp_splits_text_alike(checkpoints, tmp_path):
     texts = ["Name a fruit that is green.", "Add 2 and  3:\n\nit's 5!"]
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     ids = [tokenizer.encode(text).ids for text in texts]
+    common = {"model": str(export(base, tmp_path / "out", "--outtype", "f32")), "tokens": 3}
+    as_text, as_ids = answers([{**common, "prompts": texts}, {**common, "prompts": ids}])
+    assert as_text == as_ids
+
+
+def test_llama_cpp_splits_text_as_sentencepiece(checkpoints, tmp_path):
+    base = Path(shutil.copytree(checkpoints("llama"), tmp_path / "base"))
+    (base / "tokenizer.json").unlink()
+    texts = ["Name a fruit that is green.", " A pear  is green,\nand so is 🍐."]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(base / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    ids = [LitLoraTokenizer(base).encode(text).ids for text in texts]
     common = {"model": str(export(base, tmp_path / "out", "--outtype", "f32")), "tokens": 3}
     as_text, as_ids = answers([{**common, "prompts": texts}, {**common, "prompts": ids}])
     assert as_text == as_ids

@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from litlora.errors import LitLoraError
-from litlora.export.gguf.architectures import name_of
-from litlora.export.gguf.library import gguf
 from litlora.export.gguf.model import Model
-from litlora.export.gguf.tensors import HEAD, GGUFTensor, TensorNames
 from litlora.export.gguf.writer import write_file
+from litlora.models.gguf.architectures import name_of
+from litlora.models.gguf.library import gguf
+from litlora.models.gguf.tensors import HEAD, GGUFTensor, TensorNames
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from litlora.data.tokenizer import Tokenizer
-from litlora.export.gguf.architectures import Architecture, architecture_of, name_of
-from litlora.export.gguf.library import gguf
-from litlora.export.gguf.metadata import add_metadata
-from litlora.export.gguf.tensors import model_tensors
 from litlora.export.gguf.tokenizer import add_tokenizer
 from litlora.export.gguf.writer import write_file
 from litlora.models.config import GPTConfig
-from litlora.models.families import MULTI_MODAL
+from litlora.models.gguf.architectures import Architecture, architecture_of_checkpoint, name_of
+from litlora.models.gguf.library import gguf
+from litlora.models.gguf.metadata import add_metadata
+from litlora.models.gguf.tensors import model_tensors
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,7 @@ class Model:
     @property
     def architecture(self) -> Architecture:
         """llama.cpp's implementation; LitLoraError where there is none that computes the same."""
-        model_type = str(self.hub_config.get("model_type"))
-        if model_type in MULTI_MODAL:
-            nested = self.hub_config.get("text_config", {}).get("model_type")
-            model_type = nested or MULTI_MODAL[model_type].text_type
-        return architecture_of(model_type, self.config)
+        return architecture_of_checkpoint(self.hub_config, self.config)
 
 
 def write_model(path: Path, model: Model, outtype: str) -> None:

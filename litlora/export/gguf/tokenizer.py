@@ -10,7 +10,7 @@ from tokenizers import Regex, pre_tokenizers
 from litlora.data.sentencepiece_model import SPACE, SentencePieceModel
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.export.gguf.library import gguf
+from litlora.models.gguf.library import gguf
 from litlora.utils.console import log
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

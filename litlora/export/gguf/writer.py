@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litlora.errors import LitLoraError
-from litlora.export.gguf.library import gguf
-from litlora.export.gguf.tensors import ROPE_FACTORS, GGUFTensor
+from litlora.models.gguf.library import gguf
+from litlora.models.gguf.tensors import ROPE_FACTORS, GGUFTensor
 from litlora.utils.files import reporting_write_errors
 
 Type = gguf.GGMLQuantizationType

@@ -4,12 +4,14 @@ A GGUF file names an architecture of llama.cpp, whose code decides all that the 
 which rotary dimensions are paired, which biases exist, whether there is a sliding window.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from litlora.errors import LitLoraError
-from litlora.export.gguf.library import gguf
 from litlora.models.config import GPTConfig
+from litlora.models.families import MULTI_MODAL
+from litlora.models.gguf.library import gguf
 from litlora.models.layer_ropes import listed_layers
 from litlora.models.rope_config import Llama3Scaling, LongRopeScaling, YarnScaling
 
@@ -117,6 +119,15 @@ def architecture_of(model_type: str, config: GPTConfig) -> Architecture:
     if fault := _fault(own, config):
         raise LitLoraError(f"llama.cpp's {name_of(own)} does not implement {fault}: use another format")
     return own
+
+
+def architecture_of_checkpoint(hub_config: Mapping[str, Any], config: GPTConfig) -> Architecture:
+    """Return llama.cpp's implementation of the model of a config.json, or of its text model."""
+    model_type = str(hub_config.get("model_type"))
+    if model_type in MULTI_MODAL:
+        nested = hub_config.get("text_config", {}).get("model_type")
+        model_type = nested or MULTI_MODAL[model_type].text_type
+    return architecture_of(model_type, config)
 
 
 def name_of(architecture: Architecture) -> str:

@@ -5,6 +5,6 @@ from litlora.errors import LitLoraError
 try:
     import gguf
 except ImportError as error:
-    raise LitLoraError("export needs the gguf package: pip install 'litlora[gguf]'") from error
+    raise LitLoraError("GGUF files need the gguf package: pip install 'litlora[gguf]'") from error
 
 __all__ = ["gguf"]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from litlora.errors import LitLoraError
-from litlora.export.gguf.architectures import Architecture
-from litlora.export.gguf.library import gguf
 from litlora.models.config import GPTConfig
+from litlora.models.gguf.architectures import Architecture
+from litlora.models.gguf.library import gguf
 from litlora.models.rope_config import Llama3Scaling, LongRopeScaling
 from litlora.models.rope_scaling import llama3_frequencies
 
@@ -56,11 +56,26 @@ class TensorNames:
         pairs = tensor.reshape(heads, 2, config.head_dim // 2, *tensor.shape[1:])
         return pairs.transpose(1, 2).reshape(tensor.shape)
 
+    def order(self, name: str, rows: int) -> Tensor | None:
+        """Return which of llama.cpp's rows is each of a tensor's, or None where they have the same order."""
+        own = torch.arange(rows)
+        theirs = self.rows(name, own)
+        return None if theirs is own else theirs.argsort()
+
+    def offset(self, name: str, shape: Sequence[int]) -> float:
+        """Return what llama.cpp has added to a tensor."""
+        return float(len(shape) == 1 and self.config.norm == "rms_plus_one" and "norm" in name)
+
     def content(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor of the model as llama.cpp has it."""
-        if tensor.dim() == 1 and self.config.norm == "rms_plus_one" and "norm" in name:
-            return tensor.float() + 1
+        if offset := self.offset(name, tensor.shape):
+            return tensor.float() + offset
         return self.rows(name, tensor)
+
+    def stack(self, name: str) -> str | None:
+        """Return the name of the stack of which a tensor is a part: norms of each head are one tensor in llama.cpp."""
+        is_part = self.config.qk_norm == "each_head" and "_norm.norms." in name
+        return f"{name.partition('.norms.')[0]}.weight" if is_part else None
 
 
 def model_tensors(
@@ -71,14 +86,14 @@ def model_tensors(
     has_own_head = own.own_head or not config.tie_word_embeddings
     stacked: dict[str, list[str]] = {}
     for name, shape in shapes.items():
-        if config.qk_norm == "each_head" and "_norm.norms." in name:
-            stacked.setdefault(name.partition(".norms.")[0], []).append(name)
+        if stack := names.stack(name):
+            stacked.setdefault(stack, []).append(name)
         elif name != HEAD or has_own_head:
             yield GGUFTensor(names.of(name), shape, partial(_content, names, read, name))
     for name, parts in stacked.items():
         shape = (len(parts), *shapes[parts[0]])
-        yield GGUFTensor(names.of(f"{name}.weight"), shape, partial(_stacked, read, parts))
-    yield from _rope_factors(config)
+        yield GGUFTensor(names.of(name), shape, partial(_stacked, read, parts))
+    yield from rope_factors(config)
 
 
 def _content(names: TensorNames, read: Callable[[str], Tensor], name: str) -> Tensor:
@@ -89,7 +104,7 @@ def _stacked(read: Callable[[str], Tensor], parts: Sequence[str]) -> Tensor:
     return torch.stack([read(part) for part in parts])
 
 
-def _rope_factors(config: GPTConfig) -> Iterator[GGUFTensor]:
+def rope_factors(config: GPTConfig) -> Iterator[GGUFTensor]:
     """Yield the divisors of the rotary frequencies where the metadata cannot say them."""
     freqs, long, short = ROPE_FACTORS
     for rope in config.distinct_ropes:

@@ -2,17 +2,22 @@
 
 import math
 
-from litlora.export.gguf.architectures import Architecture
-from litlora.export.gguf.library import gguf
 from litlora.models.config import GPTConfig
+from litlora.models.gguf.architectures import Architecture
+from litlora.models.gguf.library import gguf
 from litlora.models.rope_config import DynamicScaling, LinearScaling, LongRopeScaling, RopeConfig, YarnScaling
 from litlora.utils.console import log
 
 
 def add_metadata(writer: gguf.GGUFWriter, own: Architecture, config: GPTConfig) -> None:
     """Write the metadata of a model into a file's header."""
-    _add_sizes(writer, config)
+    add_computation(writer, own, config)
     writer.add_context_length(context_length(own, config))
+
+
+def add_computation(writer: gguf.GGUFWriter, own: Architecture, config: GPTConfig) -> None:
+    """Write all but the length of the context, which is no part of the network."""
+    _add_sizes(writer, config)
     _add_norms_and_scales(writer, own, config)
     if own.windows is not None and config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
