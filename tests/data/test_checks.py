@@ -187,7 +187,7 @@ def test_a_row_of_several_sequences_counts_once(opened):
     """The template strips the reasoning from history, so that each answer is a sequence of its own."""
     stripped = "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}"
     template = CHAT.replace("{{ m.content }}", stripped)
-    answer = "<think>\nHm, so many words.\n</think>\n\nIt is a letter."
+    answer = "<think>\nHm, a few words.\n</think>\n\nIt is a letter."
     splits = opened([chat("One?", answer, "Two?", answer)], style="chat", template=template)
     assert len(splits[0].tokens.about) == 2
     (finding,) = [f for f in run_checks(CheckedData(splits, 20, 300)) if f.first.startswith("train")]

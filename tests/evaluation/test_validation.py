@@ -17,7 +17,7 @@ from litlora.data.token_cache import SplitEncoder, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
 from litlora.distributed.process_group import Ranks
 from litlora.evaluation.engine import Engine
-from litlora.evaluation.samples import sample_completion
+from litlora.evaluation.samples import Completer
 from litlora.evaluation.validation import validate
 from litlora.models.checkpoint import Checkpoint
 from litlora.nn.backend import WorkerThreads
@@ -82,8 +82,10 @@ def test_max_iters_limits_the_micro_batches(engine, samples, tiny):
 
 
 def test_sample_completion_has_the_prompt_and_new_text(engine, tokenizer):
-    style, example = tokenizer.prompt_style("none"), Example.of(Turn("Name a fruit.", ""))
-    prompt, completion = sample_completion(engine, tokenizer, style, example, 8).split("\n", 1)
-    assert prompt == "  Name a fruit."
+    example = Example.of(Turn("Name a fruit.", "A pear."))
+    made = Completer(engine, tokenizer, tokenizer.prompt_style("none"), 8).complete(3, example)
+    assert (made.row, made.question, made.expected) == (3, "Name a fruit.", "A pear.")
+    question, expected, completion = str(made).split("\n", 2)
+    assert (question, expected) == ("  question: Name a fruit.", "  expected: A pear.")
     assert completion.startswith("  -> ")
     assert engine.gpt.training
