@@ -30,7 +30,6 @@ ROWS = 64  # of the validation split, the shortest of which are prompts
 PROMPTS = 2  # beside the fixed one
 MAX_TOKENS = 256  # of a prompt with its response
 NEW_TOKENS = 8
-ROUNDINGS = 2  # random ones that are measured
 FIXED = Example.of(Turn("Name three primary colors.", "Red, yellow and blue."))
 
 
@@ -220,9 +219,8 @@ def score(engine: Engine, probes: Sequence[Probe]) -> list[Scores]:
 
 def sensitivity(engine: LitLoraEngine, probes: Sequence[Probe]) -> float:
     """Return the largest change of a log-probability where the weights are rounded to bfloat16 at random."""
-    plain = score(engine, probes)
-    changed = (score(replace(engine, rounding=Rounding(torch.bfloat16, seed)), probes) for seed in range(ROUNDINGS))
-    return max(max(map(largest_difference, run, plain)) for run in changed)
+    changed = score(replace(engine, rounding=Rounding(torch.bfloat16, seed=0)), probes)
+    return max(largest_difference(own, probe.expected()) for own, probe in zip(changed, probes, strict=True))
 
 
 def largest_difference(actual: Scores, expected: Scores) -> float:
