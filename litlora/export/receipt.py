@@ -52,7 +52,7 @@ class Probe:
     """Of each token but the first, in float32."""
     continuation: list[int]
     """What greedy decoding adds to the prompt."""
-    continuation_log_probs: list[float]
+    continuation_log_probs: Scores
 
     @property
     def prompt(self) -> list[int]:
@@ -199,13 +199,15 @@ def _as_rows(examples: Iterable[Example]) -> Iterator[Json]:
 
 def record(engine: LitLoraEngine, chosen: Sequence[TokenizedRow]) -> list[Probe]:
     """Return what the network says of sequences."""
-    scored = engine([sequence.ids for sequence in chosen])
+    continuations = engine.continued([own.prompt for own in chosen], NEW_TOKENS)
+    answered = list(zip(chosen, continuations, strict=True))
+    scored = engine([ids for own, more in answered for ids in (own.ids, [*own.prompt, *more])])
     return [
         Probe(
             own.row, own.number, own.text, own.prompt_end, own.ids, own.labels,
-            log_probs, *engine.continued(own.prompt, NEW_TOKENS),
+            log_probs, more, more_log_probs[-len(more) :],
         )
-        for own, log_probs in zip(chosen, scored, strict=True)
+        for (own, more), log_probs, more_log_probs in zip(answered, scored[::2], scored[1::2], strict=True)
     ]  # fmt: skip
 
 

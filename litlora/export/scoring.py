@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litlora.generation.session import Session
+from litlora.generation.batch import Request, complete_all
+from litlora.generation.sampler import Sampler
 from litlora.models.transformer import GPT, evaluating
 
 Scores = list[float | None]
@@ -27,8 +28,8 @@ class Rounding:
 
     def applied(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         """Return a weight each of whose numbers is moved by at most half the distance to the next of the dtype."""
-        shifts = torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5
-        return weight * (1 + torch.finfo(self.dtype).eps * shifts)
+        shifts = torch.rand(weight.shape, generator=generator).to(weight.device)
+        return shifts.sub_(0.5).mul_(torch.finfo(self.dtype).eps).add_(1).mul_(weight)
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,13 @@ class LitLoraEngine:
         flat = torch.cat([*scored, tokens.new_zeros(1).float()])
         return [own[:-1].tolist() for own in torch.split(flat, lengths)]
 
-    @torch.inference_mode()
-    def continued(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[float]]:
-        """Return `count` tokens of greedy decoding, end tokens included, and their log-probabilities."""
-        session = Session(self.gpt, len(prompt) + count, torch.float32)
-        tokens, found = torch.tensor(prompt, device=session.device), []
-        with evaluating(self.gpt), in_float32(self.gpt, self.rounding):
-            for _ in range(count):
-                best = session.next_logits(tokens).float().log_softmax(dim=-1).max(dim=-1)
-                tokens = best.indices[None]
-                found.append((int(best.indices), float(best.values)))
-        return [token for token, _ in found], [log_prob for _, log_prob in found]
+    def continued(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Return `count` tokens of greedy decoding after each prompt, end tokens included."""
+        requests, together = [Request(prompt, count) for prompt in prompts], len(prompts)
+        with in_float32(self.gpt, self.rounding):
+            options: Any = {"stop_ids": (), "batch_size": together, "dtype": torch.float32}
+            found = dict(complete_all(self.gpt, requests, Sampler(), **options))
+        return [found[number] for number in range(together)]
 
 
 def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -71,18 +71,25 @@ class Running:
 
 @torch.inference_mode()
 def complete_all(
-    model: GPT, requests: Sequence[Request], sampler: Sampler, *, stop_ids: Collection[int], batch_size: int
+    model: GPT,
+    requests: Sequence[Request],
+    sampler: Sampler,
+    *,
+    stop_ids: Collection[int],
+    batch_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the number of each request and the tokens of its completion, as they end.
 
     At most `batch_size` sequences run at a time, the longest first, so that what does not fit in memory shows soon.
+    `dtype` is that of the products, if it is not that of the weights.
     """
     positions = model.config.positions
     waiting = [Running(n, request, request.max_length(positions)) for n, request in enumerate(requests)]
     yield from ((each.number, []) for each in waiting if each.has_ended)
     waiting = sorted((each for each in waiting if not each.has_ended), key=lambda each: -each.max_length)
     if waiting:
-        batch = Batch(model, waiting, batch_size)
+        batch = Batch(model, waiting, batch_size, dtype)
         with evaluating(model):
             while batch.running:
                 for ended in batch.step(sampler, stop_ids):
@@ -92,12 +99,12 @@ def complete_all(
 class Batch:
     """The sequences that run, each in a slot of the cache, and those that wait for one."""
 
-    def __init__(self, model: GPT, sequences: Sequence[Running], slots: int) -> None:
+    def __init__(self, model: GPT, sequences: Sequence[Running], slots: int, dtype: torch.dtype | None = None) -> None:
         weight = model.model.embed_tokens.weight
         self.model, self.device = model, weight.device
         self.running, self.waiting = list(sequences[:slots]), deque(sequences[slots:])
         longest = max(each.max_length for each in sequences)
-        self.cache = BatchCache(model.config, len(self.running), longest, weight.dtype, weight.device)
+        self.cache = BatchCache(model.config, len(self.running), longest, dtype or weight.dtype, weight.device)
 
     def step(self, sampler: Sampler, stop_ids: Collection[int]) -> Iterator[Running]:
         """Append a token to the sequences that must be computed from their start, if any, else to all; yield the ended.

@@ -20,11 +20,10 @@ def eagerly(model: GPT) -> AbstractContextManager[None]:
 class Session:
     """A model and the KV cache of one sequence, which grows with every call."""
 
-    def __init__(self, model: GPT, max_length: int, dtype: torch.dtype | None = None) -> None:
-        """Make room for a sequence, in the dtype of the weights unless the model computes in another."""
+    def __init__(self, model: GPT, max_length: int) -> None:
         weight = model.model.embed_tokens.weight
         self.model, self.device = model, weight.device
-        self.cache = KVCache(model.config, max_length, dtype or weight.dtype, weight.device)
+        self.cache = KVCache(model.config, max_length, weight.dtype, weight.device)
         self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)
 
     def next_logits(self, tokens: Tensor) -> Tensor:
