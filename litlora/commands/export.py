@@ -19,7 +19,8 @@ from litlora.export.model_card import copy_card
 from litlora.export.ollama import MODELFILE, modelfile, template_hash
 from litlora.export.receipt import RECEIPT, Receipt
 from litlora.export.server_limits import limits_of, refuse_faults
-from litlora.export.verification import log_verdict, passes_receipt_on
+from litlora.export.verdict import log_verdict
+from litlora.export.verification import passes_receipt_on
 from litlora.hub.origin import origin
 from litlora.lora.adapter_folder import CONFIG, read_prompt_style
 from litlora.lora.checkpoint import read_adapters

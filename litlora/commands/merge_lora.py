@@ -5,7 +5,8 @@ import torch
 from litlora.args.inference import MergeLoraArgs
 from litlora.commands.early_checks import check_merge
 from litlora.export.receipt import RECEIPT
-from litlora.export.verification import log_verdict, passes_receipt_on, verify_folder
+from litlora.export.verdict import log_verdict
+from litlora.export.verification import passes_receipt_on, verify_folder
 from litlora.lora.merge import merge_adapters
 from litlora.lora.selection import Adapters
 from litlora.models.checkpoint import EMBEDDING, Checkpoint

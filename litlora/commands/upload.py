@@ -5,7 +5,8 @@ from litlora.errors import LitLoraError
 from litlora.export.model_card import copy_card
 from litlora.export.publication import CARD, kind_of, published
 from litlora.export.receipt import RECEIPT
-from litlora.export.verification import log_verdict, verify_copy
+from litlora.export.verdict import log_verdict
+from litlora.export.verification import verify_copy
 from litlora.hub.download import Repo
 from litlora.hub.upload import upload as commit
 from litlora.utils.console import log, output

@@ -1,7 +1,6 @@
 """Whether an adapter or a merged checkpoint is the network whose training left a receipt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -19,11 +18,10 @@ from litlora.export.receipt import (
     Receipt,
     dtype_name,
     file_hash,
-    largest_difference,
-    score,
     tokenized,
 )
 from litlora.export.scoring import Engine, LitLoraEngine
+from litlora.export.verdict import Verdict, compare
 from litlora.lora.adapter_folder import WEIGHTS, find_base, find_named_gguf, read_prompt_style
 from litlora.lora.checkpoint import load_with_adapters, read_quantization
 from litlora.lora.selection import Adapters, Weighted
@@ -31,36 +29,11 @@ from litlora.models.checkpoint import EMBEDDING, Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.nn.backend import default_device
 from litlora.nn.nf4 import Quantization
-from litlora.utils.console import log
 
 TOLERANCES = {"litlora": 1e-4, "peft": 1e-3}
 """Of a log-probability in nats, between two float32 computations with the same weights."""
-MARGIN = 3.0  # on the largest change that random roundings make
 SHARES = {"bfloat16": 1.0, "float16": 1 / 8}
 """How large a rounding of weights to a dtype is, as a multiple of that to bfloat16."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The largest difference in log-probability of each prompt, and what is wrong."""
-
-    differences: list[float]
-    tolerance: float
-    storage: str
-    """The type of the weights, for which the tolerance is."""
-    faults: list[str]
-    notes: Sequence[str] = ()
-
-    def refuse_faults(self, folder: Path) -> None:
-        """Raise a LitLoraError if anything is wrong."""
-        if self.faults:
-            hint = "export it again from the adapter"
-            raise LitLoraError(f"{folder} is not the network that was trained: {'; '.join(self.faults)}; {hint}")
-
-    def __str__(self) -> str:
-        rows = [f"prompt {n}: largest difference {value:.2e}" for n, value in enumerate(self.differences, start=1)]
-        verdict = "different" if self.faults else "the same"
-        return "\n".join([*rows, *self.notes, f"tolerance {self.tolerance:.2e} for {self.storage} weights: {verdict}"])
 
 
 def verify_copy(path: Path, base_dir: Path | None = None, engine: EngineName | None = None) -> Verdict:
@@ -92,27 +65,6 @@ def verify_folder(folder: Path, base_dir: Path | None = None, engine: EngineName
     return verdict
 
 
-def compare(
-    receipt: Receipt,
-    engine: Engine,
-    tolerance: float,
-    share: float,
-    storage: str,
-    faults: Sequence[str],
-    notes: Sequence[str] = (),
-) -> Verdict:
-    """Compare what an engine computes with a receipt, where weights are rounded by a share of bfloat16's rounding."""
-    scored = score(engine, receipt.prompts)
-    differences = [
-        largest_difference(own, probe.expected()) for own, probe in zip(scored, receipt.prompts, strict=True)
-    ]
-    limit = tolerance + MARGIN * share * receipt.sensitivity
-    # Not "above": a comparison with NaN is false.
-    if not all(difference <= limit for difference in differences):
-        faults = [*faults, f"log-probabilities differ by {max(differences):.2e}, above the tolerance of {limit:.2e}"]
-    return Verdict(differences, limit, storage, list(faults), notes)
-
-
 def rounding_share(receipt: Receipt, *, merged: bool) -> float:
     """Return how far the weights of a copy are rounded otherwise than in training."""
     if not merged:
@@ -125,12 +77,6 @@ def passes_receipt_on(adapters: Adapters, dequantized: bool) -> bool:
     if len(adapters) != 1 or adapters[0].weight != 1 or not (adapters[0].folder / RECEIPT).is_file():
         return False
     return dequantized or read_quantization(adapters[0].folder) is None
-
-
-def log_verdict(verdict: Verdict, folder: Path) -> None:
-    """Print whether what was written computes what its receipt has; LitLoraError where it does not."""
-    log(str(verdict))
-    verdict.refuse_faults(folder)
 
 
 def _load(receipt: Receipt, base: Checkpoint, adapter: Path | None, engine: EngineName) -> Engine:

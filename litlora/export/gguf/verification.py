@@ -11,7 +11,7 @@ from litlora.export.gguf.tokenizer import OTHER_SPLITTING
 from litlora.export.gguf.writer import FILE_TYPES
 from litlora.export.ollama import MODELFILE, stops_of, template_hash
 from litlora.export.receipt import TEMPLATE, Probe, Receipt, text_hash
-from litlora.export.verification import Verdict, compare
+from litlora.export.verdict import Verdict, compare
 from litlora.models.gguf.library import gguf
 
 TOLERANCE = 1e-3
