@@ -1,10 +1,10 @@
 """Which source each validation row comes from, as dataset.json holds it: for a validation loss of each source."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
+from itertools import groupby, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,17 @@ def read_row_sources(split: Path) -> RowSources:
 
 
 def _checked(about: Any, split: Path) -> RowSources:
-    content = split.read_bytes()
+    digest, lines = sha256(), 0
+    with split.open("rb") as file:
+        for line in file:
+            digest.update(line)
+            lines += 1
     try:
-        sources = RowSources(tuple(map(str, about["sources"])), tuple(_expanded(about["rows"])))
-        matches = about["sha256"] == sha256(content).hexdigest() and len(sources.rows) == content.count(b"\n")
-        is_valid = matches and set(sources.rows) <= set(range(len(sources.names)))
-    except (AttributeError, KeyError, TypeError, ValueError):
+        rows = tuple(islice(_expanded(about["rows"]), lines + 1))  # a count may be any number
+        sources = RowSources(tuple(map(str, about["sources"])), rows)
+        matches = about["sha256"] == digest.hexdigest() and len(rows) == lines
+        is_valid = matches and set(rows) <= set(range(len(sources.names)))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         is_valid = False
     if is_valid:
         return sources
@@ -65,7 +70,7 @@ def _checked(about: Any, split: Path) -> RowSources:
     return ONE_SOURCE
 
 
-def _expanded(rows: str) -> Iterable[int]:
+def _expanded(rows: str) -> Iterator[int]:
     for run in rows.split():
         source, _, count = run.partition("x")
-        yield from [int(source)] * int(count or 1)
+        yield from repeat(int(source), int(count or 1))

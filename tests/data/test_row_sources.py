@@ -1,6 +1,7 @@
 """dataset.json says which source each validation row comes from."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,13 @@ def spoil(**keys: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [drop_a_row, swap_rows, lambda: spoil(rows="7 x"), lambda: spoil(rows=None), lambda: spoil(sources=["a"])]
+    "change",
+    [
+        drop_a_row,
+        swap_rows,
+        *(partial(spoil, rows=rows) for rows in ("7 x", "0x999999999999", f"0x{'9' * 40}", None)),
+        partial(spoil, sources=["a"]),
+    ],
 )
 def test_changed_rows_have_no_sources(change, capsys):
     prepare("--source", "a.jsonl", "--source", "b.jsonl", "--val_split_fraction", "0.4")
