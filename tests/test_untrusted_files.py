@@ -18,7 +18,7 @@ import torch
 from helpers.families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
-from litlora.export.gguf.tensors import GGUFTensor
+from litlora.models.gguf.tensors import GGUFTensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -32,10 +32,10 @@ class CheckpointFiles:
 
         LitLoraError if one of them is missing or not supported.
         """
+        config = read_config(checkpoint_dir)
         if gguf is not None:
             read_gguf(gguf)  # only a check
-        weights = weight_files(checkpoint_dir) if gguf is None else [gguf]
-        return cls(checkpoint_dir, *read_config(checkpoint_dir), weights)
+        return cls(checkpoint_dir, *config, weight_files(checkpoint_dir) if gguf is None else [gguf])
 
     @property
     def gguf(self) -> Path | None:

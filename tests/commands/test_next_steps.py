@@ -7,6 +7,7 @@ from litlora.args import COMMANDS
 from litlora.cli.parser import Call, parse
 from litlora.commands.next_steps import next_steps
 
+ROOT = Path(__file__).parents[2]
 PROMPT = "--prompt 'Name three primary colors.'"
 NEXT = {
     "download org/name": [
@@ -41,7 +42,8 @@ def test_next_commands_have_real_paths_and_parse(command):
     assert lines == NEXT[command]
 
 
-def test_examples_of_help_parse():
+def test_examples_of_help_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)  # one names a file of config_hub
     for name, kind in COMMANDS.items():
         for example in kind.examples:
             call = parse(shlex.split(example)[1:])

@@ -96,7 +96,7 @@ def test_date_of_a_template_is_part_of_the_tokens_and_comes_from_the_resumed_run
 
     def keys() -> list[str]:
         days = (StyleSettings("chat", {}, f"2026-01-{day}") for day in (30, 31))
-        return [SplitEncoder(Tokenizer(base), day, True).key(data / "train.jsonl") for day in days]
+        return [SplitEncoder(Tokenizer(base), day, True).key("a split's hash") for day in days]
 
     assert len(set(keys())) == 1
     (base / "chat_template.jinja").write_text("{{ strftime_now('%d') }}" + TEMPLATE, encoding="utf-8")
