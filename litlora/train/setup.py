@@ -206,6 +206,7 @@ class Inputs:
 
 def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: torch.device, ranks: Ranks) -> Inputs:
     """Open the base and find the splits; refuse settings that do not fit them."""
+    check_loggers(args.logger_name)
     refuse_adapter(args.checkpoint_dir)
     checkpoint = Checkpoint.open(base or CheckpointFiles.find(args.checkpoint_dir, args.gguf))
     tokenizer = Tokenizer(checkpoint.dir, checkpoint.hub_config)
@@ -220,7 +221,6 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     limits = server_limits(args, lora, checkpoint.hub_config)
     refuse_faults(args.deploy, limits)
     log_notes(limits)
-    check_loggers(args.logger_name)
     check_optimizer(args.optimizer, args.train.peak_rate, device, args.lora_plus_ratio)
     if args.quantize and not args.gguf:
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
