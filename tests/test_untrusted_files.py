@@ -566,5 +566,5 @@ def test_tokens_beyond_the_vocabulary_are_one_sentence(tiny, data_dir, tmp_path,
         (folder / IDS).write_bytes(b"\xff\xff\xff\x7f" * (len((folder / IDS).read_bytes()) // 4))
         (folder / MANIFEST).write_text(json.dumps(token_cache.hash_files(folder)), encoding="utf-8")
     capsys.readouterr()
-    assert main([*command, "--dry_run"]) == 1
+    assert main([*command, "--overwrite", "true", "--dry_run"]) == 1
     assert "with token ids that the model does not have" in capsys.readouterr().err.splitlines()[-1]
