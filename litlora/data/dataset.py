@@ -141,7 +141,7 @@ def require_rows(name: str, rows: int, invalid: Invalid, row_format: RowFormat) 
 def split(count: int, val_split_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return which rows are for training and for validation, as Lit-GPT splits them, so that losses are comparable.
 
-    It calls torch's random_split, of which this gives the result without torch: that takes seconds and 200 MB.
+    It calls torch's random_split. This gives the same result without torch, whose import takes seconds and 200 MB.
     """
     val_size = int(count * val_split_fraction)
     train_size = int(count * (1 - val_split_fraction))

@@ -1,4 +1,4 @@
-"""JSON texts of any size: their values one by one, of which only a window is in memory."""
+"""JSON texts of any size: their values one by one, with only a window of the text in memory."""
 
 import codecs
 import json
@@ -70,12 +70,12 @@ class JsonText:
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, deeply nested lists
                 raise LitLoraError(f"{self._name} is not valid JSON ({error})") from error
             length = end - self._position
-            if end < len(self._window) or not self._extend():  # else a number may go on
+            if end < len(self._window) or not self._extend():  # else a number may continue
                 self._position += length
                 return value
 
     def end(self) -> None:
-        """Refuse a text that goes on."""
+        """Refuse a text that continues."""
         if self.peek():
             self._refuse("Extra data")
 

@@ -118,7 +118,7 @@ def split_lines(name: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
     r"""Yield the lines of a text with their ends; a \r alone ends a line too."""
     rest, number = b"", 1
     for chunk in chunks:
-        # The last line may go on in the next chunk, or its \r be followed by \n
+        # The last line may continue in the next chunk, or its \r be followed by \n
         *lines, rest = (rest + chunk).splitlines(keepends=True) or [b""]
         yield from lines
         number += len(lines)

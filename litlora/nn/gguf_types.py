@@ -14,7 +14,7 @@ class BlockType:
     """Of a block."""
 
     def row_bytes(self, width: int) -> int:
-        """Return the bytes of a row of so many values, which are a whole number of blocks."""
+        """Return the bytes of a row of `width` values, which are a whole number of blocks."""
         return width // self.values * self.nbytes
 
 

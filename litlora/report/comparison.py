@@ -7,21 +7,10 @@ from markupsafe import Markup
 
 from litlora.report.chart import COLORS, Curve, line_chart, smoothed
 from litlora.report.files import Row, RunFiles
-from litlora.report.page import curve, figure
+from litlora.report.page import FIGURES, curve, figure
 from litlora.report.template import render
 
-FIGURES = {
-    "start_val_loss": "validation loss before",
-    "val_loss": "validation loss after",
-    "train_loss": "training loss, last epoch",
-    "steps": "steps",
-    "tokens": "tokens",
-    "seconds": "time of the steps",
-    "tokens_per_second": "tokens/s",
-    "peak_memory_gb": "peak memory",
-    "trainable_parameters": "trainable parameters",
-}
-"""Figures of report.json, by what the page calls them."""
+COMPARED = {"start_val_loss": "validation loss before", "val_loss": "validation loss after", **FIGURES}
 BEST: dict[str, Callable[[Sequence[float]], float]] = {
     "val_loss": min, "train_loss": min, "seconds": min, "tokens_per_second": max, "peak_memory_gb": min,
 }  # fmt: skip
@@ -86,7 +75,7 @@ def run_curves(names: Sequence[str], curves: Sequence[Sequence[tuple[float, floa
 def figures(runs: Sequence[RunFiles]) -> list[tuple[str, list[tuple[str, bool]]]]:
     """Return the figures of the runs, a row each, with the best of a row marked."""
     rows = []
-    for key, name in FIGURES.items():
+    for key, name in COMPARED.items():
         values = [run.report.get(key, last(run.metrics, key)) for run in runs]
         if present := [value for value in values if value is not None]:
             best = BEST[key](present) if key in BEST and len(set(present)) > 1 else None

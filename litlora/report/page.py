@@ -11,7 +11,7 @@ from litlora.report.files import Row, RunFiles, Sample
 from litlora.report.rows import texts_of
 from litlora.report.template import render
 
-TILES = {
+FIGURES = {
     "train_loss": "training loss, last epoch",
     "steps": "steps",
     "tokens": "tokens",
@@ -19,9 +19,9 @@ TILES = {
     "tokens_per_second": "tokens/s",
     "peak_memory_gb": "peak memory",
     "trainable_parameters": "trainable parameters",
-    "frozen_parameters": "frozen parameters",
 }
-"""Figures of report.json that the page shows, by what it calls them."""
+"""Figures of report.json that the pages show, by what they call them."""
+TILES = {**FIGURES, "frozen_parameters": "frozen parameters"}
 
 BODY = """{% extends "base" %}
 {% macro table(rows) %}<table class="pairs">{% for name, value in rows %}

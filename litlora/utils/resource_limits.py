@@ -63,7 +63,7 @@ def limited_memory() -> Iterator[None]:
 def within_cpu_time(work: Callable[[], Result], seconds: float) -> Result:
     """Return the result of work in C code that other threads run beside; TimeoutError once it has taken too much.
 
-    The work itself cannot be ended: it goes on until the process ends.
+    The work itself cannot be ended: it continues until the process ends.
     """
     results: list[tuple[Result | None, BaseException | None]] = []
     thread = threading.Thread(target=_run, args=(work, results), daemon=True)

@@ -22,7 +22,7 @@ ESCAPES = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
 
 
 def seen_on_terminal(columns: int, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return what a function writes to stderr, where that is a terminal of so many columns."""
+    """Return what a function writes to stderr, where that is a terminal of n columns."""
     controller, terminal = pty.openpty()
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     chunks: list[bytes] = []

@@ -116,7 +116,7 @@ class _Cursor:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, least: int, what: str) -> int:
-        """Read a count of things that take so many bytes at least."""
+        """Read a count of things that take `least` bytes each, or more."""
         count: int = self.number("<Q")
         if count * least > (left := len(self.content) - self.position):
             self.refuse(f"{count} {what} do not fit in the {left} bytes that are left")
