@@ -5,12 +5,9 @@ import os
 
 TUNABLES = "GLIBC_TUNABLES"
 NO_CACHES = ("glibc.malloc.tcache_count=0", "glibc.malloc.mxfast=0")
-WAIT_POLICY = "OMP_WAIT_POLICY"
-SPINNING = (
-    WAIT_POLICY,
-    "GOMP_SPINCOUNT",
-    "KMP_BLOCKTIME",
-)  # how long OpenMP's threads spin: any runtime, GNU's, Intel's
+SHORT_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}
+"""How OpenMP's threads wait: any runtime's sleep, but GNU's spin before for about as long as lies between two products."""
+SPINNING = (*SHORT_WAITS, "KMP_BLOCKTIME")  # how long OpenMP's threads spin: any runtime, GNU's, Intel's
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
 """Device files of a machine with a GPU, which can be looked for before torch is imported."""
 
@@ -39,9 +36,9 @@ def allocator_settings() -> dict[str, str]:
 
 
 def let_threads_sleep() -> None:
-    """Have OpenMP's waiting threads sleep where there is no GPU: spinning ones take the cores from other processes.
+    """Have OpenMP's waiting threads sleep soon where there is no GPU: spinning ones take the cores from other processes.
 
-    OpenMP reads the variable when it is loaded, hence before torch is imported. A user's own setting stays.
+    OpenMP reads the variables when it is loaded, hence before torch is imported. A user's own setting stays.
     """
     if not has_gpu() and not any(name in os.environ for name in SPINNING):
-        os.environ[WAIT_POLICY] = "passive"
+        os.environ.update(SHORT_WAITS)
