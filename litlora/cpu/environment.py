@@ -6,7 +6,7 @@ import os
 TUNABLES = "GLIBC_TUNABLES"
 NO_CACHES = ("glibc.malloc.tcache_count=0", "glibc.malloc.mxfast=0")
 SHORT_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}
-"""How OpenMP's threads wait: any runtime's sleep, but GNU's spin before for about as long as lies between two products."""
+"""How OpenMP's threads wait: they sleep; GNU's first spin for about as long as lies between two products."""
 SPINNING = (*SHORT_WAITS, "KMP_BLOCKTIME")  # how long OpenMP's threads spin: any runtime, GNU's, Intel's
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
 """Device files of a machine with a GPU, which can be looked for before torch is imported."""
@@ -36,7 +36,7 @@ def allocator_settings() -> dict[str, str]:
 
 
 def let_threads_sleep() -> None:
-    """Have OpenMP's waiting threads sleep soon where there is no GPU: spinning ones take the cores from other processes.
+    """Have OpenMP's threads sleep soon where there is no GPU: spinning ones take the cores from other processes.
 
     OpenMP reads the variables when it is loaded, hence before torch is imported. A user's own setting stays.
     """
