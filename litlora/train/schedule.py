@@ -34,11 +34,6 @@ def total_steps(samples: int, args: TrainArgs) -> int:
     return requested if args.max_steps is None else min(requested, args.max_steps)
 
 
-def automatic_rate(hidden_size: int) -> float:
-    """Return the peak rate that Tinker's rule for LoRA on Llama gives: the wider the model, the lower."""
-    return float(f"{5e-5 * 10 * (2000 / hidden_size) ** 0.781:.3g}")  # as many digits as a user would write
-
-
 def learning_rate(step: int, total_steps: int, args: TrainArgs) -> float:
     """Return the rate of a step, counted from 1: linear warm-up, then cosine decay towards `min_lr`.
 

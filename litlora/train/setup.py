@@ -81,7 +81,8 @@ from litlora.train.resume import (
 )
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.samples import SampleRows, is_told_to_stop
-from litlora.train.schedule import automatic_rate, orders, total_steps
+from litlora.train.schedule import orders, total_steps
+from litlora.train.settled import with_rate
 from litlora.train.train_state import Progress, restore_state
 from litlora.utils.console import log, quietly, warn
 from litlora.utils.files import refuse_foreign_link
@@ -227,15 +228,6 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     encoder = SplitEncoder(tokenizer, settings, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
     return Inputs(args, checkpoint, tokenizer, style, why, args.init_adapter, lora, limit, encoder, splits)
-
-
-def with_rate(args: FinetuneLoraArgs, hidden_size: int) -> FinetuneLoraArgs:
-    """Replace a learning rate of auto by its number, which is what the run records and a resumed run compares."""
-    if args.train.learning_rate != "auto":
-        return args
-    rate = automatic_rate(hidden_size)
-    log(f"--train.learning_rate auto is {rate:g}: the checkpoint's hidden_size is {hidden_size}")
-    return replace(args, train=replace(args.train, learning_rate=rate))
 
 
 def _lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:

@@ -18,7 +18,7 @@ from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT
 from litlora.nn.nf4 import Quantization
 from litlora.train import loop
 from litlora.train.optimizers import PAGED
-from litlora.train.schedule import automatic_rate, learning_rate, orders, total_steps
+from litlora.train.schedule import learning_rate, orders, total_steps
 
 BASES = [[], ["--quantize", "bnb.nf4-dq"]]
 INIT_ARGS = {
@@ -66,11 +66,6 @@ def test_warm_up_may_be_a_fraction_of_all_steps():
     args = TrainArgs(learning_rate=1.0, lr_warmup_fraction=0.5)
     assert learning_rate(10, 20, args) == 1.0
     assert learning_rate(9, 20, args) == 0.9
-
-
-@pytest.mark.parametrize(("hidden_size", "rate"), [(576, 1.32e-3), (2000, 5e-4), (4096, 2.86e-4)])
-def test_the_automatic_rate_falls_with_the_hidden_size(hidden_size, rate):
-    assert automatic_rate(hidden_size) == rate
 
 
 def test_smaller_last_global_batch_is_a_step():

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 import litlora
 from litlora.__main__ import main
 from litlora.args.finetune import FinetuneLoraArgs, TrainArgs
+from litlora.cli.parser import parse
+from litlora.commands.early_checks import check_early
 from litlora.errors import RESUME, LitLoraError
 from litlora.report.files import read_settings
 from litlora.train.resume import TOKENIZATION, Identity
-from litlora.train.schedule import automatic_rate
+from litlora.train.settled import automatic_rate
 from litlora.utils.locks import locked
 
 
@@ -52,11 +54,15 @@ def stopped(world) -> None:
     shutil.rmtree("out/final")
 
 
-def run(*flags: object, out: str = "out") -> int:
+def command(*flags: object, out: str = "out") -> list[str]:
     folders = ["--checkpoint_dir", "base", "--data_dir", "data", "--out_dir", out]
     settings = "--precision 32-true --lora_dropout 0.1 --train.learning_rate 1e-2 --eval.max_new_tokens 0"
     sizes = "--train.global_batch_size 4 --train.save_interval 1"
-    return main(["finetune_lora", *folders, *settings.split(), *sizes.split(), *map(str, flags)])
+    return ["finetune_lora", *folders, *settings.split(), *sizes.split(), *map(str, flags)]
+
+
+def run(*flags: object, out: str = "out") -> int:
+    return main(command(*flags, out=out))
 
 
 def steps(out_dir: str = "out") -> list[int]:
@@ -95,7 +101,9 @@ def test_an_automatic_rate_is_recorded_and_resumed_as_its_number(world, capsys):
     shutil.rmtree("out/final")
     assert run("--resume", "true", "--train.max_steps", 2, "--train.learning_rate", rate) == 0
     shutil.rmtree("out/final")
-    assert run("--resume", "true", "--train.max_steps", 3, *automatic) == 0
+    resumed = command("--resume", "true", "--train.max_steps", 3, *automatic)
+    check_early(parse(resumed).args)
+    assert main(resumed) == 0
 
 
 def test_fewer_steps_are_refused(stopped, capsys):
