@@ -1,7 +1,7 @@
 """Examples as token ids, with the supervised tokens marked by character offsets."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from litlora.data.rendered import Rendered
 from litlora.data.tokenizer import Encodings, Tokenizer
 from litlora.data.tokens import ABOUT, Tokens
 
+CONTEXT = 32  # characters, behind which the tokens of a text do not depend on what comes before or after
+
 
 class RenderedRow(NamedTuple):
     """A rendered sequence before it is tokenized, and what the checks of the data found about it."""
@@ -22,6 +24,52 @@ class RenderedRow(NamedTuple):
     flags: int = 0
     same: int = 0
     similar: int = 0
+
+
+class TokenizedText(NamedTuple):
+    """A rendered text with its ids and their spans."""
+
+    rendered: Rendered
+    ids: NDArray[np.int32]
+    spans: NDArray[np.int32]  # (tokens, 2)
+
+    def from_character(self, position: int) -> "TokenizedText":
+        """Return the same text with those tokens only that end behind a position."""
+        first = int(np.searchsorted(self.spans[:, 1], position, side="right"))
+        return self._replace(ids=self.ids[first:], spans=self.spans[first:])
+
+    def begins_with(self, ids: NDArray[np.int32]) -> bool:
+        """Tell whether these are the first ids."""
+        return np.array_equal(self.ids[: len(ids)], ids)
+
+
+class EndOfPrompt(NamedTuple):
+    """The last characters of a prompt, and where they start."""
+
+    start: int
+    rendered: Rendered
+
+    @classmethod
+    def of(cls, row: TokenizedText, tokenizer: Tokenizer) -> Self:
+        """Return the end of a row's prompt, from the last special token on or from a token far enough before it."""
+        earliest = max(0, len(row.rendered.prompt) - 2 * CONTEXT)
+        token = int(np.searchsorted(row.spans[:, 0], earliest, side="right")) - 1
+        start = int(row.spans[token, 0])
+        end = row.rendered.prompt_from(start)
+        special = tokenizer.last_special(end)
+        return cls(start + special, end.prompt_from(special))
+
+    def is_same_in(self, row: TokenizedText, alone: TokenizedText) -> bool:
+        """Tell whether its tokens alone are those of the row.
+
+        The first ones of a long end are left out: they may depend on what comes before it.
+        """
+        length = len(alone.rendered.text)
+        skipped = max(0, length - CONTEXT)
+        theirs, own = row.from_character(self.start + skipped), alone.from_character(skipped)
+        if not len(own.ids) or not len(theirs.ids):
+            return False
+        return bool(theirs.spans[0, 0] == self.start + own.spans[0, 0]) and theirs.begins_with(own.ids)
 
 
 def encode(examples: Iterable[Example], tokenizer: Tokenizer, style: PromptStyle, *, mask_prompt: bool) -> Tokens:
@@ -60,32 +108,44 @@ def _flags(
 ) -> list[int]:
     """Return a bit for each check of sequences that found something, for each sequence."""
     ids, spans = encodings.by_text(encodings.ids), encodings.by_text(encodings.spans)
-    prefixes = _prompts_are_prefixes(rendered, ids, spans, tokenizer)
+    prefixes = _prompts_are_prefixes(list(map(TokenizedText, rendered, ids, spans)), tokenizer)
     facts = map(SequenceFacts, rendered, ids, labels.tolist(), prefixes, [tokenizer.bos_id] * len(ids))
     return [flags_of_sequence(each) for each in facts]
 
 
-def _prompts_are_prefixes(
-    rendered: Sequence[Rendered],
-    ids: Sequence[NDArray[np.int32]],
-    spans: Sequence[NDArray[np.int32]],
-    tokenizer: Tokenizer,
-) -> list[bool]:
+def _prompts_are_prefixes(rows: Sequence[TokenizedText], tokenizer: Tokenizer) -> list[bool]:
     """Tell for each sequence whether the prompt alone has the ids with which the sequence begins.
 
-    What comes before the last special token of a prompt cannot change: only the rest is tokenized again.
+    What follows a prompt changes the tokens next to it. So the end of a prompt is tokenized again, and the whole of it
+    only where the end has other ids, since this can also come from what the end lacks before it.
     """
-    starts = [tokenizer.last_special(each) for each in rendered]
-    rests = [each.prompt_from(start) for each, start in zip(rendered, starts, strict=True)]
-    unique = {rest: n for n, rest in enumerate(dict.fromkeys(rests))}
-    alone = tokenizer.encode_rendered(list(unique), add_special_tokens=False)
-    pieces = alone.by_text(alone.ids)
-    prompts = [pieces[unique[rest]] for rest in rests]
-    firsts = [int(np.searchsorted(each[:, 1], start, side="right")) for each, start in zip(spans, starts, strict=True)]
+    have_end = _have_end_of_prompt(rows, tokenizer)
+    have_whole = iter(_have_prompt([row for row, found in zip(rows, have_end, strict=True) if not found], tokenizer))
+    return [found or next(have_whole) for found in have_end]
+
+
+def _have_end_of_prompt(rows: Sequence[TokenizedText], tokenizer: Tokenizer) -> list[bool]:
+    ends = [EndOfPrompt.of(row, tokenizer) for row in rows]
+    alone = _tokenize([end.rendered for end in ends], tokenizer)
+    return [end.is_same_in(row, text) for end, row, text in zip(ends, rows, alone, strict=True)]
+
+
+def _have_prompt(rows: Sequence[TokenizedText], tokenizer: Tokenizer) -> list[bool]:
+    """Tell the same from the prompts' last special tokens on: what comes before one cannot change."""
+    starts = [tokenizer.last_special(row.rendered) for row in rows]
+    alone = _tokenize([row.rendered.prompt_from(start) for row, start in zip(rows, starts, strict=True)], tokenizer)
     return [
-        np.array_equal(each[first : first + len(prompt)], prompt)
-        for each, first, prompt in zip(ids, firsts, prompts, strict=True)
+        row.from_character(start).begins_with(text.from_character(0).ids)
+        for row, start, text in zip(rows, starts, alone, strict=True)
     ]
+
+
+def _tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer) -> list[TokenizedText]:
+    """Tokenize texts, equal ones once."""
+    unique = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+    encodings = tokenizer.encode_rendered(list(unique), add_special_tokens=False)
+    tokenized = list(map(TokenizedText, unique, encodings.by_text(encodings.ids), encodings.by_text(encodings.spans)))
+    return [tokenized[unique[text]] for text in texts]
 
 
 def _overlaps_any(

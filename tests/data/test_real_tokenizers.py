@@ -4,21 +4,25 @@ The oracles are tiktoken, tokenizers and sentencepiece on the package's own file
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata, resources
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
 from helpers.tiktoken_files import read_tekken, read_tiktoken, to_backend
 from tokenizers import Tokenizer as Backend
 
+from litlora.data.checks import NAMES
 from litlora.data.dataset import read_rows
-from litlora.data.encoding import encode
+from litlora.data.encoding import RenderedRow, encode, encode_rows
 from litlora.data.examples import Example
 from litlora.data.readers import jsonl_rows
+from litlora.data.rendered import Rendered
 from litlora.data.row_formats import ANY
 from litlora.data.tokenizer import Tokenizer
 
@@ -35,6 +39,27 @@ HARD = [
     {"instruction": "Indent.", "input": "", "output": "    if x:\n\t\treturn  [0]   \n\n"},
     {"instruction": "Grüße auf 日本語 🦙", "input": "ﬁ\u00a0Ａ e\u0301", "output": " 🚪👩‍👩‍👧 ▁x a▁b"},
     {"instruction": "it's", "input": "we'll", "output": "'S DON'T"},
+]
+PIECES = [
+    *(
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        " " * 33,
+        "\u00a0",
+        "hello",
+        " world",
+        "it's",
+        "'S",
+        "123",
+        "7",
+        "a",
+        "ab" * 30,
+    ),
+    *("=", "====", "-" * 40, "." * 17, "x" * 50, "日本語", "日", "。", "🦙", "e\u0301", "Ünï", "▁", "http://a.b/c?d=1"),
 ]
 
 
@@ -140,3 +165,23 @@ def test_mask_starts_with_the_first_token_of_the_response(tokenizer, name):
             assert text[:start].startswith(before.rstrip("\ufffd"))
             assert len(through) > start or "\ufffd" in through
             assert tokenizer.decode(ids) == text.removesuffix(tokenizer.eos_token) and end == len(text)
+
+
+def texts(count: int) -> Iterator[Rendered]:
+    """Yield texts with a prompt, of pieces whose tokens depend on what is next to them."""
+    draw = Random(0)
+    for size in draw.choices([0, 1, 3, 10, 30], k=count):
+        prompt, answer = ("".join(draw.choices(PIECES, k=length)) for length in (size, 1 + size % 5))
+        yield Rendered(prompt + answer, ((len(prompt), len(prompt + answer)),))
+
+
+def test_prompts_with_other_tokens_are_found_by_their_end(tokenizer):
+    """Compare with tokenizing each prompt, which takes as long as tokenizing the rows."""
+    rendered, style = list(texts(300)), tokenizer.prompt_style("alpaca")
+    rows = encode_rows([RenderedRow(each, 1) for each in rendered], tokenizer, style, mask_prompt=False)
+    ids = [np.where(part < 0, ~part, part).tolist() for part in np.split(rows.ids, rows.offsets[1:-1])]
+    prompts = [tokenizer.encode_prompt(style, each.last_prompt) for each in rendered]
+    expected = [row[: len(prompt)] != prompt for row, prompt in zip(ids, prompts, strict=True)]
+    found = (rows.about["flags"] >> NAMES.index("prompt_not_prefix") & 1).astype(bool).tolist()
+    assert found == expected
+    assert 0 < sum(expected) < len(expected) / 2
