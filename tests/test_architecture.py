@@ -68,6 +68,7 @@ def test_late_imports_have_a_reason():
                     ("lora/pissa.py", "copy_whole", "torch.distributed.tensor"),
                     ("commands/chat.py", "chat", "prompt_toolkit"),
                     ("models/checkpoint.py", "open_weights", "litlora.models.gguf"),
+                    ("models/gguf/folder.py", "_checked_config", "litlora.models.gguf"),
                     ("evaluation/metrics.py", "rouge", "rouge_score.rouge_scorer"),
                     ("evaluation/tasks.py", "find_tasks", "lm_eval.tasks"),
                     ("commands/evaluate.py", "evaluate_tasks", "litlora.evaluation.lm_eval_model"),

@@ -9,6 +9,7 @@ from typing import Any, Self
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, INDEX, PICKLES, WEIGHTS
 from litlora.models.config import GPTConfig
+from litlora.models.gguf.folder import complete_folder
 from litlora.models.gguf.reader import SUFFIX, read_gguf
 from litlora.utils.files import read_json
 
@@ -30,11 +31,11 @@ class CheckpointFiles:
     def find(cls, checkpoint_dir: Path, gguf: Path | None = None) -> Self:
         """Read config.json and find the weights, which may be a GGUF file of the same model in another place.
 
-        LitLoraError if one of them is missing or not supported.
+        The file completes a folder without config or tokenizer. LitLoraError if something is missing or not supported.
         """
+        if gguf is not None and checkpoint_dir.is_dir():
+            complete_folder(checkpoint_dir, read_gguf(gguf))
         config = read_config(checkpoint_dir)
-        if gguf is not None:
-            read_gguf(gguf)  # only a check
         return cls(checkpoint_dir, *config, weight_files(checkpoint_dir) if gguf is None else [gguf])
 
     @property

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
@@ -11,45 +10,10 @@ from litlora.data.sentencepiece_model import SPACE, SentencePieceModel
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.models.gguf.library import gguf
+from litlora.models.gguf.splittings import OTHER_SPLITTING, SPLITTINGS, Splitting
 from litlora.utils.console import log
 
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORD, BREAKS, BLANKS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\s*[\r\n]+", r"\s+(?!\S)|\s+"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-BEFORE = r"[^\r\n\p{L}\p{N}]?"
-GPT_2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{BLANKS}"
-LLAMA_3 = rf"{CONTRACTIONS}|{WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{BREAKS}|{BLANKS}"
-QWEN_2 = LLAMA_3.replace("{1,3}", "")
-SEED = rf"{CONTRACTIONS}|{WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{BREAKS}|{BLANKS}"
-REST = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{BREAKS}|{BLANKS}"
-TEKKEN = rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*|\p{{N}}|{REST}"
-GPT_4O = rf"{BEFORE}{UPPER}*{LOWER}+{CONTRACTIONS}?|{BEFORE}{UPPER}+{LOWER}*{CONTRACTIONS}?|\p{{N}}{{1,3}}|{REST}"
-
-
-@dataclass(frozen=True)
-class Splitting:
-    """How llama.cpp splits a text before it merges, by the name that a file has for it."""
-
-    name: str
-    patterns: tuple[str, ...]
-    """Regular expressions, each of which splits what the ones before it left."""
-    ignores_merges: bool = False
-    """Whether a word that is a token is not merged."""
-
-
-SPLITTINGS = (
-    Splitting("gpt-2", (GPT_2,)),
-    Splitting("smollm", (r"\p{N}", GPT_2)),
-    Splitting("llama-bpe", (LLAMA_3,), ignores_merges=True),
-    Splitting("smaug-bpe", (LLAMA_3,)),
-    Splitting("qwen2", (QWEN_2,)),
-    Splitting("tekken", (TEKKEN,), ignores_merges=True),
-    Splitting("gpt-4o", (GPT_4O,)),
-    Splitting("seed-coder", (SEED,)),
-)
 UNSPLIT = "llama.cpp has nothing that splits a text as this tokenizer does"
-OTHER_SPLITTING = "litlora.tokenizer.other_splitting"
-"""The key of a file in which llama.cpp splits a text otherwise than the checkpoint's tokenizer."""
 PROBE = (
     "Hello World, it's WE'LL I'd camelCase HTTPServer x2y 1 12 123 1234 12345.67 3½ ½\n\n\n  two\t\ttabs \r\n"
     " end.\n/path/to//file !!\n ??? ()\n()[] — «ça» naïve Straße ÉCOLE e\u0301 日本語テスト 한국어 مرحبا हिन्दी \n \n"
@@ -89,7 +53,7 @@ def splitting_of(backend: Any, ignores_merges: bool) -> Splitting | None:
     """Return what splits a text in llama.cpp as this tokenizer does, by what both make of a probe, if anything does."""
     expected = _pieces(backend.pre_tokenizer, PROBE)
     found = [splitting for splitting in SPLITTINGS if _pieces(_pre_tokenizer(splitting), PROBE) == expected]
-    found.sort(key=lambda splitting: splitting.ignores_merges != ignores_merges)
+    found.sort(key=lambda splitting: splitting.is_llama_3 != ignores_merges)
     return found[0] if found else None
 
 

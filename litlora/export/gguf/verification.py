@@ -7,12 +7,12 @@ from typing import Any
 
 from litlora.errors import LitLoraError
 from litlora.export.engines.llama_cpp import LlamaCppEngine
-from litlora.export.gguf.tokenizer import OTHER_SPLITTING
 from litlora.export.gguf.writer import FILE_TYPES
 from litlora.export.ollama import MODELFILE, stops_of, template_hash
 from litlora.export.receipt import TEMPLATE, Probe, Receipt, text_hash
 from litlora.export.verdict import Verdict, compare
 from litlora.models.gguf.library import gguf
+from litlora.models.gguf.splittings import OTHER_SPLITTING
 
 TOLERANCE = 1e-3
 """Of a log-probability in nats, between llama.cpp and litlora in float32."""

@@ -90,21 +90,25 @@ def open_weights(files: CheckpointFiles, path: Path) -> tuple[CheckpointFiles, G
     Where the file has an output head, the model has one of its own: quantized, it may differ from a tied embedding.
     """
     header, config = read_gguf(path), files.config
-    own = architecture_of_checkpoint(files.hub_config, config)
-    if (expected := name_of(own)) != header.architecture:
-        raise _other_model(header, files, f"it is for llama.cpp's {header.architecture}, not {expected}")
-    names = TensorNames(own, config)
+    fault = next(differences(header, files.hub_config, config), None)
+    names = TensorNames(architecture_of_checkpoint(files.hub_config, config), config)
+    if fault is not None:
+        hint = "name the GGUF file and the checkpoint folder of the same model"
+        raise LitLoraError(f"{path} does not hold the model of {files.dir / 'config.json'}: {fault}; {hint}")
     if config.tie_word_embeddings and OUTPUT in header.tensors:
         hub_config = files.hub_config | {"tie_word_embeddings": False}
         files = replace(files, hub_config=hub_config, config=replace(config, tie_word_embeddings=False))
-    for fault in (*_different_keys(header, own, config), *_different_factors(header, config)):
-        raise _other_model(header, files, fault)
     return files, GGUFWeights(path, dict(_stored(header, names, files.config)))
 
 
-def _other_model(header: GGUFHeader, files: CheckpointFiles, fault: str) -> LitLoraError:
-    hint = "name the GGUF file and the checkpoint folder of the same model"
-    return LitLoraError(f"{header.path} does not hold the model of {files.dir / 'config.json'}: {fault}; {hint}")
+def differences(header: GGUFHeader, hub_config: Mapping[str, Any], config: GPTConfig) -> Iterator[str]:
+    """Yield in what a file's metadata is of another model than that of a config.json."""
+    own = architecture_of_checkpoint(hub_config, config)
+    if (expected := name_of(own)) != header.architecture:
+        yield f"it is for llama.cpp's {header.architecture}, not {expected}"
+        return
+    yield from _different_keys(header, own, config)
+    yield from _different_factors(header, config)
 
 
 def _stored(header: GGUFHeader, names: TensorNames, config: GPTConfig) -> Iterator[tuple[str, StoredInGGUF]]:
