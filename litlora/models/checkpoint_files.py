@@ -34,7 +34,7 @@ class CheckpointFiles:
         The file completes a folder without config or tokenizer. LitLoraError if something is missing or not supported.
         """
         if gguf is not None and checkpoint_dir.is_dir():
-            complete_folder(checkpoint_dir, read_gguf(gguf))
+            complete_folder(checkpoint_dir, read_gguf(gguf).require_trainable())
         config = read_config(checkpoint_dir)
         return cls(checkpoint_dir, *config, weight_files(checkpoint_dir) if gguf is None else [gguf])
 

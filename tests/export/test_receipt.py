@@ -251,7 +251,7 @@ def test_what_is_no_copy_is_refused_in_one_sentence(tiny, trained, tmp_path, cap
         (alone, "llama.cpp", "is an adapter: name the GGUF file of its base with --base_dir"),
         (alone, "peft", "is a GGUF file: leave --engine out"),
         (tiny, "llama.cpp", "no GGUF file: write one with litlora export"),
-        (tmp_path / "cut", "llama.cpp", "is not a complete GGUF file"),
+        (tmp_path / "cut", "llama.cpp", "is truncated or corrupt"),
         (other, "litlora", "receipt.json is of another adapter"),
     ):
         assert verify(folder, "--engine", engine) == 1

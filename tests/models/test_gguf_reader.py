@@ -99,8 +99,11 @@ CASES = {
     "an offset beyond the end": (file(tensors=(tensor(offset=2**62),)), "a would end at byte 4611686018427388"),
     "a crooked offset": (file(tensors=(tensor(offset=4),)), "a does not start at a multiple of 32"),
     "a tensor twice": (file(tensors=(tensor(), tensor())), "it has the tensor a twice"),
-    "an unsupported type": (file(tensors=(tensor(kind=23),)), "a is stored as IQ4_XS, but only BF16, F16, F32, Q4_0"),
-    "a type unknown": (file(tensors=(tensor(kind=4096),)), "a is stored as type 4096, but only"),
+    "part of a block of another type": (file(tensors=(tensor(kind=23),)), "a has the shape (8,), and blocks of 256"),
+    "beyond the end in another type": (
+        file(tensors=(tensor(dims=(256,), kind=23),)), "a would end at byte 200, and the file has 128"
+    ),
+    "a type unknown": (file(tensors=(tensor(kind=4096),)), "a is stored as type 4096, which is not known"),
 }  # fmt: skip
 
 
@@ -147,5 +150,14 @@ def test_any_change_is_read_or_refused(tmp_path_factory, changes):
     assert all(info.start + info.nbytes <= len(content) for info in header.tensors.values())
 
 
-def test_names_of_other_types_are_those_of_the_format():
-    assert all(gguf.GGMLQuantizationType(number).name == name for number, name in OTHER_TYPES.items())
+def test_other_types_are_read_but_not_trained_over(tmp_path):
+    header = read(tmp_path, file(tensors=(tensor(dims=(256,), kind=23),), data=b"\0" * 136))
+    assert header.tensors["a"].nbytes == 136
+    with pytest.raises(LitLoraError, match=r"a is stored as IQ4_XS, but only BF16, F16, F32, Q4_0, .* can be trained"):
+        header.require_trainable()
+
+
+def test_other_types_are_those_of_the_format():
+    for number, kind in OTHER_TYPES.items():
+        other = gguf.GGMLQuantizationType(number)
+        assert (kind.name, kind.values, kind.nbytes) == (other.name, *gguf.GGML_QUANT_SIZES[other])

@@ -11,14 +11,13 @@ from litlora.export.gguf.writer import FILE_TYPES
 from litlora.export.ollama import MODELFILE, stops_of, template_hash
 from litlora.export.receipt import TEMPLATE, Probe, Receipt, text_hash
 from litlora.export.verdict import Verdict, compare
-from litlora.models.gguf.library import gguf
+from litlora.models.gguf.reader import read_gguf
 from litlora.models.gguf.splittings import OTHER_SPLITTING
 
 TOLERANCE = 1e-3
 """Of a log-probability in nats, between llama.cpp and litlora in float32."""
 SHARES = {"f32": 0.0, "f16": 0.25, "bf16": 2.0, "q8_0": 5.0, "q4_0": 40.0}
 """How large the rounding of weights and activations is in a file, as a multiple of that of weights to bfloat16."""
-LONG = {f"tokenizer.ggml.{name}" for name in ("merges", "scores", "token_type")}  # metadata that is not needed
 COARSEST = 40.0  # for the types that litlora does not write
 
 
@@ -31,13 +30,8 @@ class GGUFFile:
 
     @classmethod
     def read(cls, path: Path) -> "GGUFFile":
-        """Read a file's header."""
-        try:
-            reader = gguf.GGUFReader(path)
-            return cls(path, {name: field.contents() for name, field in reader.fields.items() if name not in LONG})
-        except (IndexError, KeyError, OSError, TypeError, ValueError) as error:
-            fault = " ".join(str(error).split())
-            raise LitLoraError(f"{path} is not a complete GGUF file ({fault}): export it again") from error
+        """Read a file's header, which is checked against the size of the file."""
+        return cls(path, read_gguf(path).metadata)
 
     @property
     def is_adapter(self) -> bool:
@@ -51,8 +45,8 @@ class GGUFFile:
 
     def token(self, name: str) -> int | None:
         """Return the id of a special token, such as eos."""
-        token: int | None = self.values.get(f"tokenizer.ggml.{name}_token_id")
-        return token
+        token = self.values.get(f"tokenizer.ggml.{name}_token_id")
+        return token if isinstance(token, int) else None
 
     def text(self, token: int | None) -> str:
         """Return the text of a token."""

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from litlora.errors import LitLoraError
 from litlora.nn.gguf_types import BLOCK_TYPES, OTHER_TYPES, BlockType
@@ -59,6 +59,15 @@ class GGUFHeader:
     def architecture(self) -> str:
         """llama.cpp's name of what computes the model."""
         return str(self.metadata.get(ARCHITECTURE))
+
+    def require_trainable(self) -> Self:
+        """Refuse a file with tensors of a type that litlora cannot dequantize."""
+        known = {kind.name for kind in BLOCK_TYPES.values()}
+        for name, info in self.tensors.items():
+            if info.type.name not in known:
+                fault = f"{name} is stored as {info.type.name}, but only {', '.join(sorted(known))} can be trained over"
+                raise LitLoraError(f"{self.path}: {fault}")
+        return self
 
 
 def read_gguf(path: Path) -> GGUFHeader:
@@ -181,11 +190,9 @@ class _Cursor:
             self.refuse(f"{name} has {dimensions} dimensions")
         shape = tuple(reversed([self.number("<Q") for _ in range(dimensions)]))
         number = self.number("<I")
-        if number not in BLOCK_TYPES:
-            known = ", ".join(sorted(kind.name for kind in BLOCK_TYPES.values()))
-            what = OTHER_TYPES.get(number, f"type {number}")
-            raise LitLoraError(f"{self.path}: {name} is stored as {what}, but only {known} can be trained over")
-        kind = BLOCK_TYPES[number]
+        kind = BLOCK_TYPES.get(number) or OTHER_TYPES.get(number)
+        if kind is None:
+            raise LitLoraError(f"{self.path}: {name} is stored as type {number}, which is not known: quantize it again")
         if 0 in shape or shape[-1] % kind.values:
             self.refuse(f"{name} has the shape {shape}, and blocks of {kind.values} values")
         return name, shape, kind, self.number("<Q")

@@ -89,7 +89,7 @@ def open_weights(files: CheckpointFiles, path: Path) -> tuple[CheckpointFiles, G
 
     Where the file has an output head, the model has one of its own: quantized, it may differ from a tied embedding.
     """
-    header, config = read_gguf(path), files.config
+    header, config = read_gguf(path).require_trainable(), files.config
     fault = next(differences(header, files.hub_config, config), None)
     names = TensorNames(architecture_of_checkpoint(files.hub_config, config), config)
     if fault is not None:
