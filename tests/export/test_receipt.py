@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.families import WHOLE_BLOCKS
 from helpers.reference import with_peft
 from helpers.runs import finetune
 from safetensors import safe_open
@@ -180,6 +181,16 @@ def test_exports_of_biased_and_tied_models_are_sound(family, flags, checkpoints,
     assert verify(tmp_path / "merged", "--engine", "peft") == 0
 
 
+def test_peft_computes_over_4_bits_what_the_receipt_has(make_checkpoint, data_dir, tmp_path, capsys):
+    flags = ["--train.max_steps", 1, "--quantize", "bnb.nf4"]
+    base = make_checkpoint(WHOLE_BLOCKS)
+    adapter = finetune(base, data_dir, tmp_path / "run", *flags)
+    assert verify(adapter, "--engine", "peft") == 0
+    assert "float32 weights: the same" in capsys.readouterr().out
+    edit_weights(adapter / WEIGHTS, lambda t: {name: 100 * each for name, each in t.items()})
+    assert verify(adapter, "--engine", "peft") == 1
+
+
 def test_peft_finds_a_fault(trained, tmp_path):
     folder = Path(shutil.copytree(trained[0], tmp_path / "final"))
     edit_json(folder / CONFIG, use_rslora=True)
@@ -189,7 +200,9 @@ def test_peft_finds_a_fault(trained, tmp_path):
 GGUF_FILES = {
     "f32": ["--outtype", "f32"],
     "f16": ["--outtype", "f16"],
+    "bf16": ["--outtype", "bf16"],
     "q8_0": ["--outtype", "q8_0"],
+    "q4_0": ["--outtype", "q4_0"],
     "alone": ["--format", "gguf-lora"],
 }
 
@@ -200,6 +213,14 @@ def test_llama_cpp_computes_what_the_receipt_has(kind, tiny, trained, tmp_path, 
     base = ["--base_dir", export(tiny, tmp_path / "base")] if kind == "alone" else []
     assert verify(folder, *base) == 0
     assert f"for {'f32' if base else kind} weights: the same" in capsys.readouterr().out
+
+
+def test_a_gross_fault_of_a_file_in_bf16_is_found(trained, tmp_path):
+    adapter = Path(shutil.copytree(trained[0], tmp_path / "final"))
+    edit_weights(adapter / WEIGHTS, lambda t: {name: 3 * each for name, each in t.items()})
+    folder = export(adapter, tmp_path / "out", *GGUF_FILES["bf16"])
+    shutil.copy(trained[0] / "receipt.json", folder)
+    assert verify(folder) == 1
 
 
 GGUF_FAULTS = ("scale ignored", "A of another layer", "adapter left out", "rsLoRA")
