@@ -28,8 +28,9 @@ class Engine:
     def summed_loss(self, micro: MicroBatch) -> Tensor:
         """Return the sum of the losses of a micro-batch's supervised tokens; training and validation share it."""
         dtype, regimes = compute_dtype(self.precision), self.gpt.config.rope_regimes
-        micro = optimize_layout(micro, backend(self.fabric.device), dtype, regimes)
-        tokens, labels = self.fabric.to_device((micro.tokens, micro.labels))
+        device = self.fabric.device
+        micro = optimize_layout(micro, backend(device), dtype, regimes)
+        (tokens,) = backend(device).to_device((micro.tokens,), device)
         with self.fabric.autocast(), drawing_from(torch.Generator().manual_seed(micro.seed)):
             hidden = self.gpt(tokens, micro.lengths, shared=micro.shared)
-            return supervised_loss(hidden, self.gpt.lm_head, labels, self.gpt.config.logit_softcap)
+            return supervised_loss(hidden, self.gpt.lm_head, micro.labels, self.gpt.config.logit_softcap)

@@ -40,7 +40,7 @@ def validate(
 ) -> ValLoss:
     """Return the mean loss over the supervised tokens of a split, or of its first `max_iters` micro-batches."""
     ranks = engine.ranks
-    sums = torch.zeros(len(sources.names), 2, dtype=torch.float64, device=engine.fabric.device)
+    sums = torch.zeros(len(sources.names), 2, dtype=torch.float64)
     batches = islice(_micro_batches(samples, batching, sources), max_iters)
     rows = len(samples) if max_iters is None else min(len(samples), max_iters * batching.micro_batch_size)
     with evaluating(engine.gpt), task("validation", rows) as progress:
@@ -48,7 +48,7 @@ def validate(
         local = (round_[ranks.rank] for round_ in _counted(rounds, progress))
         for source, loss, tokens in engine.workers.map(partial(_loss_of_source, engine), local):
             sums[source] += torch.tensor([loss, tokens], dtype=torch.float64)
-    losses, tokens = ranks.all_reduce(sums).T
+    losses, tokens = ranks.all_reduce(sums.to(engine.fabric.device)).T
     means = zip(sources.names, losses.tolist(), tokens.tolist(), strict=True)
     by_source = {name: loss / count for name, loss, count in means if count}
     return ValLoss(float(losses.sum() / tokens.sum()), by_source if len(sources.names) > 1 else {})

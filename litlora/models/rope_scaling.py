@@ -16,7 +16,7 @@ from litlora.models.rope_config import (
     RopeConfig,
     YarnScaling,
 )
-from litlora.nn.backend import Span
+from litlora.nn.backend import Span, backend
 from litlora.nn.rope import Rope, turns
 
 
@@ -29,7 +29,7 @@ class RopeTables:
         self.lengths = [start + shared + own for (shared, own), start in zip(spans, starts, strict=False)]
         self.own = [own for _, own in spans]
         ends = zip(self.lengths, self.own, strict=True)
-        self.positions = torch.cat([torch.arange(end - own, end, device=device) for end, own in ends])  # (T,)
+        self.positions = _positions([(end - own, end) for end, own in ends], device)  # (T,)
         self.tables: dict[RopeConfig, Rope] = {}
 
     def __getitem__(self, rope: RopeConfig) -> Rope:
@@ -46,6 +46,14 @@ class RopeTables:
             return self.positions[:, None] * frequencies(rope, regimes[0], device)
         parts = zip(torch.split(self.positions, self.own), regimes, strict=True)
         return torch.cat([positions[:, None] * frequencies(rope, regime, device) for positions, regime in parts])
+
+
+def _positions(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Return the numbers in some ranges: of several by one copy, since a GPU would be told each by a kernel."""
+    if len(ranges) == 1:
+        return torch.arange(*ranges[0], device=device)
+    positions = torch.cat([torch.arange(*bounds, device="cpu") for bounds in ranges])
+    return backend(device).to_device((positions,), device)[0]
 
 
 @lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from litlora.cpu.attention import visible
 from litlora.cpu.onednn import has_slow_products
 from litlora.nn.activation import softcap
 from litlora.nn.attention_spec import AttentionSpec
+from litlora.nn.transfer import copy_ahead
 from litlora.torch_private import flash_attention
 
 OPTIONS = {"window_size", "enable_gqa", "scale"}
@@ -120,4 +121,4 @@ def varlen_flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, 
 @lru_cache(maxsize=4)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Return where each sequence starts, and where the last ends: all blocks of a model need the same."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return copy_ahead([torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)], device)[0]

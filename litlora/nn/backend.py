@@ -25,6 +25,7 @@ from litlora.cpu.worker_threads import WorkerThreads as WorkerThreads
 from litlora.cpu.worker_threads import worker_count
 from litlora.nn.attention import sdpa_per_sequence, varlen_flash_attention
 from litlora.nn.attention_spec import AttentionSpec
+from litlora.nn.transfer import copy_ahead
 from litlora.nn.whole_linear import whole_linear
 
 FLOAT32 = 4  # bytes
@@ -86,6 +87,10 @@ class Backend(ABC):
     """From how many new tokens on preparing the weights for decoding takes less time than it saves."""
     counts_process_memory: bool
     """Whether the memory of Python and torch comes out of the same memory as the run's tensors."""
+
+    @abstractmethod
+    def to_device(self, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        """Copy tensors of the host to a device, for which the host does not wait."""
 
     @abstractmethod
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -170,6 +175,9 @@ class CPUBackend(Backend):
     repacking_pays_from = tuning.REPACK_TOKENS
     counts_process_memory = True
 
+    def to_device(self, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(tensors)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return matmul.linear(x, weight, bias)
 
@@ -237,6 +245,9 @@ class CUDABackend(Backend):
     shares_prefixes = False  # a GPU has more use for all sequences at once than for fewer tokens
     repacking_pays_from = 0
     counts_process_memory = False
+
+    def to_device(self, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        return copy_ahead(tensors, device)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -20,11 +20,12 @@ def supervised_loss(hidden: Tensor, head: nn.Module, labels: Tensor, cap: float 
     """Return the sum of the cross-entropies at the supervised positions, a float32 scalar.
 
     hidden is (T, hidden), labels (T,) holds the id of the next token, or IGNORE_INDEX where none is supervised; with a
-    cap, logits are soft-capped.
+    cap, logits are soft-capped. Labels are best on the host, which else waits for the device to count them.
     The gradients are computed along the way, chunk by chunk, so memory does not grow with T x vocabulary.
     """
-    supervised = labels != IGNORE_INDEX
-    hidden, labels = hidden[supervised], labels[supervised]
+    supervised = torch.nonzero(labels != IGNORE_INDEX).flatten()
+    supervised, labels = backend(hidden.device).to_device((supervised, labels[supervised]), hidden.device)
+    hidden = hidden.index_select(0, supervised)
     if not torch.is_grad_enabled():
         return _summed(hidden, labels, head, cap)
     trainable = [p for p in head.parameters() if p.requires_grad]
