@@ -11,7 +11,7 @@ SEED = 1337
 
 def train_flags(job: Job, data_dir: Path, out_dir: Path) -> list[str]:
     """Return the command line of a run without validation and with a constant learning rate."""
-    switches = ("key", "projection", "mlp", "head") if job.layers == "all linear layers" else ()
+    every = str(job.layers == "all linear layers").lower()
     settings: dict[str, Any] = {
         "checkpoint_dir": job.checkpoint,
         "data_dir": data_dir,
@@ -29,7 +29,7 @@ def train_flags(job: Job, data_dir: Path, out_dir: Path) -> list[str]:
         "train.lr_warmup_steps": 0,
         "eval.initial_validation": "false",
         "eval.final_validation": "false",
-        **{f"lora_{switch}": "true" for switch in switches},
+        **{f"lora_{switch}": every for switch in ("key", "projection", "mlp", "head")},
         **({"quantize": "bnb.nf4"} if job.quantized else {}),
     }
     return as_flags("finetune_lora", settings)
