@@ -16,11 +16,12 @@ SHAPES = {
     "135M (SmolLM2)": (49152, 576, 1536, 30, 9, 3, 64),
     "1B (Llama 3.2)": (128256, 2048, 8192, 16, 32, 8, 64),
     "7B (Llama 2)": (32000, 4096, 11008, 32, 32, 32, 128),
+    "8B (Llama 3.1)": (128256, 4096, 14336, 32, 32, 8, 128),
     "13B (Llama 2)": (32000, 5120, 13824, 40, 40, 40, 128),
     "70B (Llama 2)": (32000, 8192, 28672, 80, 64, 8, 128),
 }
 TIED = {"135M (SmolLM2)", "1B (Llama 3.2)"}
-TABLE = tuple(name for name in SHAPES if name != "135M (SmolLM2)")  # which fits on any GPU
+TABLE = tuple(name for name in SHAPES if name.endswith("(Llama 2)") or name.startswith("1B"))
 BASES = {"bfloat16": None, "NF4": "bnb.nf4", "NF4, double": "bnb.nf4-dq"}
 TOKENS = 512
 LORA = LoRAConfig(8, 16, 0.05, TARGET_MODULES["query"] + TARGET_MODULES["value"])

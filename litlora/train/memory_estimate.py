@@ -28,6 +28,7 @@ from litlora.nn.quantization import DOUBLE
 from litlora.train.optimizers import build_optimizer
 
 BFLOAT16 = 2  # bytes
+POSITION = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def activation_bytes(network: Network, load: Load) -> int:
     else:
         final_norm = 0 if network.config.pre_norms else load.tokens * _norm_width(network)
         saved = sum(blocks) + final_norm + load.tokens * _angles_width(network)
-    return saved + load.supervised * width + load.tokens + head  # supervised states have a gradient, the others a flag
+    return saved + load.supervised * (width + POSITION) + head  # supervised states have a gradient and a position
 
 
 def _head_gradient_bytes(network: Network) -> int:

@@ -353,7 +353,7 @@ def test_forecast_for_several_devices_is_per_device(tiny, data_dir, tmp_path, ca
     assert ("gathered weights" in capsys.readouterr().out) == (strategy == "fsdp")
 
 
-PARAMETERS = [134_515_008, 1_235_814_400, 6_738_415_616, 13_015_864_320, 68_976_648_192]
+PARAMETERS = [134_515_008, 1_235_814_400, 6_738_415_616, 8_030_261_248, 13_015_864_320, 68_976_648_192]
 
 
 @pytest.mark.parametrize(("name", "parameters"), list(zip(memory_table.SHAPES, PARAMETERS, strict=True)))
