@@ -26,12 +26,15 @@ SPECIAL = ("bos_token_id", "eos_token_id")
 OF_VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-def make(folder: Path, shape: GPTConfig, tokenizer: Path) -> None:
-    """Write the checkpoint, with at most one block in memory at a time."""
+CPU = torch.device("cpu")
+
+
+def make(folder: Path, shape: GPTConfig, tokenizer: Path, device: torch.device = CPU) -> None:
+    """Write the checkpoint, with at most one block in memory at a time; a GPU draws weights far faster than a CPU."""
     source = Tokenizer(tokenizer)
     with atomic_directory(folder) as partial:
         write_json(partial / CONFIG, hub_config(shape, read_hub_config(tokenizer)))
-        write_weights(partial, shape, source)
+        write_weights(partial, shape, source, device)
         for path in source.files:
             shutil.copyfile(path, partial / path.name)
 
@@ -43,9 +46,9 @@ def hub_config(shape: GPTConfig, other: dict[str, Any]) -> dict[str, Any]:
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **keys, **special}
 
 
-def write_weights(folder: Path, shape: GPTConfig, tokenizer: Tokenizer) -> None:
+def write_weights(folder: Path, shape: GPTConfig, tokenizer: Tokenizer, device: torch.device) -> None:
     """Write one file per block and per weight outside the blocks, and their index."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
     groups = [dict(group) for _, group in groupby(shapes(shape).items(), key=lambda item: block(item[0]))]
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
@@ -74,7 +77,8 @@ def random_weight(size: torch.Size, generator: torch.Generator) -> Tensor:
     """Return ones for a norm, and small random numbers for a matrix."""
     if len(size) == 1:
         return torch.ones(size, dtype=torch.bfloat16)
-    return torch.empty(size, dtype=torch.bfloat16).normal_(std=STD, generator=generator)
+    weight = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
+    return weight.normal_(std=STD, generator=generator).cpu()
 
 
 def zero_silent_tokens(weight: Tensor, tokenizer: Tokenizer) -> None:

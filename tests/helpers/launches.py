@@ -41,7 +41,7 @@ class Launches(TorchDispatchMode):
 
 
 def has_masks(name: str, args: Any) -> bool:
-    """Tell whether an operation indexes by booleans, of which a GPU first counts those that are true."""
+    """Tell whether an operation indexes by booleans: a GPU first counts the true ones."""
     indexes = name in {"index", "index_put", "index_put_", "_index_put_impl_"}
     return indexes and any(isinstance(t, Tensor) and t.dtype in {torch.bool, torch.uint8} for t in args[1])
 

@@ -1,0 +1,1 @@
+"""litlora on one GPU: its gpu-marked tests, and its speed and memory beside PEFT's; `scripts/gpu_check` runs it."""
