@@ -104,7 +104,8 @@ def _pairs(base: Checkpoint, adapters: Adapters) -> list[LowRank]:
 def _receipt(base: Checkpoint, adapters: Adapters, *, dequantized: bool) -> Receipt | None:
     """Return the receipt of what is exported, if there is one: that of an adapter, or of a merged checkpoint."""
     if adapters:
-        return Receipt.read(adapters[0].folder) if passes_receipt_on(adapters, dequantized) else None
+        as_trained = dequantized or base.weights.is_quantized  # a GGUF file is the base of the training as it is
+        return Receipt.read(adapters[0].folder) if passes_receipt_on(adapters, as_trained) else None
     return Receipt.read(base.dir) if (base.dir / RECEIPT).is_file() else None
 
 

@@ -121,6 +121,14 @@ def test_exported_adapter_answers_alike_on_the_file(base, trained, q4, tmp_path)
             assert abs(float(own[token]) - logprob) < tolerance
 
 
+def test_exported_adapter_is_verified_over_the_file(trained, q4, files, tmp_path, capfd):
+    """llama.cpp computes what the receipt has over the file of the training, and not over another one."""
+    assert run("export", trained / "final", "--format", "gguf-lora", "--out_dir", tmp_path / "alone") == 0
+    assert run("verify", tmp_path / "alone", "--base_dir", q4) == 0
+    assert run("verify", tmp_path / "alone", "--base_dir", files["f16"]) == 1
+    assert "above the tolerance" in capfd.readouterr().err
+
+
 def test_run_resumes_over_the_file_in_another_place(base, trained, q4, data_dir, tmp_path):
     moved = Path(shutil.copy(q4, tmp_path / "moved.gguf"))
     again = Path(shutil.copytree(trained, tmp_path / "run"))
