@@ -1,5 +1,6 @@
 """The entry point: parse, dispatch, and print an error as one line on stderr."""
 
+import errno
 import importlib
 import os
 import sys
@@ -23,6 +24,9 @@ from litlora.distributed.launcher import (
 from litlora.errors import EndedElsewhereError, LitLoraError, OutputClosedError, is_shortage
 from litlora.utils.console import log, log_error, open_streams, output, quietly
 from litlora.utils.files import require_working_directory
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT)
+"""What an error says that names no file: ENOENT is of tempfile, where no folder takes a temporary file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +52,10 @@ def attempt(arguments: Sequence[str] | None) -> tuple[int, str | None]:
         return error.exit_code, None
     except LitLoraError as error:
         return error.exit_code, str(error)
-    except OSError as error:  # a name that no system call takes, a file that may not be read
-        if error.filename is None:
+    except OSError as error:  # a name that no system call takes, a file that may not be read, a full disk
+        if error.filename is None and error.errno not in DISK_ERRORS:
             raise
-        return 1, f"{error.filename} cannot be read or written: {error.strerror}"
+        return 1, f"{error.filename or 'a temporary file'} cannot be read or written: {error.strerror}"
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise

@@ -307,6 +307,7 @@ def test_invalid_data_is_refused(spoil, sentence, capsys):
         ("--optimizer.init_args.lr -1", "--train.learning_rate (-1) must be above 0"),
         ("--out_dir base", "--out_dir (base) is --checkpoint_dir as well: choose another"),
         ("--out_dir ./data", "--out_dir (data) is --data_dir as well: choose another"),
+        ("--out_dir base/../data", "--out_dir (base/../data) is --data_dir as well: choose another"),
         ("--seed -1", "--seed (-1) must be 0 or more, and below 2^63"),
         ("--seed 9223372036854775808", "--seed (9223372036854775808) must be 0 or more, and below 2^63"),
         ("--resume true", "--resume: there is no checkpoint in out; start without --resume"),

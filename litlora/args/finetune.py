@@ -1,5 +1,6 @@
 """The flags of finetune_lora."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -328,7 +329,7 @@ class FinetuneLoraArgs(CommandArgs):
 
     def _keep_inputs_apart_from_outputs(self) -> None:
         for name in ("checkpoint_dir", "data_dir"):
-            if self.out_dir.absolute() == getattr(self, name).absolute():
+            if os.path.realpath(self.out_dir) == os.path.realpath(getattr(self, name)):
                 raise LitLoraError(f"--out_dir ({self.out_dir}) is --{name} as well: choose another")
 
     def _adopt_rate_of_optimizer(self) -> None:

@@ -11,11 +11,13 @@ from litlora.evaluation.rows import Comparison
 from litlora.evaluation.scoring import score
 from litlora.evaluation.tasks import Benchmark, task_metrics
 from litlora.utils.console import log, output
-from litlora.utils.files import write_atomically
+from litlora.utils.files import check_replaceable, write_atomically
 
 
 def evaluate(args: EvaluateArgs, read: Comparison | Benchmark | None = None) -> None:
     """Measure a model on tasks or on rows of data; `read` is given if these have been read."""
+    if args.out_file is not None:
+        check_replaceable(args.out_file, "--out_file", b'{\n  "metrics"')
     read = read or (Benchmark.read(args) if args.tasks else Comparison.read(args))
     if isinstance(read, Benchmark):
         evaluate_tasks(args, read)

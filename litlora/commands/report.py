@@ -8,11 +8,13 @@ from litlora.report.files import FINAL, RunFiles, reporting_faults
 from litlora.report.output import PAGE
 from litlora.report.page import page
 from litlora.utils.console import output
-from litlora.utils.files import write_atomically
+from litlora.utils.files import check_replaceable, write_atomically
 
 
 def report(args: ReportArgs) -> None:
     """Write the page of one run, or that which compares several."""
+    if args.out_file is not None:
+        check_replaceable(args.out_file, "--out_file", b"<!DOCTYPE html>")
     folders = [folder.parent if folder.name == FINAL else folder for folder in args.runs]
     runs = [RunFiles.read(folder) for folder in folders]
     with reporting_faults(folders):

@@ -38,6 +38,7 @@ def prepare(args: PrepareArgs, row_format: RowFormat) -> None:
         reader = SourceReader(rows, row_format)
         spans = [reader.read(source) for source in sources]
         val = np.concatenate([NO_ROWS, *(reader.read(source) for source in val_sources)])
+        rows.complete()
         for finding in reader.findings:
             log(finding.sentence)
         if args.deduplicate:

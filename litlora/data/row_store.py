@@ -46,6 +46,11 @@ class RowStore:
             self._file.write(line)
         self._starts.append(self._starts[-1] + len(line))
 
+    def complete(self) -> None:
+        """Write what is still in memory: the last row is there."""
+        with reporting_write_errors(self._folder):
+            self._file.flush()
+
     def __getitem__(self, index: int) -> bytes:
         self._file.seek(self._starts[index])
         return self._file.read(self._starts[index + 1] - self._starts[index])

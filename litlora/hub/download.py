@@ -46,6 +46,7 @@ from litlora.hub.filenames import (
 from litlora.hub.origin import Origin, origin, write_origin
 from litlora.utils.console import log, redacted
 from litlora.utils.files import open_own, read_json, refuse_link, sync
+from litlora.utils.locks import reporting_lock_errors
 
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
 TERMS = ("README.md", *LICENCES)
@@ -319,7 +320,8 @@ def _lock(folder: Path, repo: Repo) -> int:
         with suppress(FileNotFoundError), ExitStack() as closing:  # its previous owner may have removed it
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             closing.callback(os.close, lock)
-            _acquire(lock, repo)
+            with reporting_lock_errors(folder):
+                _acquire(lock, repo)
             if os.path.samestat(os.fstat(lock), folder.stat()):
                 closing.pop_all()
                 return lock

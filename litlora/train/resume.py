@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from, and whether it belongs to the same run."""
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -144,8 +145,11 @@ def starting_point(
 
     Refuses an output folder that holds another run, or no intact checkpoint of this one to resume from.
     """
-    for path in (args.out_dir / FINAL, *checkpoints_in(args.out_dir)):
+    replaced = (args.out_dir / FINAL, *checkpoints_in(args.out_dir))
+    for path in replaced:
         refuse_link(path)  # before one of them is removed or replaced
+    if args.overwrite:
+        _refuse_inputs_in(replaced, args)
     out_dir, start = args.out_dir, _requested_checkpoint(args, report, check)
     if (out_dir / FINAL).exists() and not args.overwrite:
         hint = "choose another, or replace it by --overwrite true"
@@ -155,6 +159,15 @@ def starting_point(
         hint = "choose another, resume it by --resume true, or replace it by --overwrite true"
         raise LitLoraError(f"--out_dir ({out_dir}) holds a run already: {hint}")
     return start
+
+
+def _refuse_inputs_in(replaced: Sequence[Path], args: FinetuneLoraArgs) -> None:
+    """Refuse to remove with an earlier run what the new one reads."""
+    folders = [os.path.realpath(folder) for folder in replaced]
+    for name in ("checkpoint_dir", "data_dir", "init_adapter"):
+        path = getattr(args, name)
+        if path is not None and any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders):
+            raise LitLoraError(f"--{name} ({path}) would be removed by --overwrite true: choose another --out_dir")
 
 
 def _requested_checkpoint(args: FinetuneLoraArgs, report: Callable[[str], None], check: Check) -> Path | None:

@@ -272,7 +272,7 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LitLoraError(f"cannot write {path}: {error.strerror}") from error
+        raise LitLoraError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def require_working_directory() -> None:
@@ -287,8 +287,12 @@ def require_working_directory() -> None:
 def scratch_file(beside: Path) -> Iterator[BinaryIO]:
     """Yield a file without a name, on the disk of a folder that need not exist yet: /tmp may be in memory."""
     existing = next(folder for folder in (beside, *beside.absolute().parents) if folder.exists())
-    with tempfile.TemporaryFile(dir=existing) as file:
+    file = tempfile.TemporaryFile(dir=existing)  # noqa: SIM115
+    try:
         yield file
+    finally:
+        with suppress(OSError):  # what a full disk does not take is not needed any more
+            file.close()
 
 
 def check_writable(path: Path, flag: str) -> None:
@@ -298,6 +302,16 @@ def check_writable(path: Path, flag: str) -> None:
             pass
     except OSError as error:
         raise LitLoraError(f"{flag} ({path}) cannot be written: {error.strerror}") from error
+
+
+def check_replaceable(path: Path, flag: str, beginning: bytes) -> None:
+    """Refuse to write over a file unless it begins like what litlora writes there."""
+    if not path.is_file():
+        return
+    with reporting_write_errors(path), path.open("rb") as file:
+        found = file.read(len(beginning))
+    if found and found != beginning:
+        raise LitLoraError(f"{flag} ({path}) was not written by this command: choose another, or remove it")
 
 
 def check_absent(path: Path, flag: str) -> None:

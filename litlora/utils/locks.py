@@ -2,8 +2,8 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from litlora.errors import LitLoraError
@@ -19,17 +19,25 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
     The kernel releases the lock however the process ends, so the lock file of a killed process blocks nobody.
     """
     check_writable(folder, flag)
-    created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    descriptor = _acquire(folder / LOCK, flag)
+    with _removing_empty([path for path in (folder, *folder.absolute().parents) if not path.exists()]):
+        descriptor = _acquire(folder / LOCK, flag)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # in a folder that is no longer writable the lock file stays, which blocks nobody
+                (folder / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+@contextmanager
+def _removing_empty(folders: Sequence[Path]) -> Iterator[None]:
+    """Remove those of the folders that are empty at the end."""
     try:
         yield
     finally:
-        with suppress(OSError):  # in a folder that is no longer writable the lock file stays, which blocks nobody
-            (folder / LOCK).unlink(missing_ok=True)
-        for path in created:
+        for path in folders:
             with suppress(OSError):  # not empty
                 path.rmdir()
-        os.close(descriptor)
 
 
 @contextmanager
@@ -37,7 +45,8 @@ def holding(path: Path) -> Iterator[None]:
     """Wait for the lock of a file, which is created if need be, and hold it."""
     descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with reporting_lock_errors(path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -46,12 +55,25 @@ def holding(path: Path) -> Iterator[None]:
 def take(path: Path) -> int | None:
     """Take the lock of a file, which is created if need be, until the descriptor is closed; None if it is taken."""
     descriptor = _open(path)
+    with ExitStack() as closing:
+        closing.callback(os.close, descriptor)
+        with suppress(BlockingIOError), reporting_lock_errors(path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            closing.pop_all()
+            return descriptor
+    return None
+
+
+@contextmanager
+def reporting_lock_errors(path: Path) -> Iterator[None]:
+    """Turn an error that is not another's lock into a LitLoraError: some file systems have no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        raise
+    except OSError as error:
+        hint = "choose a folder on another file system"
+        raise LitLoraError(f"{path} cannot be locked ({error.strerror}): {hint}") from error
 
 
 def _open(path: Path) -> int:
@@ -63,11 +85,8 @@ def _open(path: Path) -> int:
 def _acquire(path: Path, flag: str) -> int:
     """Lock a file and return its descriptor; retry if its previous owner has just removed it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = _create_locked(path)
     except BlockingIOError as error:
-        os.close(descriptor)
         hint = "wait for its end, or choose another folder"
         raise LitLoraError(f"{flag} ({path.parent}) is in use by another run: {hint}") from error
     except OSError as error:
@@ -77,3 +96,17 @@ def _acquire(path: Path, flag: str) -> int:
             return descriptor
     os.close(descriptor)
     return _acquire(path, flag)
+
+
+def _create_locked(path: Path) -> int:
+    """Create and lock a file; where its file system has no locks, remove it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not isinstance(error, BlockingIOError):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
+    return descriptor

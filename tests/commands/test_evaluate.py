@@ -231,6 +231,18 @@ def test_rows_that_cannot_be_scored_are_named(tiny, tmp_path, refused):
     assert refused(tiny, *flags).startswith(f"{data} line 2: its prompt and answer need ")
 
 
+def test_results_replace_only_results(tiny, data_dir, tmp_path, refused):
+    out = tmp_path / "val.jsonl"
+    for content, is_refused in ((b'{"instruction": "a"}', True), (b'{\n  "metrics": {}}', False)):
+        out.write_bytes(content)
+        code = 1 if is_refused else 0
+        sentence = refused(tiny, "--data_dir", data_dir, "--out_file", out, code=code)
+        assert (out.read_bytes() == content) == is_refused
+        assert is_refused == (
+            sentence == f"--out_file ({out}) was not written by this command: choose another, or remove it"
+        )
+
+
 def test_baseline_of_another_tokenizer_is_refused(tiny, pico, data_dir, refused):
     fault = f"--baseline ({pico}) has another tokenizer than {tiny}, so that their tokens differ"
     hint = "evaluate each alone, and compare texts by exact_match or rouge"

@@ -124,6 +124,15 @@ def test_report_command_rebuilds_a_page(runs, capsys):
     assert path.read_bytes() == before
 
 
+def test_report_command_writes_over_pages_only(runs, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    for content, code in ((b"step,loss\n", 1), (b"<!DOCTYPE html>\nold", 0), (b"", 0)):
+        out.write_bytes(content)
+        assert main(["report", str(runs[0]), "--out_file", str(out)]) == code
+        assert (out.read_bytes() == content) == bool(code)
+    assert f"--out_file ({out}) was not written by this command" in capsys.readouterr().err
+
+
 def test_report_command_compares_runs(runs, tmp_path):
     out = tmp_path / "comparison.html"
     assert main(["report", *map(str, runs), str(runs[1] / "final"), "--out_file", str(out)]) == 0

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ FINETUNE = [
     "--eval.max_new_tokens", "0", "--eval.initial_validation", "false", "--eval.final_validation", "false",
 ]  # fmt: skip
 MERGE = ["merge_lora", "--checkpoint_dir", "adapter", "--base_dir", "base", "--out_dir", "out"]
+EXPORT = ["export", "--checkpoint_dir", "base", "--format", "gguf", "--out_dir", "out"]
 EACH = 1 if settings().max_examples > 100 else 7  # every n-th of the many requests of a training
 PREPARE = ["prepare_json", "--source", "rows.jsonl", "--destination_path", "data"]
 
@@ -162,19 +163,51 @@ def killed_at(at: int, folder: Path, new: dict[str, list[bytes]]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-@pytest.mark.parametrize("size", [0, 100, 10_000])
-def test_merging_on_a_full_disk_is_refused_in_one_sentence(worlds, capsys, size):
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [
+        (MERGE, 0),
+        (MERGE, 100),
+        (MERGE, 10_000),
+        ([*PREPARE[:-1], "new"], 0),
+        ([*PREPARE[:-1], "new"], 100),
+        (EXPORT, 100),
+    ],
+)
+def test_full_disk_is_one_sentence(worlds, capsys, command, size):
     world = next(worlds)
     before = contents(world)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        assert main(MERGE) == 1
+        assert main(command) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("litlora: cannot write ")
     assert "File too large" in sentence
+    assert not (world / command[-1]).exists()
+    assert contents(world) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "folder", "place"),
+    [
+        ("--checkpoint_dir", "base", "out/final"),
+        ("--data_dir", "data", "out/step-000001/data"),
+        ("--init_adapter", "adapter", "linked/final"),
+    ],
+)
+def test_overwriting_spares_what_the_run_reads(worlds, capsys, flag, folder, place):
+    world = next(worlds)
+    (world / "out").mkdir()
+    (world / "linked").symlink_to("out")
+    shutil.copytree(folder, place)
+    before = contents(world)
+    flags = dict(zip(FINETUNE[1::2], FINETUNE[2::2], strict=True)) | {flag: place, "--overwrite": "true"}
+    assert main(["finetune_lora", *chain.from_iterable(flags.items())]) == 1
+    hint = "would be removed by --overwrite true: choose another --out_dir"
+    assert capsys.readouterr().err.splitlines()[-1] == f"litlora: {flag} ({place}) {hint}"
     assert contents(world) == before
 
 

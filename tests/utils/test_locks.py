@@ -1,10 +1,13 @@
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
 from litlora.errors import LitLoraError
-from litlora.utils.locks import LOCK, locked
+from litlora.hub.download import Repo, _lock
+from litlora.utils.locks import LOCK, holding, locked, take
 
 
 def test_locked_folder_is_refused_until_released(tmp_path):
@@ -34,3 +37,22 @@ def test_lock_of_a_killed_process_is_released(tmp_path):
     assert (tmp_path / LOCK).exists()
     with locked(tmp_path, "--out_dir"):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    hint = "choose a folder on another file system"
+    with pytest.raises(LitLoraError) as refused, locked(tmp_path / "out", "--out_dir"):
+        pass
+    assert str(refused.value) == f"--out_dir ({tmp_path / 'out'}) cannot be locked: {os.strerror(code)}"
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(LitLoraError, match=hint), holding(tmp_path / "held"):
+        pass
+    with pytest.raises(LitLoraError, match=hint):
+        take(tmp_path / "taken")
+    with pytest.raises(LitLoraError, match=hint):
+        _lock(tmp_path / ".download", Repo("a/b", "model", "main", None))
