@@ -89,6 +89,10 @@ class Backend(ABC):
     """Whether the memory of Python and torch comes out of the same memory as the run's tensors."""
 
     @abstractmethod
+    def fuses_optimizers(self, device: torch.device) -> bool:
+        """Tell whether torch's optimizers take a step of all parameters by one kernel."""
+
+    @abstractmethod
     def to_device(self, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
         """Copy tensors of the host to a device, for which the host does not wait."""
 
@@ -175,6 +179,9 @@ class CPUBackend(Backend):
     repacking_pays_from = tuning.REPACK_TOKENS
     counts_process_memory = True
 
+    def fuses_optimizers(self, device: torch.device) -> bool:
+        return False  # a few launches cost a CPU nothing, and its adapters stay as they are bit for bit
+
     def to_device(self, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
         return tuple(tensors)
 
@@ -245,6 +252,9 @@ class CUDABackend(Backend):
     shares_prefixes = False  # a GPU has more use for all sequences at once than for fewer tokens
     repacking_pays_from = 0
     counts_process_memory = False
+
+    def fuses_optimizers(self, device: torch.device) -> bool:
+        return device.type == "cuda"  # not the meta device, for which torch has no such kernel
 
     def to_device(self, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
         return copy_ahead(tensors, device)

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,15 @@ from torch.optim import Optimizer
 from litlora.errors import LitLoraError
 from litlora.lora.layer import LoRALinear
 from litlora.lora.variants import A
+from litlora.nn.backend import backend
 from litlora.nn.nf4 import import_bitsandbytes
 from litlora.train.optimizer_names import PAGED, class_path_of, no_optimizer
 
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 """Parameters, or groups of them with settings of their own."""
+FUSED = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+KERNELS = {"foreach", "fused", "capturable", "differentiable"}
+"""Settings of torch's optimizers that exclude each other."""
 RATIO = "lr_ratio"
 """Setting of a group: its learning rate as a multiple of the schedule's."""
 
@@ -46,9 +50,19 @@ def build_optimizer(optimizer: str | dict[str, Any], parameters: Parameters, lr:
     init_args = optimizer.get("init_args") if isinstance(optimizer, dict) else None
     kind = _find(class_path)
     try:
-        return kind(parameters, **{"lr": lr, **(init_args or {})})
+        groups: list[Any] = list(parameters)
+        return kind(groups, **{"lr": lr, **kernels(kind, groups, init_args or {}), **(init_args or {})})
     except (RuntimeError, TypeError, ValueError) as error:
         raise LitLoraError(f"--optimizer {class_path} refuses its init_args: {error}") from error
+
+
+def kernels(kind: type[Optimizer], groups: Sequence[Any], init_args: dict[str, Any]) -> dict[str, bool]:
+    """Have a step be one kernel where the device has it and the user has not chosen: a GPU waits for each of many."""
+    if kind not in FUSED or KERNELS & init_args.keys():
+        return {}
+    parameters = (p for group in groups for p in (group["params"] if isinstance(group, dict) else [group]))
+    is_fused = all(p.dtype is torch.float32 and backend(p.device).fuses_optimizers(p.device) for p in parameters)
+    return {"fused": True} if is_fused else {}
 
 
 def check_optimizer(optimizer: str | dict[str, Any], lr: float, device: torch.device, ratio: float = 1) -> None:

@@ -1,5 +1,7 @@
 """Optimizers: the learning rates of LoRA+ are those of PEFT."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers.reference import with_peft
@@ -11,6 +13,7 @@ from litlora.lora.checkpoint import write_adapter
 from litlora.lora.config import LoRAConfig
 from litlora.lora.layer import add_lora, lora_layers, lora_parameters
 from litlora.models.checkpoint import Checkpoint
+from litlora.nn import backend
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer, set_learning_rate
 from litlora.train.schedule import learning_rate
 
@@ -61,3 +64,32 @@ def test_optimizer_that_refuses_matrices_of_an_adapter_is_refused_before_the_run
     with pytest.raises(LitLoraError, match="--optimizer SparseAdam cannot take a step"):
         check_optimizer("torch.optim.SparseAdam", 1e-3, CPU, ratio)
     check_optimizer("AdamW8bit", 1e-3, CPU, ratio)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_fused_steps_equal_those_of_many_kernels_and_resume(name, monkeypatch):
+    """A CPU has the fused kernels as well, though litlora leaves them to a GPU."""
+    parameters = [[torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2)] for _ in range(3)]
+    plain = build_optimizer(name, parameters[0], 1e-2)
+    monkeypatch.setattr(type(backend.CPU), "fuses_optimizers", lambda *_: True)
+    fused, resumed = (build_optimizer(name, some, 1e-2) for some in parameters[1:])
+    assert (plain.defaults["fused"], fused.defaults["fused"]) == (None, True)
+    for _ in range(STEPS):
+        resumed.load_state_dict(deepcopy(fused.state_dict()))
+        for first, *others in zip(*parameters, strict=True):
+            first.grad = torch.randn_like(first)
+            for other in others:
+                other.grad = first.grad.clone()
+        for optimizer in (plain, fused, resumed):
+            optimizer.step()
+    for ours, theirs, again in zip(*parameters, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-6)
+        assert torch.equal(theirs, again)
+
+
+@pytest.mark.parametrize("chosen", [{"foreach": True}, {"fused": False}])
+def test_chosen_kernels_stay(chosen, monkeypatch):
+    monkeypatch.setattr(type(backend.CPU), "fuses_optimizers", lambda *_: True)
+    optimizer = build_optimizer({"class_path": "AdamW", "init_args": chosen}, [torch.nn.Parameter(torch.ones(2))], 1e-2)
+    assert chosen.items() <= optimizer.defaults.items()
+    assert not optimizer.defaults["fused"]
