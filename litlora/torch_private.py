@@ -7,12 +7,14 @@ They may change without notice in any torch release. Before raising the limit, c
 - `has_bfloat16_matmul`: whether oneDNN multiplies bfloat16 on this CPU.
 - `flash_attention`: FlashAttention of packed sequences, where torch has no public `varlen_attn` yet.
 - `prepack_half`, `multiply_half` and `unpack_half`: FBGEMM's products with weights that are packed in float16.
-- `dynamo_error` and `dynamic_shapes`: what torch.compile raises, and a setting of it.
+- `dynamo_error`, `is_missing_compiler`, `inductor_cache` and `dynamic_shapes`: what torch.compile raises, where it
+  keeps what it compiled, and a setting of it.
 - `litlora/generation/compile.py` passes options to inductor, and `litlora/distributed/heartbeat.py` imports
   `torch._C._distributed_c10d`.
 """
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,3 +83,15 @@ def dynamo_error() -> type[Exception]:
     """Return what torch.compile raises; only a program that compiles imports the module."""
     error: type[Exception] = torch._dynamo.exc.TorchDynamoException
     return error
+
+
+def is_missing_compiler(error: Exception) -> bool:
+    """Tell whether inductor found no C++ compiler."""
+    return isinstance(error, torch._inductor.exc.InvalidCxxCompiler)
+
+
+def inductor_cache() -> Path:
+    """Return the folder of what inductor compiled for this and other processes."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes a second
+
+    return Path(cache_dir())

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from litlora.errors import LitLoraError
+from litlora.generation.compiler_cache import remove_truncated_libraries
 from litlora.lora.layer import LoRALinear, freeze_adapter
 from litlora.models.kv_cache import KVCache
 from litlora.models.transformer import GPT, MLP, Attention, evaluating
 from litlora.nn.backend import backend
 from litlora.nn.linear import Joint, Linear
 from litlora.nn.quantization import quantization_of
-from litlora.torch_private import dynamic_shapes, dynamo_error
+from litlora.torch_private import dynamic_shapes, dynamo_error, inductor_cache, is_missing_compiler
 
 UNCHANGING = ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT")
 """Guards against hooks on a module, and a forward of its own, that come after it was compiled."""
@@ -65,14 +66,23 @@ def compile_decode_step(model: GPT) -> None:
     for layer in (*model.model.layers, model.lm_head):
         layer.compile(options=OPTIONS)
     model.is_compiled = True
+    remove_truncated_libraries(inductor_cache())
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 was requested
             take_decode_step(model)
     except dynamo_error() as error:
-        why = str(error).strip().partition("\n")[0]
+        raise compilation_failed(error) from error
+
+
+def compilation_failed(error: Exception) -> LitLoraError:
+    """Return the error of a model that torch cannot compile, usually for want of a compiler."""
+    cause = getattr(error, "inner_exception", error)
+    why = str(cause).strip().partition("\n")[0]
+    if is_missing_compiler(cause):
         advice = "install g++, or leave --compile out"
-        raise LitLoraError(f"--compile needs a C++ compiler: {advice} (torch says: {why})") from error
+        return LitLoraError(f"--compile needs a C++ compiler: {advice} (torch says: {why})")
+    return LitLoraError(f"--compile: torch cannot compile the model; leave --compile out (torch says: {why})")
 
 
 @torch.inference_mode()

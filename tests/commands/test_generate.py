@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from litlora.args.inference import GenerateArgs
 from litlora.data.prompt_styles import ALPACA
 from litlora.lora.checkpoint import storage
 from litlora.nn.nf4 import Quantization
+from litlora.torch_private import inductor_cache
 
 STARTED = f"litlora {__version__}: generate"
 
@@ -148,7 +150,11 @@ def test_flags_override_the_adapter_s_base_settings(flags, trained, expected):
 
 def test_compile_leaves_the_completion_unchanged(adapter, generate):
     flags = ["--prompt", "Close the door.", "--max_new_tokens", 20, "--temperature", 0]
+    truncated = inductor_cache() / "of-tests" / f"{uuid4()}.main.so"  # as a compiler that is killed leaves it
+    truncated.parent.mkdir(exist_ok=True)
+    truncated.write_bytes(b"\x7fELF")
     assert generate(adapter, *flags, "--compile", "true") == generate(adapter, *flags)
+    assert not truncated.exists()
 
 
 def test_missing_compiler_is_reported_before_any_token(tiny, tmp_path, litlora):
