@@ -15,7 +15,7 @@ from litlora.__main__ import main
 from litlora.args import COMMANDS
 from litlora.cli.settings import settings_of
 from litlora.errors import LitLoraError
-from litlora.train.optimizer_names import PAGED, check_name, torch_names
+from litlora.train.optimizer_names import PAGED, UNSUITABLE, check_name, torch_names
 from litlora.utils.manifest import write_manifest
 
 PROBE = """
@@ -243,10 +243,13 @@ def test_command_from_a_shell_reads_each_file_once(command, run, adapter, tiny, 
 
 
 def test_optimizers_are_known_without_torch():
-    """No optimizer that torch has is refused, whatever its release calls them."""
+    """No optimizer of torch's that can train an adapter is refused, whatever its release calls them."""
     names = torch_names()
     assert {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)} <= names
-    for name in names:
+    for name in UNSUITABLE:
+        with pytest.raises(LitLoraError, match=f"^--optimizer torch.optim.{name} {UNSUITABLE[name]}$"):
+            check_name(f"torch.optim.{name}")
+    for name in names - UNSUITABLE.keys():
         check_name(name)
         check_name({"class_path": f"torch.optim.{name}"})
     for name in (*PAGED, "bitsandbytes.optim.Lion"):

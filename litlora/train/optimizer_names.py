@@ -12,6 +12,12 @@ from litlora.errors import LitLoraError
 PAGED = {"AdamW8bit": False, "PagedAdamW": True, "PagedAdamW8bit": True}
 TORCH = ("", "torch.optim")  # modules of torch's optimizers, the first for a name alone
 
+# Of torch's optimizers, those that cannot train an adapter, and why.
+UNSUITABLE = {
+    "LBFGS": "evaluates the loss several times a step, which is not supported",
+    "SparseAdam": "needs sparse gradients, which an adapter has not: choose Adam",
+}
+
 
 def class_path_of(optimizer: str | dict[str, Any]) -> str:
     """Return the name or class path that --optimizer has."""
@@ -25,12 +31,14 @@ def class_path_of(optimizer: str | dict[str, Any]) -> str:
 
 
 def check_name(optimizer: str | dict[str, Any]) -> None:
-    """Refuse a name that torch.optim does not have, or a package that is not installed."""
+    """Refuse a name that torch.optim does not have or that cannot train, or a package that is not installed."""
     class_path = class_path_of(optimizer)
     module, _, name = class_path.rpartition(".")
     package = module.partition(".")[0]
     if class_path not in PAGED and module in TORCH and name not in (names := torch_names()) and names:
         raise no_optimizer(class_path)
+    if module in TORCH and name in UNSUITABLE:
+        raise LitLoraError(f"--optimizer {class_path} {UNSUITABLE[name]}")
     if package and find_spec(package) is None:
         raise LitLoraError(f"--optimizer {class_path} cannot be imported: No module named {package!r}")
 
