@@ -37,18 +37,21 @@ def make_norm_if(present: bool, config: GPTConfig) -> nn.Module:
 
 
 def make_head_norm(config: GPTConfig, heads: int) -> nn.Module:
-    """Build the norm of queries or keys, if the model has one."""
+    """Build the norm of queries or keys."""
     if config.qk_norm == "each_head":
         return NormOfEachHead(heads, config.head_dim, config.norm_eps)
-    widths = {"head": config.head_dim, "full": heads * config.head_dim}
-    return make_norm(config, widths[config.qk_norm]) if config.qk_norm else nn.Identity()
+    return make_norm(config, heads * config.head_dim if config.qk_norm == "full" else config.head_dim)
+
+
+HEAD_NORMS = ("head", "each_head")
+"""Kinds of `qk_norm` that norm the queries and keys of a head by themselves."""
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.head_dim, self.clip = config.head_dim, config.clip_qkv
-        self.fused, self.norms_all_heads = config.fused_qkv, config.qk_norm == "full"
+        self.fused, self.qk_norm = config.fused_qkv, config.qk_norm
         self.spec = config.attention_specs[layer]
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.qkv_bias
         self.sizes = [n * config.head_dim for n in (heads, kv_heads, kv_heads)]
@@ -56,7 +59,8 @@ class Attention(nn.Module):
             self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=bias)
         else:
             self.q_proj, self.k_proj, self.v_proj = (Linear(config.hidden_size, n, bias=bias) for n in self.sizes)
-        self.q_norm, self.k_norm = make_head_norm(config, heads), make_head_norm(config, kv_heads)
+        if self.qk_norm:
+            self.q_norm, self.k_norm = make_head_norm(config, heads), make_head_norm(config, kv_heads)
         self.o_proj = Linear(self.sizes[0], config.hidden_size, bias=config.o_bias)
         self.joint: Joint | None = None
 
@@ -85,10 +89,11 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        if self.norms_all_heads:
+        if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.reshape(len(t), -1, self.head_dim) for t in (q, k, v))
-        return (q, k, v) if self.norms_all_heads else (self.q_norm(q), self.k_norm(k), v)
+        shape = (len(x), -1, self.head_dim)
+        q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm in HEAD_NORMS else (q, k, v)
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Return what the projections give for x, by one, two or three dimensions."""
@@ -143,20 +148,25 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.parallel, self.shared_norm = config.parallel_residual, config.shared_pre_norm
-        self.scale = config.residual_scale
+        self.scale, self.post_norms = config.residual_scale, config.post_norms
         self.input_layernorm = make_norm_if(config.pre_norms, config)
         self.self_attn = Attention(config, layer)
-        self.post_self_attn_layernorm = make_norm_if(config.post_norms, config)
+        if self.post_norms:
+            self.post_self_attn_layernorm = make_norm(config, config.hidden_size)
         self.post_attention_layernorm = make_norm_if(config.pre_norms and not self.shared_norm, config)
         self.mlp = MLP(config)
-        self.post_mlp_layernorm = make_norm_if(config.post_norms, config)
+        if self.post_norms:
+            self.post_mlp_layernorm = make_norm(config, config.hidden_size)
 
     def forward(self, x: Tensor, spans: Sequence[Span], rope: Rope | None, past: Tensor | Slots | None) -> Tensor:
         normed = self.input_layernorm(x)
-        attended = self.post_self_attn_layernorm(self.self_attn(normed, spans, rope, past))
+        attended = self.self_attn(normed, spans, rope, past)
+        if self.post_norms:
+            attended = self.post_self_attn_layernorm(attended)
         after = torch.add(x, attended, alpha=self.scale)
         inputs = normed if self.shared_norm else self.post_attention_layernorm(x if self.parallel else after)
-        return torch.add(after, self.post_mlp_layernorm(self.mlp(inputs)), alpha=self.scale)
+        out: Tensor = self.mlp(inputs)
+        return torch.add(after, self.post_mlp_layernorm(out) if self.post_norms else out, alpha=self.scale)
 
 
 class Embedding(nn.Embedding):
