@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.families import MATRIX, VISION, WHOLE, Case
 from helpers.reference import hugging_face, in_4_bits, with_peft
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,6 +71,10 @@ class Network:
         add_lora(model, read_lora_config(self.adapter))
         load_matrices(model, self.adapter, self.checkpoint)
         return model
+
+    @cached_property
+    def with_peft(self) -> PeftModel:
+        return with_peft(self.folder, self.adapter, trainable=True)
 
     @cached_property
     def adapter(self) -> Path:
@@ -255,7 +259,7 @@ def test_bfloat16_error_is_that_of_transformers(network):
 
 
 def test_adapter_gradients_equal_peft(network):
-    model, peft = network.with_adapter(), with_peft(network.folder, network.adapter, trainable=True)
+    model, peft = network.with_adapter(), network.with_peft
     tokens, targets = sequences()[-1], labels()
     following = torch.cat((targets[1:], targets.new_full((1,), -100)))
     hidden = model(tokens, [len(tokens)])
@@ -272,7 +276,7 @@ def test_adapter_gradients_equal_peft(network):
 def test_merged_checkpoint_equals_peft_in_transformers(network, tmp_path):
     merge_adapters([Weighted(network.adapter)], network.checkpoint, tmp_path / "merged", dequantized=False)
     merged = hugging_face(tmp_path / "merged")
-    close(expected_logits(merged), expected_logits(with_peft(network.folder, network.adapter)))
+    close(expected_logits(merged), expected_logits(network.with_peft))
     assert Checkpoint.open(tmp_path / "merged").weights.keys() == network.checkpoint.weights.keys()
 
 
