@@ -31,3 +31,4 @@ def write_data(folder: Path, rows: int) -> None:
 def write_checkpoint(folder: Path, shape: str, device: str) -> None:
     """Write random weights of a shape, drawn on the device: a CPU would take minutes."""
     make_random_checkpoint.make(folder, config_of(shape), TOKENIZER, torch.device(device))
+    torch.cuda.empty_cache()  # for the cases, which are processes of their own

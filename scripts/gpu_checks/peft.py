@@ -27,6 +27,8 @@ from gpu_checks.running import ALPHA, RANK, WARM_UP, Result
 
 CHUNK = 1024
 """Positions whose logits exist at one time."""
+LEAST = 256
+"""Tokens of a micro-batch below which another half would not fit either: a row has as many."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -42,6 +44,8 @@ def train(work: Work) -> Result:
         try:
             return timed(model, optimizer, rows, limit, work)
         except torch.OutOfMemoryError:
+            if limit < LEAST:
+                raise
             optimizer.zero_grad()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
