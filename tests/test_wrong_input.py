@@ -299,8 +299,8 @@ def test_invalid_data_is_refused(spoil, sentence, capsys):
          "--train.learning_rate (2.0) and --optimizer.init_args.lr (1) are the same setting: give one of them"),
         ("--optimizer ..x",
          "--optimizer ..x cannot be imported: the 'package' argument is required to perform a relative import for '.'"),
-        ("--optimizer SparseAdam",
-         "--optimizer SparseAdam needs sparse gradients, which an adapter has not: choose Adam"),
+        ("--optimizer SparseAdam", "--optimizer SparseAdam cannot take a step: SparseAdam does not support dense "
+         "gradients, please consider Adam instead"),
         ("--optimizer.init_args.lr fast", "--optimizer.init_args.lr (fast) must be a number"),
         ("--optimizer.init_args.lr true", "--optimizer.init_args.lr (True) must be a number"),
         ("--optimizer.init_args.lr null", "--optimizer.init_args.lr (None) must be a number"),

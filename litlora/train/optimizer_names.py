@@ -12,10 +12,10 @@ from litlora.errors import LitLoraError
 PAGED = {"AdamW8bit": False, "PagedAdamW": True, "PagedAdamW8bit": True}
 TORCH = ("", "torch.optim")  # modules of torch's optimizers, the first for a name alone
 
-# Of torch's optimizers, those that cannot train an adapter, and why.
+# Of torch's optimizers, those that cannot train an adapter, and why, as one step of them would say.
 UNSUITABLE = {
     "LBFGS": "evaluates the loss several times a step, which is not supported",
-    "SparseAdam": "needs sparse gradients, which an adapter has not: choose Adam",
+    "SparseAdam": "cannot take a step: SparseAdam does not support dense gradients, please consider Adam instead",
 }
 
 
