@@ -19,7 +19,7 @@ from torch import Tensor
 from litlora.args.finetune import Precision
 from litlora.cpu import attention as cpu_attention
 from litlora.cpu import matmul, onednn, tuning, weight_layouts
-from litlora.cpu.allocator import configure_for_training
+from litlora.cpu.allocator import configure_for_training, give_back, resident_memory
 from litlora.cpu.huge_pages import move_to_huge_pages
 from litlora.cpu.worker_threads import WorkerThreads as WorkerThreads
 from litlora.cpu.worker_threads import worker_count
@@ -148,6 +148,10 @@ class Backend(ABC):
         """Return the most bytes that this process has had so far."""
 
     @abstractmethod
+    def memory_in_use(self) -> int:
+        """Return the bytes that this process has now, and give back what it has only had."""
+
+    @abstractmethod
     def cast_rows(self, rows: int) -> int:
         """Return how many rows of a weight exist at one time where products need it in another dtype."""
 
@@ -222,6 +226,10 @@ class CPUBackend(Backend):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    def memory_in_use(self) -> int:
+        give_back()
+        return resident_memory() or self.peak_memory()
+
     def cast_rows(self, rows: int) -> int:
         return min(tuning.SLICE_ROWS, rows)
 
@@ -295,6 +303,9 @@ class CUDABackend(Backend):
 
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()
+
+    def memory_in_use(self) -> int:
+        return torch.cuda.memory_allocated()
 
     def cast_rows(self, rows: int) -> int:
         return rows

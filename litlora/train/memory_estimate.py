@@ -29,6 +29,8 @@ from litlora.train.optimizers import build_optimizer
 
 BFLOAT16 = 2  # bytes
 POSITION = 8  # bytes
+PROCESS = "Python and torch"
+"""The part of the peak that a process has before it loads a weight."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +62,8 @@ class Report:
     lengths."""
     highest_losses: dict[str, Any] | None
     """The training rows with the highest losses after training, by lines and hashes; None if none was scored."""
+    estimated_memory_gb: dict[str, float] | None
+    """The parts of the peak memory as they were estimated before the run; their sum is the estimate of the peak."""
 
     @classmethod
     def of(
@@ -77,6 +79,7 @@ class Report:
         rate: float,
         data: dict[str, Any],
         highest_losses: dict[str, Any] | None,
+        estimated: Mapping[str, int],
     ) -> Self:
         """Summarize a run whose final adapter has this validation loss."""
         return cls(
@@ -100,6 +103,7 @@ class Report:
             warning=divergence(start_val_loss, val_loss, rate),
             data=data,
             highest_losses=highest_losses,
+            estimated_memory_gb={part: size / 1e9 for part, size in estimated.items()},
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from litlora.args.common import plain
 from litlora.args.finetune import FinetuneLoraArgs
-from litlora.data.batching import Batching, Samples, epoch_order
+from litlora.data.batching import Batching, Sample, Samples, epoch_order
 from litlora.data.checks import CheckedData, CheckedSplit, Finding, Severity, refuse_errors, run_checks
 from litlora.data.dataset import choose_prompt_style, read_example, read_some_examples
 from litlora.data.examples import Example
@@ -61,8 +61,7 @@ from litlora.train.memory_check import (
     longest_ahead,
     reporting_shortage,
 )
-from litlora.train.memory_estimate import Network, breakdown, table
-from litlora.train.metrics import peak_memory_gb
+from litlora.train.memory_estimate import PROCESS, Network, breakdown, table
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
 from litlora.train.receipts import find_receipt
 from litlora.train.report import Report, counts_of, losses_with_digests
@@ -116,6 +115,7 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
         data = read_data(args, inputs, ranks)
         folder = folder.with_details(data.digests)
         network = Network.of(args, inputs.checkpoint, folder.lora, fabric.device)
+        estimated = estimate(args, network, longest_planned(args, data.train))
         run, progress = build_run(args, inputs, data, network, folder, fabric, ranks, stop, start)
         if inputs.style_choice:
             log(inputs.style_choice)
@@ -125,7 +125,7 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
             shards = ranks.world_size if isinstance(run.engine.gpt, FSDPModule) else 1
             with task("checking memory"):
                 check_memory(run.engine, replace(network, shards=shards), args.train, args.optimizer, longest)
-        return carry_out(run, progress, start, inputs, data)
+        return carry_out(run, progress, start, inputs, data, estimated)
 
 
 def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str:
@@ -366,7 +366,9 @@ def validate_and_print(loss: Callable[[], ValLoss], samples: SampleRows, step: i
     return val_loss
 
 
-def carry_out(run: Run, progress: Progress, start: Path | None, inputs: Inputs, data: Data) -> Report:
+def carry_out(
+    run: Run, progress: Progress, start: Path | None, inputs: Inputs, data: Data, estimated: dict[str, int]
+) -> Report:
     """Train to the end, and save the final adapter with the report."""
     run.folder.open(start, progress.step)
     with reporting_shortage(progress, run.train), closing(open_loggers(run, progress.step)) as loggers:
@@ -377,7 +379,7 @@ def carry_out(run: Run, progress: Progress, start: Path | None, inputs: Inputs, 
             fit(run, progress)
             val_loss, by_source = select_final_adapter(run.engine.gpt, progress)
             highest = look_back(run, progress)
-        report = make_report(run, progress, (val_loss, by_source), data, highest)
+        report = make_report(run, progress, (val_loss, by_source), data, highest, estimated)
         if by_source:
             log(f"validation loss by source: {parts(by_source)}")
         if report.warning:
@@ -413,12 +415,13 @@ def make_report(
     losses: tuple[float | None, dict[str, float]],
     data: Data,
     highest: dict[str, Any] | None,
+    estimated: dict[str, int],
 ) -> Report:
     """Summarize the run, whose final adapter has these validation losses, of all rows and by source."""
     folder = run.folder
     return Report.of(
         run.engine.gpt, progress, *losses, folder.adapter, data.findings, folder.prompt_style.date,
-        folder.start_val_loss(), run.train.peak_rate, data.counts(), highest,
+        folder.start_val_loss(), run.train.peak_rate, data.counts(), highest, estimated,
     )  # fmt: skip
 
 
@@ -519,16 +522,8 @@ def log_adapter(folder: RunFolder, config: GPTConfig) -> None:
 
 def memory_table(args: FinetuneLoraArgs, network: Network, samples: Samples) -> str:
     """Return what a run computes and the parts of its peak memory, as a table."""
-    train, devices = args.train, args.devices * args.num_nodes
-    longest = longest_ahead(samples, train, args.seed, devices)
-    if args.strategy == "fsdp":
-        network = replace(network, shards=devices)
-    requested = 1 if network.shards > 1 else train.parallel_micro_batches
-    workers = network.backend.workers(requested, args.devices)
-    concurrent = concurrent_micro_batches(longest, train, devices, workers)
-    parts = breakdown(network, load_of(longest, network, train.activation_checkpointing, concurrent), args.optimizer)
-    if network.backend.counts_process_memory:
-        parts["Python and torch"] = round(peak_memory_gb() * 1e9)  # of this process, which has loaded no weight
+    train, longest = args.train, longest_planned(args, samples)
+    parts = estimate(args, network, longest)
     steps = total_steps(len(samples), train)
     epochs = orders(len(samples), train.global_batch_size, args.seed, after=0, total=steps)
     outline = network.outline()
@@ -541,3 +536,22 @@ def memory_table(args: FinetuneLoraArgs, network: Network, samples: Samples) -> 
         "tokens in the longest micro-batch": sum(len(sample.tokens) for sample in longest),
     }
     return table(counts, parts)
+
+
+def longest_planned(args: FinetuneLoraArgs, samples: Samples) -> list[Sample]:
+    """Return the samples of the longest micro-batch of a run from its first step on."""
+    return longest_ahead(samples, args.train, args.seed, args.devices * args.num_nodes)
+
+
+def estimate(args: FinetuneLoraArgs, network: Network, longest: Sequence[Sample]) -> dict[str, int]:
+    """Return the parts of a run's peak memory in bytes; called before a weight is loaded."""
+    train, devices = args.train, args.devices * args.num_nodes
+    if args.strategy == "fsdp":
+        network = replace(network, shards=devices)
+    requested = 1 if network.shards > 1 else train.parallel_micro_batches
+    workers = network.backend.workers(requested, args.devices)
+    concurrent = concurrent_micro_batches(longest, train, devices, workers)
+    parts = breakdown(network, load_of(longest, network, train.activation_checkpointing, concurrent), args.optimizer)
+    if network.backend.counts_process_memory:
+        parts[PROCESS] = network.backend.memory_in_use()
+    return parts

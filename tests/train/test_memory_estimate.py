@@ -292,6 +292,10 @@ def test_dry_run_prints_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp
     parts = list(printed)[list(printed).index("embedding, bfloat16") :]
     assert parts[-1] == "peak memory, GB"
     assert sum(float(printed[part]) for part in parts[:-1]) == pytest.approx(float(printed[parts[-1]]), abs=0.01)
+    estimated = report["estimated_memory_gb"]
+    assert list(estimated) == parts[:-1]
+    of_network = parts[:-2]  # without Python and torch, which have grown here
+    assert [f"{estimated[part]:.3f}" for part in of_network] == [printed[part] for part in of_network]
 
 
 def test_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, capsys):
