@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from litlora.cpu import matmul, onednn, weight_layouts
 from litlora.cpu.matmul import SLICE_ROWS, sliced_linear
 from litlora.cpu.weight_layouts import HalfWeight, StripedWeight, in_bfloat16, repacked
+from litlora.generation.compile import OPTIONS
 from litlora.lora.layer import LoRALinear
 from litlora.nn.backend import CUDA
 from litlora.nn.linear import Joint, Linear, frozen_linear
@@ -121,7 +122,7 @@ def test_bias_that_trains_is_refused_where_it_would_get_no_gradient():
 def test_bias_in_a_compiled_product():
     torch._dynamo.reset()
     layer, x = Linear(64, 50), torch.randn(1, 64)
-    torch.testing.assert_close(torch.compile(layer)(x), F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(torch.compile(layer, options=OPTIONS)(x), F.linear(x, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize("name", NAMES)
