@@ -17,6 +17,7 @@ from litlora.utils.resource_limits import within_cpu_time
 
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 CHARSMAP = "precompiled_charsmap"
+TRIED = ('"Regex"', '"FixedLength"', f'"{CHARSMAP}"')  # of the steps, those that can take long or panic
 MOST_STEPS = 100  # of a tokenizer
 MOST_CHARACTERS = 10_000  # of an expression, or of what a step writes
 MOST_GROWTH = 100  # characters that the steps may make of one
@@ -34,7 +35,7 @@ def check_cost(file: Mapping[str, Any]) -> None:
     _check_sizes(steps)
     _check_model(file.get("model"))
     text = json.dumps(steps)
-    if '"Regex"' in text or '"precompiled_charsmap"' in text:
+    if any(name in text for name in TRIED) or not _writes_text(steps.get("post_processor")):
         _try(text)
 
 
@@ -54,7 +55,15 @@ def encode_in_time(
 
 @cache
 def _try(steps: str) -> None:
-    PROCESS.ask({"steps": steps})
+    if panic := PROCESS.ask({"steps": steps}):  # which prints lines of its own, here to nowhere
+        raise LitLoraError(f"the tokenizer fails ({panic}): download the checkpoint again, or choose another")
+
+
+def _writes_text(post_processor: Any) -> bool:
+    """Tell whether each template of a post-processor for one text has a place for that text."""
+    templates = [step["single"] for step in _objects(post_processor) if isinstance(step.get("single"), list)]
+    places = ([step.get("id") for step in _objects(template) if "type_id" in step] for template in templates)
+    return all("A" in ids and "B" not in ids for ids in places)
 
 
 def _check_sizes(steps: Mapping[str, Any]) -> None:
