@@ -55,4 +55,4 @@ OTHER_TYPES = {
     35: BlockType("TQ2_0", 256, 66),
     39: BlockType("MXFP4", 32, 17),
 }
-"""The others, of which only the sizes are known."""
+"""The others, by their sizes alone."""
