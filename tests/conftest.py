@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import FAMILIES, Family
+from helpers.runs import QUERY_VALUE
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -162,7 +163,7 @@ def adapter(tiny: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
     out_dir = tmp_path_factory.mktemp("adapter") / "run"
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", out_dir]
     flags = ["--precision", "32-true", "--train.max_steps", 5, "--train.global_batch_size", 5, "--train.epochs", 3]
-    assert main(["finetune_lora", *map(str, folders + flags), "--train.learning_rate", "1e-2"]) == 0
+    assert main(["finetune_lora", *map(str, folders + flags), *QUERY_VALUE, "--train.learning_rate", "1e-2"]) == 0
     return out_dir / "final"
 
 

@@ -258,7 +258,7 @@ def test_invalid_data_is_refused(spoil, sentence, capsys):
         ("--quantize bnb.nf4 --precision bf16-mixed",
          "--quantize bnb.nf4 does not go with --precision bf16-mixed: choose bf16-true or 32-true, in which the "
          "adapter is float32 as well"),
-        ("--lora_query false --lora_value false",
+        ("--lora_query false --lora_key false --lora_value false --lora_projection false --lora_mlp false",
          "nothing would be trained: set at least one of --lora_query, --lora_key, --lora_value, --lora_projection, "
          "--lora_mlp and --lora_head to true"),
         ("--train.micro_batch_size -1", "--train.micro_batch_size (-1) must be at least 1"),
@@ -269,7 +269,8 @@ def test_invalid_data_is_refused(spoil, sentence, capsys):
         ("--train.lr_warmup_steps -1", "--train.lr_warmup_steps (-1) must be 0 or more, or null"),
         ("--train.lr_warmup_fraction 2", "--train.lr_warmup_fraction (2.0) must be between 0 and 1"),
         ("--train.learning_rate 0", "--train.learning_rate (0.0) must be above 0"),
-        ("--train.min_lr 1", "--train.min_lr (1.0) must be between 0 and learning_rate (0.0002)"),
+        ("--train.min_lr 1 --train.learning_rate 2e-4",
+         "--train.min_lr (1.0) must be between 0 and learning_rate (0.0002)"),
         ("--train.max_norm 0", "--train.max_norm (0.0) must be above 0, or null for no clipping"),
         ("--train.max_seq_length 257",
          "--train.max_seq_length (257) must be at most the checkpoint's number of positions (256)"),
@@ -684,8 +685,8 @@ def test_adapter_that_does_not_match_its_base_is_refused(command, spoil, sentenc
     [
         case("rank", nothing, "--init_adapter adapter --lora_r 4",
              "--lora_r (4) is for a new adapter, but --init_adapter brings its own: leave one of them out"),
-        case("switch", nothing, "--init_adapter adapter --lora_mlp true",
-             "--lora_mlp (True) is for a new adapter, but --init_adapter brings its own: leave one of them out"),
+        case("switch", nothing, "--init_adapter adapter --lora_head true",
+             "--lora_head (True) is for a new adapter, but --init_adapter brings its own: leave one of them out"),
         case("initialization", nothing, "--init_adapter adapter --lora_init fisher",
              "--lora_init (fisher) is for a new adapter, but --init_adapter brings its own: leave one of them out"),
         case("no adapter", nothing, "--init_adapter base",

@@ -18,6 +18,15 @@ Start = Literal["zero", "fisher", "pissa", "pissa_niter_4", "pissa_niter_16"]
 LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 BLOCKS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 """A block, or the first and last of some."""
+FORMER_DEFAULTS: dict[str, Any] = {
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_key": False,
+    "lora_projection": False,
+    "lora_mlp": False,
+    "train.learning_rate": 2e-4,
+}
+"""Lit-GPT's defaults, which an earlier version had: runs that began with them go on with them."""
 
 
 def is_expression(text: object) -> bool:
@@ -77,7 +86,7 @@ class TrainArgs:
     """Stop and save a resumable checkpoint after this many seconds."""
     max_seq_length: int | None = None
     """Maximum number of tokens of an example, by default the checkpoint's limit; longer examples are truncated."""
-    learning_rate: float | Literal["auto"] = 2e-4
+    learning_rate: float | Literal["auto"] = "auto"
     """Peak learning rate; auto follows from the checkpoint's hidden size, and the run records the number."""
     lr_warmup_steps: int | None = None
     """Warmup steps; overrides lr_warmup_fraction."""
@@ -205,9 +214,9 @@ class FinetuneLoraArgs(CommandArgs):
     """ddp replicates the base on every device, fsdp shards it; auto chooses ddp if the base fits."""
     init_adapter: Path | None = None
     """Continue from this LoRA adapter of litlora or PEFT, with its ranks, scalings and layers, on its base."""
-    lora_r: int = 8
+    lora_r: int = 16
     """Rank of the adapter's matrices."""
-    lora_alpha: int = 16
+    lora_alpha: int = 32
     """Scaling: the adapter's output is multiplied by lora_alpha / lora_r."""
     lora_use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_r) instead, so that high ranks learn as fast as low ones (rsLoRA)."""
@@ -230,13 +239,13 @@ class FinetuneLoraArgs(CommandArgs):
     """Layers to adapt whatever the switches are: names such as q_proj,down_proj, or an expression for whole names."""
     lora_query: bool = True
     """Adapt the attention's query projection."""
-    lora_key: bool = False
+    lora_key: bool = True
     """Adapt the attention's key projection."""
     lora_value: bool = True
     """Adapt the attention's value projection."""
-    lora_projection: bool = False
+    lora_projection: bool = True
     """Adapt the attention's output projection."""
-    lora_mlp: bool = False
+    lora_mlp: bool = True
     """Adapt the three projections of the MLP."""
     lora_head: bool = False
     """Adapt the output head."""
@@ -316,7 +325,7 @@ class FinetuneLoraArgs(CommandArgs):
         for setting in fields(self):
             value = getattr(self, setting.name)
             shapes = setting.name.startswith("lora_") and setting.name not in ("lora_dropout", "lora_plus_ratio")
-            if shapes and value != setting.default:
+            if shapes and value not in (setting.default, FORMER_DEFAULTS.get(setting.name, setting.default)):
                 fault = f"--{setting.name} ({value}) is for a new adapter, but --init_adapter brings its own"
                 raise LitLoraError(f"{fault}: leave one of them out")
 

@@ -28,7 +28,7 @@ from litlora.train.logger_names import check_loggers
 from litlora.train.lora_flags import new_adapter
 from litlora.train.optimizer_names import check_name
 from litlora.train.resume import AUTO, Identity, starting_point
-from litlora.train.settled import with_rate
+from litlora.train.settled import former_defaults, settle
 from litlora.utils.files import check_absent, check_writable
 from litlora.utils.manifest import find_truncation
 
@@ -101,7 +101,7 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     refuse_adapter(args.checkpoint_dir)
     base = CheckpointFiles.find(args.checkpoint_dir, args.gguf)
     template = check_prompt_style(base.dir, StyleSettings(args.prompt_style, args.prompt_style_variables or {}))
-    args = with_rate(args, base.config.hidden_size, lambda _: None)  # the run itself reports it
+    args = settle(args, base.config.hidden_size, former_defaults(args), lambda _: None)  # the run itself reports it
     args.check_model(base.config.hidden_size, base.config.positions)
     lora = new_adapter(args, base.config) if args.init_adapter is None else read_settings(args.init_adapter)
     if args.strategy == "fsdp" and args.devices * args.num_nodes > 1:

@@ -51,7 +51,7 @@ class Identity:
     @classmethod
     def of(cls, args: FinetuneLoraArgs, contents: dict[str, str], details: Mapping[str, str] | None = None) -> Self:
         """Take the settings that matter."""
-        settings = {name: value for name, value in _flat(plain(args)) if name not in WITHOUT_EFFECT}
+        settings = {name: value for name, value in flat(plain(args)) if name not in WITHOUT_EFFECT}
         return cls(settings, contents, dict(details or {}))
 
     def write(self, folder: Path) -> None:
@@ -80,14 +80,15 @@ class Identity:
 
     def changed_settings(self, settings: Mapping[str, Any]) -> list[str]:
         """Describe each setting that differs from those of a run, as its hyperparameters.yaml has them."""
-        was = {name: value for name, value in _flat(settings) if name not in WITHOUT_EFFECT}
+        was = {name: value for name, value in flat(settings) if name not in WITHOUT_EFFECT}
         return list(_changed_settings(was, self.settings, may_grow=()))
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield settings by dotted names."""
     for name, value in settings.items():
         if isinstance(value, dict) and name in ("train", "eval"):
-            yield from _flat(value, f"{name}.")
+            yield from flat(value, f"{name}.")
         elif name == "quantize" and isinstance(as_gguf(value), GGUFPath):
             yield name, GGUFPath.SUFFIX  # the file counts by its content
         else:

@@ -81,7 +81,7 @@ from litlora.train.resume import (
 from litlora.train.run_dir import ReadOnlyRunFolder, RunFolder
 from litlora.train.samples import SampleRows, is_told_to_stop
 from litlora.train.schedule import orders, total_steps
-from litlora.train.settled import with_rate
+from litlora.train.settled import former_defaults, settle
 from litlora.train.train_state import Progress, restore_state
 from litlora.utils.console import log, quietly, warn
 from litlora.utils.files import refuse_foreign_link
@@ -117,8 +117,7 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
         network = Network.of(args, inputs.checkpoint, folder.lora, fabric.device)
         estimated = estimate(args, network, longest_planned(args, data.train))
         run, progress = build_run(args, inputs, data, network, folder, fabric, ranks, stop, start)
-        if inputs.style_choice:
-            log(inputs.style_choice)
+        log_choices(inputs)
         log_plan(run)
         if progress.step < total_steps(len(data.train), args.train):
             longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size, progress.step)
@@ -137,6 +136,7 @@ def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str
         ranks.broadcast_result(partial(folder.check, inputs.explanations))
         data = read_data(args, inputs, ranks)
         network = Network.of(args, inputs.checkpoint, folder.lora, fabric.device)
+        log_choices(inputs)
         log_adapter(folder, inputs.config)
         return memory_table(args, network, data.train)
 
@@ -168,8 +168,8 @@ class Inputs:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     style: PromptStyle
-    style_choice: str
-    """What --prompt_style auto stands for and why, to be printed."""
+    choices: tuple[str, ...]
+    """What settings stand for that are not as they were given, and why, to be printed."""
     init_adapter: Path | None
     lora: LoRAConfig
     max_seq_length: int
@@ -216,7 +216,9 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     settings, why = find_prompt_style(args, tokenizer, ranks)
     args = replace(args, prompt_style=settings.name)
     style = tokenizer.prompt_style(settings)
-    args = with_rate(args, checkpoint.config.hidden_size)
+    choices = [why] if why else []
+    began = ranks.broadcast_result(partial(former_defaults, args))
+    args = settle(args, checkpoint.config.hidden_size, began, choices.append)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
     lora = _lora_config(args, checkpoint)
     limits = server_limits(args, lora, checkpoint.hub_config)
@@ -227,7 +229,13 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
         import_bitsandbytes(f"--quantize {args.quantize}")  # only a check
     encoder = SplitEncoder(tokenizer, settings, args.mask_prompt)
     splits = tuple(find_split(args.data_dir / f"{name}.jsonl", encoder) for name in ("train", "val"))
-    return Inputs(args, checkpoint, tokenizer, style, why, args.init_adapter, lora, limit, encoder, splits)
+    return Inputs(args, checkpoint, tokenizer, style, tuple(choices), args.init_adapter, lora, limit, encoder, splits)
+
+
+def log_choices(inputs: Inputs) -> None:
+    """Print what settings stand for."""
+    for choice in inputs.choices:
+        log(choice)
 
 
 def _lora_config(args: FinetuneLoraArgs, checkpoint: Checkpoint) -> LoRAConfig:

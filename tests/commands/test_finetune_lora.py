@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.reference import hugging_face
+from helpers.runs import QUERY_VALUE
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -19,7 +20,7 @@ def run(tiny, data_dir, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("out") / "run"
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", out_dir]
     flags = ["--train.max_steps", 3, "--train.global_batch_size", 5, "--train.save_interval", 2, "--lora_r", 4]
-    assert main(["finetune_lora", *map(str, folders + flags)]) == 0
+    assert main(["finetune_lora", *map(str, folders), *QUERY_VALUE, *map(str, flags)]) == 0
     return out_dir
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import QUERY_VALUE
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
@@ -46,7 +47,7 @@ def arguments(data_dir: Path, out_dir: Path, *flags: object) -> list[str]:
     folders = ["--checkpoint_dir", ROOT / "checkpoints/pico", "--data_dir", data_dir, "--out_dir", out_dir]
     settings = "--precision 32-true --lora_dropout 0 --train.global_batch_size 5 --train.max_steps 10 --train.epochs 2"
     more = "--train.learning_rate 2e-3 --train.micro_batch_size 2 --eval.max_new_tokens 0"
-    return ["finetune_lora", *map(str, folders), *settings.split(), *more.split(), *map(str, flags)]
+    return ["finetune_lora", *map(str, folders), *QUERY_VALUE, *settings.split(), *more.split(), *map(str, flags)]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -11,12 +11,25 @@ from litlora.__main__ import main
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "--precision 32-true --lora_dropout 0 --eval.max_new_tokens 0 --train.learning_rate 1e-2"
+QUERY_VALUE = [
+    "--lora_r",
+    "8",
+    "--lora_alpha",
+    "16",
+    "--lora_key",
+    "false",
+    "--lora_projection",
+    "false",
+    "--lora_mlp",
+    "false",
+]
+"""Flags of an adapter on query and value, for tests whose numbers are those of one."""
 
 
 def finetune(checkpoint: Path, data_dir: Path, out_dir: Path, *flags: object) -> Path:
     """Run finetune_lora in float32 and return its final adapter."""
     folders = ["--checkpoint_dir", checkpoint, "--data_dir", data_dir, "--out_dir", out_dir]
-    assert main(["finetune_lora", *map(str, folders), *SETTINGS.split(), *map(str, flags)]) == 0
+    assert main(["finetune_lora", *map(str, folders), *SETTINGS.split(), *QUERY_VALUE, *map(str, flags)]) == 0
     return out_dir / "final"
 
 

@@ -8,6 +8,7 @@ from helpers import parity
 from helpers.families import WHOLE_BLOCKS
 from helpers.parity import CPU, TOKENS, check_equals_peft, logits, perturb
 from helpers.reference import hugging_face, in_4_bits, with_peft
+from helpers.runs import QUERY_VALUE
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -199,7 +200,7 @@ def finetune(base: Path, data_dir: Path, out_dir: Path, *flags: object) -> int:
     folders = ["--checkpoint_dir", base, "--data_dir", data_dir, "--out_dir", out_dir, "--eval.max_new_tokens", 0]
     settings = ["--precision", "32-true", "--lora_use_dora", "true", "--lora_head", "true", "--train.save_interval", 1]
     rates = ["--train.learning_rate", "1e-2", "--train.global_batch_size", 4, "--train.lr_warmup_steps", 0]
-    return main(["finetune_lora", *map(str, [*folders, *settings, *rates, *flags])])
+    return main(["finetune_lora", *map(str, [*folders, *settings, *rates, *QUERY_VALUE, *flags])])
 
 
 def test_dora_run_resumes_bit_for_bit_and_trains_magnitudes(tiny, data_dir, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.families import WHOLE_BLOCKS
 from helpers.reference import in_4_bits
+from helpers.runs import QUERY_VALUE
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -122,7 +123,7 @@ def base(make_checkpoint) -> Path:
 
 
 def finetune(base: Path, data_dir: Path, out_dir: Path, *flags: object) -> Path:
-    folders = ["--checkpoint_dir", base, "--data_dir", data_dir, "--out_dir", out_dir, *EVERY_LAYER]
+    folders = ["--checkpoint_dir", base, "--data_dir", data_dir, "--out_dir", out_dir, *QUERY_VALUE, *EVERY_LAYER]
     settings = ["--precision", "32-true", "--lora_dropout", "0", "--quantize", "bnb.nf4", "--eval.max_new_tokens", "0"]
     assert main(["finetune_lora", *map(str, [*folders, *settings, *flags])]) == 0
     return out_dir / "final"

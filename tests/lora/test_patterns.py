@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.families import MATRIX, WHOLE_BLOCKS
+from helpers.families import FAMILIES, MATRIX, WHOLE_BLOCKS
 from helpers.parity import CPU, adapted, check_equals_peft, check_is_near_peft
 from helpers.reference import hugging_face, in_4_bits, with_peft
+from helpers.runs import QUERY_VALUE
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from litlora.__main__ import main
+from litlora.args.finetune import FinetuneLoraArgs
 from litlora.lora.config import LoRAConfig
+from litlora.models.config import GPTConfig
 from litlora.nn.nf4 import Quantization
+from litlora.train.lora_flags import new_adapter
 
 NF4 = Quantization("bnb.nf4", torch.float32)
 CONFIGS = {
@@ -69,7 +73,7 @@ def test_merge_equals_peft(config, checkpoints, tmp_path):
 def finetune(base: Path, data_dir: Path, out_dir: Path, *flags: str) -> int:
     folders = ["--checkpoint_dir", base, "--data_dir", data_dir, "--out_dir", out_dir, "--eval.max_new_tokens", 0]
     settings = ["--precision", "32-true", "--train.max_steps", 1, "--train.global_batch_size", 2]
-    return main(["finetune_lora", *map(str, [*folders, *settings]), *flags])
+    return main(["finetune_lora", *map(str, [*folders, *settings]), *QUERY_VALUE, *flags])
 
 
 def test_flags_reach_the_adapter_and_hyperparameters_repeat_the_run(tiny, data_dir, tmp_path):
@@ -119,6 +123,16 @@ def test_a_config_file_chooses_layers(setting, adapted, tiny, data_dir, tmp_path
     assert finetune(tiny, data_dir, tmp_path / "out", "--config", str(tmp_path / "choice.yaml")) == 0
     tensors = load_file(tmp_path / "out/final/adapter_model.safetensors")
     assert {name.removeprefix("base_model.model.model.").rpartition(".lora_")[0] for name in tensors} == adapted
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_default_switches_are_all_linear_layers_but_the_head(family):
+    config = GPTConfig.from_hub(family.config().to_dict())
+    default, all_linear = (
+        new_adapter(FinetuneLoraArgs(Path(), Path(), lora_r=2, lora_targets=targets), config).target_modules
+        for targets in (None, "all-linear")
+    )
+    assert set(default) == set(all_linear)
 
 
 NOTE = "the whole of qkv_proj, which computes queries, keys and values"

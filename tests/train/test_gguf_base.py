@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.families import WHOLE_BLOCKS
 from helpers.llama_cpp import answers
+from helpers.runs import QUERY_VALUE
 
 from litlora.__main__ import main
 from litlora.args.finetune import FinetuneLoraArgs
@@ -51,7 +52,8 @@ def q4(files) -> Path:
 def training(base: Path, data_dir: Path, out_dir: Path, gguf: Path) -> list[object]:
     folders = ["--checkpoint_dir", base, "--data_dir", data_dir, "--out_dir", out_dir, "--quantize", gguf]
     flags = ["--precision", "32-true", "--train.max_steps", 4, "--train.global_batch_size", 5, "--train.epochs", 3]
-    return ["finetune_lora", *folders, *flags, "--train.learning_rate", "1e-2", "--train.save_interval", 2]
+    flags += ["--train.learning_rate", "1e-2", "--train.save_interval", 2]
+    return ["finetune_lora", *folders, *QUERY_VALUE, *flags]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from random import Random
 
 import pytest
 import torch
+from helpers.runs import QUERY_VALUE
 from safetensors.torch import load_file
 
 from litlora.utils.locks import LOCK
@@ -38,7 +39,7 @@ def command(data_dir: Path, out_dir: Path) -> list[str]:
     settings = "--precision 32-true --lora_dropout 0.1 --train.global_batch_size 4 --train.epochs 2"
     more = "--train.save_interval 3 --train.save_total_limit 2 --eval.interval 5 --eval.keep_best true"
     rate = "--train.learning_rate 1e-2 --eval.max_new_tokens 4"
-    return ["finetune_lora", *map(str, folders), *settings.split(), *more.split(), *rate.split()]
+    return ["finetune_lora", *map(str, folders), *QUERY_VALUE, *settings.split(), *more.split(), *rate.split()]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from weakref import WeakSet
 import memory_table
 import pytest
 import torch
+from helpers.runs import QUERY_VALUE
 
 from litlora.__main__ import main
 from litlora.cpu import onednn
@@ -277,7 +278,8 @@ def quantized(described: Network) -> GPT:
 
 def test_dry_run_prints_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp_path, capsys):
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
-    flags = ["--train.epochs", 2, "--train.global_batch_size", 4, "--train.max_steps", 5, "--lora_mlp", "true"]
+    flags = ["--train.epochs", 2, "--train.global_batch_size", 4, "--train.max_steps", 5]
+    flags += [*QUERY_VALUE, "--lora_mlp", "true"]
     command = ["finetune_lora", *map(str, folders + flags)]
     assert main([*command, "--dry_run", "true"]) == 0
     captured = capsys.readouterr()

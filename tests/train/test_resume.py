@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import WEIGHTS, metrics, report
+from helpers.runs import QUERY_VALUE, WEIGHTS, metrics, report
 from helpers.runs import same_adapter as same
 from safetensors.torch import load_file, save_file
 
@@ -84,8 +84,8 @@ def other_run(was: str, checkpoint: str = "out/step-000002") -> str:
 
 
 def test_changed_settings_are_refused_by_name(stopped, capsys):
-    changed = ["--lora_alpha", 32, "--seed", 1, "--prompt_style", "none", "--eval.max_iters", 1]
-    was = "--lora_alpha was 16 and is 32, --prompt_style was alpaca and is none, --eval.max_iters was null and is 1, "
+    changed = ["--lora_alpha", 64, "--seed", 1, "--prompt_style", "none", "--eval.max_iters", 1]
+    was = "--lora_alpha was 32 and is 64, --prompt_style was alpaca and is none, --eval.max_iters was null and is 1, "
     was += "--seed was 1337 and is 1, the rows or the tokenizer of train.jsonl have changed, "
     was += "the rows or the tokenizer of val.jsonl have changed"
     assert refusal(capsys, "--resume", "true", "--train.max_steps", 2, *changed) == other_run(was)
@@ -104,6 +104,20 @@ def test_an_automatic_rate_is_recorded_and_resumed_as_its_number(world, capsys):
     resumed = command("--resume", "true", "--train.max_steps", 3, *automatic)
     check_early(parse(resumed).args)
     assert main(resumed) == 0
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_defaults(world, capsys):
+    former = [*QUERY_VALUE, "--train.learning_rate", 2e-4]
+    assert run("--train.max_steps", 1, *former) == 0
+    shutil.rmtree("out/final")
+    resumed = command("--resume", "true", "--train.max_steps", 2, "--train.learning_rate", "auto")
+    check_early(parse(resumed).args)
+    capsys.readouterr()
+    assert main(resumed) == 0
+    assert "the run began with other defaults, and goes on with them: --lora_r 8, " in capsys.readouterr().err
+    config = json.loads(Path("out/final/adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], sorted(config["target_modules"])) == (8, ["q_proj", "v_proj"])
+    assert read_settings(Path("out"))["train"]["learning_rate"] == 2e-4
 
 
 def test_fewer_steps_are_refused(stopped, capsys):
@@ -311,9 +325,9 @@ def test_resume_auto_starts_resumes_or_leaves_a_finished_run_alone(world, capsys
     assert run(*auto) == 0
     assert capsys.readouterr().err.splitlines()[0] == "the run in out is finished: adapter in out/final"
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
-    changes = "--lora_alpha was 16 and is 32, --train.epochs was 1 and is 2"
+    changes = "--lora_alpha was 32 and is 64, --train.epochs was 1 and is 2"
     hint = "choose another, or resume it by --overwrite true"
-    sentence = refusal(capsys, *auto, "--train.epochs", 2, "--lora_alpha", 32)
+    sentence = refusal(capsys, *auto, "--train.epochs", 2, "--lora_alpha", 64)
     assert sentence == f"litlora: --out_dir (out) holds a finished run: {changes}; {hint}\n"
     assert run(*auto, "--train.epochs", 2, "--overwrite", "true") == 0
     assert [row["step"] for row in metrics("out")] == [*"012345678"]
