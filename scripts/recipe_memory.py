@@ -96,8 +96,8 @@ def peak_gigabytes(path: Path) -> float:
     shards = args.devices if args.strategy == "fsdp" else 1
     lora = new_adapter(args, checkpoint.config)
     network = Network(checkpoint.config, lora, args.precision, args.quantize, torch.device("cuda"), shards)
-    lengths = (args.train.max_seq_length or 0,) * args.train.micro_batch_size
-    load = Load(lengths, sum(lengths), args.train.activation_checkpointing)
+    lengths = (args.train.max_seq_length or 0,) * args.train.example_limit
+    load = Load(lengths, sum(lengths), args.train.recomputes)
     return sum(breakdown(network, load, args.optimizer).values()) / 1e9
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -261,7 +262,7 @@ def test_invalid_data_is_refused(spoil, sentence, capsys):
         ("--lora_query false --lora_key false --lora_value false --lora_projection false --lora_mlp false",
          "nothing would be trained: set at least one of --lora_query, --lora_key, --lora_value, --lora_projection, "
          "--lora_mlp and --lora_head to true"),
-        ("--train.micro_batch_size -1", "--train.micro_batch_size (-1) must be at least 1"),
+        ("--train.micro_batch_size -1", "--train.micro_batch_size (-1) must be at least 1, or null"),
         ("--train.global_batch_size=-16", "--train.global_batch_size (-16) must be at least 1"),
         ("--train.micro_batch_tokens 0", "--train.micro_batch_tokens (0) must be at least 1, or null"),
         ("--train.epochs 0", "--train.epochs (0) must be at least 1"),
@@ -541,13 +542,38 @@ def beyond(tokenizer: Tokenizer) -> str:
     return f"the token {tokenizer.token_to_id('<99>')}, but the checkpoint's vocab_size is 300: {hint}"
 
 
-def test_micro_batch_tokens_below_the_longest_example_is_refused(capsys):
-    check(
-        capsys,
-        [*FINETUNE, "--train.micro_batch_tokens", "80"],
-        "--train.micro_batch_tokens (80) must be at least the longest example of train.jsonl (201): "
-        "raise it, or cut the examples by --train.max_seq_length",
-    )
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--memory 8XB", "--memory (8XB) must be a number with a unit, such as 8GB or 7.5GiB; the units are B, KB, MB, "
+         "GB, TB, KiB, MiB, GiB, TiB"),
+        ("--memory 8", "--memory (8) must be a number with a unit, such as 8GB or 7.5GiB; the units are B, KB, MB, "
+         "GB, TB, KiB, MiB, GiB, TiB"),
+        ("--memory 0GB", "--memory (0GB) must be above 0"),
+        ("--memory 8GB --train.micro_batch_tokens 512",
+         "--memory 8GB does not go with --train.micro_batch_tokens 512, which fixes the micro-batches: "
+         "leave one of them out"),
+    ],
+)  # fmt: skip
+def test_wrong_memory_is_refused(flags, sentence, capsys):
+    check(capsys, [*FINETUNE, *flags.split()], sentence)
+
+
+def test_a_budget_that_no_plan_fits_is_refused_with_what_would_help(capsys):
+    flags = "--memory 20MB --train.activation_checkpointing false --precision 32-true --overwrite true"
+    assert main([*FINETUNE, *flags.split()]) == 1
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    needs = r"\(\d+\.\d GB\)"
+    ways = rf"--train.activation_checkpointing true {needs}, --quantize bnb.nf4 {needs}, "
+    ways += rf"--train.max_seq_length \d+ {needs}, --strategy fsdp --devices 2, on each {needs}"
+    fault = r"litlora: no plan fits in --memory \(20MB\): the smallest, \d+ tokens per micro-batch, no checkpointing, "
+    assert re.fullmatch(rf"{fault}needs \d\.\d GB; what would help: {ways}", sentence), sentence
+
+
+def test_a_budget_beyond_the_machine_is_a_warning(capsys):
+    assert main([*FINETUNE, "--memory", "900TB", "--dry_run", "true"]) == 0
+    warning = r"--memory \(900TB\) is beyond the [\d.]+ GB that there are: the plan takes the [\d.]+ GB that are free"
+    assert re.search(warning, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["PagedAdamW", "PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"])

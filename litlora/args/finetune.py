@@ -15,6 +15,21 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 Logger = Literal["csv", "tensorboard", "wandb", "mlflow"]
 Start = Literal["zero", "fisher", "pissa", "pissa_niter_4", "pissa_niter_16"]
 
+AUTO: Literal["auto"] = "auto"
+EXAMPLES = 4
+"""Examples of a micro-batch where neither they nor its tokens are limited."""
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
 LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 BLOCKS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 """A block, or the first and last of some."""
@@ -42,6 +57,17 @@ def require_numbers_by_expression(flag: str, pattern: Mapping[str, float] | None
     for key, number in (pattern or {}).items():
         require(is_expression(key), flag, key, "a mapping whose keys are layer names or regular expressions")
         require(number >= 1, f"{flag}, {key}", number, "at least 1")
+
+
+def as_bytes(flag: str, size: str) -> int:
+    """Return the number of bytes that a text such as 8GB, 7.5 GiB or 900MB gives."""
+    found = SIZE.fullmatch(size.strip())
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    factor = units.get(found[2].lower()) if found else None
+    need = f"a number with a unit, such as 8GB or 7.5GiB; the units are {', '.join(UNITS)}"
+    if found is None or factor is None:
+        raise LitLoraError(f"{flag} ({size}) must be {need}")
+    return round(float(found[1]) * factor)
 
 
 def as_targets(targets: list[str] | str) -> list[str] | str:
@@ -72,12 +98,13 @@ class TrainArgs:
 
     global_batch_size: int = 16
     """Examples per optimizer step, over all devices."""
-    micro_batch_size: int = 4
-    """Maximum number of examples in one forward and backward pass; unused with micro_batch_tokens."""
-    micro_batch_tokens: int | None = None
-    """Maximum number of tokens in one forward and backward pass; null limits the examples by micro_batch_size."""
+    micro_batch_size: int | None = None
+    """Maximum number of examples in one forward and backward pass; 4 unless there is a maximum number of tokens."""
+    micro_batch_tokens: int | Literal["auto"] | None = None
+    """Maximum number of tokens in one forward and backward pass, in which a longer example is alone; auto is the
+    fastest that fits in memory, null limits the examples by micro_batch_size."""
     parallel_micro_batches: int = 2
-    """Micro-batches that run concurrently on CPU, each on its share of the cores; a GPU runs one."""
+    """Maximum number of micro-batches that run concurrently on CPU, each on its share of the cores; a GPU runs one."""
     epochs: int = 1
     """Passes over the training split."""
     max_steps: int | None = None
@@ -102,18 +129,16 @@ class TrainArgs:
     """Retain this many of the newest checkpoints, and the one with the best validation loss; null retains all."""
     log_interval: int = 1
     """Write a row of metrics.csv every this many steps."""
-    activation_checkpointing: bool = False
-    """Recompute block activations in the backward pass: slower, much less memory."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute block activations in the backward pass: slower, much less memory; auto is false, or what
+    --memory needs."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "global_batch_size", "micro_batch_size", "parallel_micro_batches",
-            "epochs", "save_interval", "log_interval",
-        ):  # fmt: skip
+        for name in ("global_batch_size", "parallel_micro_batches", "epochs", "save_interval", "log_interval"):
             require(getattr(self, name) >= 1, f"--train.{name}", getattr(self, name), "at least 1")
-        for name in ("micro_batch_tokens", "max_steps", "max_seq_length", "save_total_limit"):
+        for name in ("micro_batch_size", "micro_batch_tokens", "max_steps", "max_seq_length", "save_total_limit"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"--train.{name}", value, "at least 1, or null")
+            require(value in (None, AUTO) or value >= 1, f"--train.{name}", value, "at least 1, or null")
         time = self.max_time
         require(time is None or time > 0, "--train.max_time", time, "above 0, or null")
         steps = self.lr_warmup_steps
@@ -126,6 +151,28 @@ class TrainArgs:
         require(in_range, "--train.min_lr", self.min_lr, f"between 0 and learning_rate ({rate})")
         norm = self.max_norm
         require(norm is None or norm > 0, "--train.max_norm", norm, "above 0, or null for no clipping")
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether memory decides the micro-batches."""
+        return self.micro_batch_tokens == AUTO
+
+    @property
+    def token_limit(self) -> int | None:
+        """The maximum number of tokens of a micro-batch, which auto is not before there is a plan."""
+        if self.micro_batch_tokens == "auto":
+            raise LitLoraError("--train.micro_batch_tokens (auto) needs a plan: give a number, or null")
+        return self.micro_batch_tokens
+
+    @property
+    def example_limit(self) -> int:
+        """The maximum number of examples of a micro-batch that has no maximum number of tokens."""
+        return self.micro_batch_size or EXAMPLES
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether block activations are recomputed; where nothing is planned, only if that is requested."""
+        return self.activation_checkpointing is True
 
     @property
     def peak_rate(self) -> float:
@@ -187,7 +234,7 @@ class FinetuneLoraArgs(CommandArgs):
         "quantization": ("precision", "quantize"),
         "training": ("train.*", "optimizer"),
         "evaluation": ("eval.*",),
-        "devices": ("devices", "num_nodes", "strategy"),
+        "devices": ("devices", "num_nodes", "strategy", "memory"),
         "run": ("*",),
     }
     examples: ClassVar = (
@@ -212,6 +259,8 @@ class FinetuneLoraArgs(CommandArgs):
     """Number of machines; more than one need torchrun or srun."""
     strategy: Strategy = "auto"
     """ddp replicates the base on every device, fsdp shards it; auto chooses ddp if the base fits."""
+    memory: str | None = None
+    """Memory that the run may take on each device, such as 8GB or 7500MiB: micro-batches are the fastest that fit."""
     init_adapter: Path | None = None
     """Continue from this LoRA adapter of litlora or PEFT, with its ranks, scalings and layers, on its base."""
     lora_r: int = 16
@@ -295,8 +344,25 @@ class FinetuneLoraArgs(CommandArgs):
         for name in ("devices", "num_nodes"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "at least 1")
         require_seed(self.seed)
+        self._check_memory()
         self._check_lora()
         self._adopt_rate_of_optimizer()
+
+    def _check_memory(self) -> None:
+        """Have a budget decide the micro-batches; refuse one that is no size, or beside fixed micro-batches."""
+        if self.memory is None:
+            return
+        require(as_bytes("--memory", self.memory) > 0, "--memory", self.memory, "above 0")
+        if self.train.micro_batch_tokens not in (None, AUTO):
+            fault = f"does not go with --train.micro_batch_tokens {self.train.micro_batch_tokens}"
+            hint = "which fixes the micro-batches: leave one of them out"
+            raise LitLoraError(f"--memory {self.memory} {fault}, {hint}")
+        object.__setattr__(self, "train", replace(self.train, micro_batch_tokens=AUTO))
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The bytes that --memory gives, if it is given."""
+        return None if self.memory is None else as_bytes("--memory", self.memory)
 
     def _check_lora(self) -> None:
         if self.init_adapter is not None:

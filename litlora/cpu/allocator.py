@@ -1,8 +1,6 @@
 """glibc's allocator: settings against fragmentation, and returning free memory to the system."""
 
 import ctypes
-import mmap
-from pathlib import Path
 
 ARENA_MAX, MMAP_THRESHOLD, TOP_PAD, TRIM_THRESHOLD = -8, -3, -2, -1  # as glibc's malloc.h numbers them
 SETTINGS = {ARENA_MAX: 1, MMAP_THRESHOLD: 2**25, TOP_PAD: 2**26, TRIM_THRESHOLD: -1}
@@ -26,12 +24,6 @@ def give_back() -> None:
     """Return free memory to the system, if the allocator is glibc's."""
     if library := _glibc():
         library.malloc_trim(0)
-
-
-def resident_memory() -> int | None:
-    """Return the bytes of this process that are in memory, where Linux tells them."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE if statm.exists() else None
 
 
 def _glibc() -> ctypes.CDLL | None:

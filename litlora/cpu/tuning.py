@@ -53,3 +53,10 @@ FRAGMENTATION = 0.27
 """Free bytes of glibc's allocator while the activations are in use, as a share of them."""
 LEAST_FRAGMENTATION = 20
 """The same at least, in MLP values per token, for where few activations are saved."""
+
+# Micro-batches
+
+MICRO_BATCH_TOKENS = 50
+"""Tokens whose time a micro-batch takes beside that of its own: launching its operations, and reading all weights."""
+CORE_SCALING = 0.9
+"""A micro-batch on n cores is n to this power times as fast as on one."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from heapq import nlargest
+from heapq import heappop, heappush, nlargest
 from itertools import pairwise
 from operator import itemgetter
 from typing import Self, TypeVar
@@ -73,7 +73,7 @@ class Batching:
     @classmethod
     def of(cls, train: TrainArgs) -> Self:
         """Take the settings that matter here."""
-        return cls(train.global_batch_size, train.micro_batch_size, train.micro_batch_tokens)
+        return cls(train.global_batch_size, train.example_limit, train.token_limit)
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """Split a global batch, or a rank's share of it."""
@@ -122,16 +122,29 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def longest_micro_batch(
-    samples: Samples, orders: Iterable[NDArray[np.int64]], train: TrainArgs, ranks: int
+    samples: Samples, orders: Iterable[NDArray[np.int64]], train: TrainArgs, ranks: int, workers: int = 1
 ) -> list[Sample]:
-    """Return the samples of the micro-batch with the most tokens among all global batches of these orders."""
+    """Return the samples of the micro-batch that needs most memory among all global batches of these orders.
+
+    That is the one with the most tokens, counting those of as many as are concurrent.
+    """
+
+    def tokens(group: list[int]) -> int:
+        lengths: list[int] = samples.lengths[group].tolist()
+        return sum(lengths) * (1 if is_alone(lengths, train.token_limit) else workers)
+
     groups = [
         [share[index] for index in group]
         for batch in _candidates(samples.lengths, orders, train, ranks)
         for share in filter(None, split_across_ranks(batch, samples.lengths[batch].tolist(), ranks))
-        for group in group_samples(samples.lengths[share].tolist(), train.micro_batch_size, train.micro_batch_tokens)
+        for group in group_samples(samples.lengths[share].tolist(), train.example_limit, train.token_limit)
     ]
-    return [samples[index] for index in max(groups, key=lambda group: int(samples.lengths[group].sum()))]
+    return [samples[index] for index in max(groups, key=tokens)]
+
+
+def is_alone(lengths: Sequence[int], max_tokens: int | None) -> bool:
+    """Tell whether a micro-batch of samples of these lengths exceeds the limit, so that none is concurrent to it."""
+    return max_tokens is not None and sum(lengths) > max_tokens
 
 
 def _candidates(
@@ -142,7 +155,7 @@ def _candidates(
     for order in orders:
         starts = np.arange(0, len(order), train.global_batch_size)
         sums, longest = (ufunc.reduceat(lengths[order], starts) for ufunc in (np.add, np.maximum))
-        micros = ranks * np.ceil(np.diff(starts, append=len(order)) / (ranks * train.micro_batch_size))
+        micros = ranks * np.ceil(np.diff(starts, append=len(order)) / (ranks * train.example_limit))
         scores = sums / micros + longest
         for index in np.argsort(-scores)[:CANDIDATES]:
             best.append((scores[index], order[starts[index] :][: train.global_batch_size].tolist()))
@@ -150,10 +163,11 @@ def _candidates(
     return [batch for _, batch in best]
 
 
-def sequential_batches(samples: Samples, size: int) -> Iterator[list[Sample]]:
-    """Yield the samples of a split in order, in batches of `size`; the last may be smaller."""
-    for start in range(0, len(samples), size):
-        yield [samples[index] for index in range(start, min(start + size, len(samples)))]
+def sequential_batches(samples: Samples, size: int, most: int | None = None) -> Iterator[list[Sample]]:
+    """Yield the samples of a split, or at most so many of them, in order, in batches of `size`."""
+    count = len(samples) if most is None else most
+    for start in range(0, count, size):
+        yield [samples[index] for index in range(start, min(start + size, count))]
 
 
 def split_across_ranks(items: Sequence[T], lengths: Sequence[int], ranks: int) -> list[list[T]]:
@@ -179,7 +193,14 @@ def group_samples(lengths: Sequence[int], size: int, max_tokens: int | None) -> 
 
 
 def pack_into_fewest(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group samples, none longer than `max_tokens`, into the fewest groups of at most `max_tokens` tokens."""
+    """Group samples into the fewest groups of at most `max_tokens` tokens; a longer sample is a group by itself."""
+    longer = [[index] for index, length in enumerate(lengths) if length > max_tokens]
+    others = [index for index, length in enumerate(lengths) if length <= max_tokens]
+    groups = _fewest([lengths[index] for index in others], max_tokens)
+    return _in_order([*longer, *([others[index] for index in group] for group in groups)])
+
+
+def _fewest(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     firsts = _first_fit(lengths, max_tokens)
     for count in range(math.ceil(sum(lengths) / max_tokens), len(firsts) + 1):
         groups = balanced_groups(lengths, count, most=len(lengths))
@@ -194,11 +215,12 @@ def balanced_groups(lengths: Sequence[int], count: int, *, most: int) -> list[li
     Greedy: the longest sample first, each into the group that is the shortest so far.
     """
     groups: list[list[int]] = [[] for _ in range(count)]
-    totals = [0] * count
+    shortest = [(0, n) for n in range(count)]  # a heap of the groups' lengths
     for index in _longest_first(lengths):
-        shortest = min((n for n in range(count) if len(groups[n]) < most), key=totals.__getitem__)
-        groups[shortest].append(index)
-        totals[shortest] += lengths[index]
+        length, n = heappop(shortest)
+        groups[n].append(index)
+        if len(groups[n]) < most:
+            heappush(shortest, (length + lengths[index], n))
     return _in_order(groups)
 
 

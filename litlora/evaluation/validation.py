@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
 import torch
 
@@ -38,11 +38,14 @@ def validate(
     max_iters: int | None = None,
     sources: RowSources = ONE_SOURCE,
 ) -> ValLoss:
-    """Return the mean loss over the supervised tokens of a split, or of its first `max_iters` micro-batches."""
+    """Return the mean loss over the supervised tokens of a split, or of as many rows as `max_iters` micro-batches hold.
+
+    A micro-batch counts as one of `micro_batch_size` rows, whatever its tokens: memory decides no result.
+    """
     ranks = engine.ranks
     sums = torch.zeros(len(sources.names), 2, dtype=torch.float64)
-    batches = islice(_micro_batches(samples, batching, sources), max_iters)
     rows = len(samples) if max_iters is None else min(len(samples), max_iters * batching.micro_batch_size)
+    batches = _micro_batches(samples, rows, batching, sources)
     with evaluating(engine.gpt), task("validation", rows) as progress:
         rounds = zip_longest(*[batches] * ranks.world_size, fillvalue=(0, DUMMY_MICRO_BATCH))  # one for each rank
         local = (round_[ranks.rank] for round_ in _counted(rounds, progress))
@@ -54,9 +57,11 @@ def validate(
     return ValLoss(float(losses.sum() / tokens.sum()), by_source if len(sources.names) > 1 else {})
 
 
-def _micro_batches(samples: Samples, batching: Batching, sources: RowSources) -> Iterator[tuple[int, MicroBatch]]:
-    """Yield micro-batches in the order of the split, each of rows of one source, with the index of that source."""
-    for group in sequential_batches(samples, batching.global_batch_size):
+def _micro_batches(
+    samples: Samples, most: int, batching: Batching, sources: RowSources
+) -> Iterator[tuple[int, MicroBatch]]:
+    """Yield micro-batches of the first rows of the split, each of rows of one source, with the index of that source."""
+    for group in sequential_batches(samples, batching.global_batch_size, most):
         for source, rows in enumerate(_by_source(group, sources)):
             yield from ((source, micro) for micro in batching.micro_batches(rows))
 

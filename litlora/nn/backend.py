@@ -4,6 +4,7 @@ Callers ask `backend(device)` and never which device it is. CUDA is short: torch
 work. The CPU backend leads to `cpu/`.
 """
 
+import math
 import resource
 import sys
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from torch import Tensor
 from litlora.args.finetune import Precision
 from litlora.cpu import attention as cpu_attention
 from litlora.cpu import matmul, onednn, tuning, weight_layouts
-from litlora.cpu.allocator import configure_for_training, give_back, resident_memory
+from litlora.cpu.allocator import configure_for_training, give_back
 from litlora.cpu.huge_pages import move_to_huge_pages
 from litlora.cpu.worker_threads import WorkerThreads as WorkerThreads
 from litlora.cpu.worker_threads import worker_count
@@ -27,6 +28,7 @@ from litlora.nn.attention import sdpa_per_sequence, varlen_flash_attention
 from litlora.nn.attention_spec import AttentionSpec
 from litlora.nn.transfer import copy_ahead
 from litlora.nn.whole_linear import whole_linear
+from litlora.utils.memory import available_memory, resident_memory, total_memory
 
 FLOAT32 = 4  # bytes
 WORKSPACES = 2 * 2**25
@@ -35,6 +37,9 @@ BLOCK_SCORES = 3
 """Copies of a block's scores in its backward pass on a CPU: probabilities, their gradients, and the scores'."""
 SOFTCAP_SCORES = 5
 """Copies of a sequence's scores in its backward pass on a GPU, where there is a softcap."""
+SATURATING_WORK = 3.3e11
+"""Tokens times parameters of a block from which computing takes an H100 longer than launching the block's kernels: with
+Llama 3.2 1B (77 million parameters each), a micro-batch of any size takes 80 ms up to 4,300 tokens."""
 LAUNCHED_LOGITS = 2**24
 """Logits that become float32 probabilities at once on a GPU, which launches few kernels for them."""
 
@@ -152,6 +157,21 @@ class Backend(ABC):
         """Return the bytes that this process has now, and give back what it has only had."""
 
     @abstractmethod
+    def free_memory(self, device: torch.device) -> int:
+        """Return the bytes that this process may take beside those that it has."""
+
+    @abstractmethod
+    def total_memory(self, device: torch.device) -> int:
+        """Return the bytes of all memory."""
+
+    @abstractmethod
+    def relative_time(self, tokens: int, layer_parameters: int, share: float = 1.0) -> float:
+        """Return how long a micro-batch takes on a share of the cores, as a multiple of a token in a long one.
+
+        `layer_parameters` are those of a block.
+        """
+
+    @abstractmethod
     def cast_rows(self, rows: int) -> int:
         """Return how many rows of a weight exist at one time where products need it in another dtype."""
 
@@ -228,7 +248,16 @@ class CPUBackend(Backend):
 
     def memory_in_use(self) -> int:
         give_back()
-        return resident_memory() or self.peak_memory()
+        return resident_memory()
+
+    def free_memory(self, device: torch.device) -> int:
+        return available_memory()
+
+    def total_memory(self, device: torch.device) -> int:
+        return total_memory()
+
+    def relative_time(self, tokens: int, layer_parameters: int, share: float = 1.0) -> float:
+        return (tokens + tuning.MICRO_BATCH_TOKENS) / math.pow(share, tuning.CORE_SCALING)
 
     def cast_rows(self, rows: int) -> int:
         return min(tuning.SLICE_ROWS, rows)
@@ -306,6 +335,16 @@ class CUDABackend(Backend):
 
     def memory_in_use(self) -> int:
         return torch.cuda.memory_allocated()
+
+    def free_memory(self, device: torch.device) -> int:
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+    def total_memory(self, device: torch.device) -> int:
+        return torch.cuda.mem_get_info(device)[1]
+
+    def relative_time(self, tokens: int, layer_parameters: int, share: float = 1.0) -> float:
+        return max(tokens, SATURATING_WORK / layer_parameters)  # as long as few tokens, kernels are launched too slowly
 
     def cast_rows(self, rows: int) -> int:
         return rows

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from litlora.data.batching import (
     MicroBatch,
     Sample,
     Samples,
+    is_alone,
     split_across_ranks,
     with_dropout_seeds,
 )
@@ -105,7 +107,7 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
     seed_rank(engine.ranks, run.seed, step)
     micros = with_dropout_seeds(local_micro_batches(batch, Batching.of(run.train), engine.ranks))
     supervised = sum(sample.supervised for sample in batch)
-    loss = forward_backward(engine, micros, supervised)
+    loss = forward_backward(engine, micros, supervised, run.train.token_limit)
     max_norm = run.train.max_norm or math.inf  # an infinite limit measures the norm and clips nothing
     norm = engine.fabric.clip_gradients(engine.gpt, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
     mean, grad_norm = loss.item(), float(norm)  # type: ignore[arg-type]
@@ -118,11 +120,16 @@ def train_step(run: Run, batch: Sequence[Sample], rate: float, step: int) -> Ste
     return StepResult(mean, grad_norm, tokens, supervised, time.perf_counter() - start)
 
 
-def forward_backward(engine: Engine, micros: Sequence[MicroBatch], supervised: int) -> Tensor:
-    """Compute the gradients of a step on all ranks, and return its mean loss over `supervised` tokens."""
+def forward_backward(engine: Engine, micros: Sequence[MicroBatch], supervised: int, limit: int | None = None) -> Tensor:
+    """Compute the gradients of a step on all ranks, and return its mean loss over `supervised` tokens.
+
+    Micro-batches beyond the limit of tokens come first, and none is concurrent to them.
+    """
     parameters = list(lora_parameters(engine.gpt).values())
     loss = torch.zeros((), device=engine.fabric.device)
-    for summand, gradients in engine.workers.map(partial(loss_and_gradients, engine, parameters, supervised), micros):
+    work = partial(loss_and_gradients, engine, parameters, supervised)
+    alone = [micro for micro in micros if is_alone(micro.lengths, limit)]
+    for summand, gradients in chain(map(work, alone), engine.workers.map(work, micros[len(alone) :])):
         loss += summand
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)

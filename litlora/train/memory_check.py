@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed.fsdp import FSDPModule
 
 from litlora.args.finetune import TrainArgs
-from litlora.data.batching import Sample, Samples, longest_micro_batch, optimize_layout, pack
+from litlora.data.batching import Sample, Samples, is_alone, longest_micro_batch, optimize_layout, pack
 from litlora.errors import LitLoraError, is_shortage
 from litlora.evaluation.engine import Engine
 from litlora.lora.layer import lora_parameters
@@ -23,11 +23,13 @@ from litlora.train.train_state import Progress
 USABLE = 0.9  # share of a GPU's free memory; the rest is for its libraries and for fragmentation
 
 
-def longest_ahead(samples: Samples, train: TrainArgs, seed: int, ranks: int, done: int = 0) -> list[Sample]:
+def longest_ahead(
+    samples: Samples, train: TrainArgs, seed: int, ranks: int, done: int = 0, workers: int = 1
+) -> list[Sample]:
     """Return the samples of the longest micro-batch, on any rank, of all steps after those that are done."""
     total = total_steps(len(samples), train)
     ahead = orders(len(samples), train.global_batch_size, seed, after=done, total=total)
-    return longest_micro_batch(samples, (order for _, order in ahead), train, ranks)
+    return longest_micro_batch(samples, (order for _, order in ahead), train, ranks, workers)
 
 
 def load_of(samples: Sequence[Sample], network: Network, activation_checkpointing: bool, concurrent: int = 1) -> Load:
@@ -39,6 +41,8 @@ def load_of(samples: Sequence[Sample], network: Network, activation_checkpointin
 
 def concurrent_micro_batches(samples: Sequence[Sample], train: TrainArgs, ranks: int, workers: int) -> int:
     """Return how many micro-batches of the size of this one a step computes concurrently."""
+    if is_alone([len(sample.tokens) for sample in samples], train.token_limit):
+        return 1
     return min(workers, math.ceil(train.global_batch_size / (ranks * len(samples))))
 
 
@@ -59,6 +63,29 @@ def check_memory(
         # With sharded weights a rank cannot try again: its peers may still be inside forward or backward.
         fitting = [] if isinstance(engine.gpt, FSDPModule) else check.fitting_subset(longest)
         raise check.error(longest, fitting)
+
+
+def memory_factor(
+    engine: Engine,
+    network: Network,
+    train: TrainArgs,
+    optimizer: str | dict[str, Any],
+    longest: Sequence[Sample],
+    process: int,
+    before: int,
+) -> float:
+    """Return the memory that forward and backward of the longest micro-batch take, as a multiple of its estimate.
+
+    It is infinite where memory runs out, and 1 where the run has had no more than the process had before it. `process`
+    are the bytes without the run.
+    """
+    check = _Check(engine, network, train, optimizer)
+    if not check.fits(longest):
+        return math.inf
+    peak = network.backend.peak_memory()
+    parts = breakdown(network, load_of(longest, network, train.recomputes, check.concurrent(longest)), optimizer)
+    added = peak - process + parts["optimizer state"]  # which exists from the first step on
+    return added / sum(parts.values()) if peak > before else 1.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +128,7 @@ class _Check:
 
     def error(self, samples: Sequence[Sample], fitting: Sequence[Sample]) -> LitLoraError:
         """Return the error that names what needs too much memory, the settings to lower, and what they would need."""
-        recomputes, concurrent = self.train.activation_checkpointing, self.concurrent(samples)
+        recomputes, concurrent = self.train.recomputes, self.concurrent(samples)
         ways = [lower(samples, fitting, self.train)]
         if fitting:
             ways[0] += f", which needs {self.need(fitting, recomputes, self.concurrent(fitting))}"
@@ -133,7 +160,7 @@ def lower(samples: Sequence[Sample], fitting: Sequence[Sample], train: TrainArgs
     if fitting and train.micro_batch_tokens is not None:
         changes.append(f"--train.micro_batch_tokens ({train.micro_batch_tokens}) to {enough}")
     elif len(samples) > 1:
-        changes.append(f"--train.micro_batch_size ({train.micro_batch_size}) to {len(fitting) or 1}")
+        changes.append(f"--train.micro_batch_size ({train.example_limit}) to {len(fitting) or 1}")
     if enough < len(samples[0].tokens):
         changes.append("--train.max_seq_length" + (f" to {enough}" if fitting else ""))
     return f"lower {' and '.join(changes)}"
@@ -152,7 +179,8 @@ def reporting_shortage(progress: Progress, train: TrainArgs) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
-        name = "micro_batch_size" if train.micro_batch_tokens is None else "micro_batch_tokens"
-        hint = f"free some, or lower --train.{name} ({getattr(train, name)}), and resume by --resume true"
+        tokens = train.micro_batch_tokens
+        limit = f"size ({train.example_limit})" if tokens is None else f"tokens ({tokens})"
+        hint = f"free some, or lower --train.micro_batch_{limit}, and resume by --resume true"
         fault = f"there is no longer enough memory after step {progress.step}"
         raise LitLoraError(f"{fault}; what is saved so far stays: {hint}") from error

@@ -64,6 +64,8 @@ class Report:
     """The training rows with the highest losses after training, by lines and hashes; None if none was scored."""
     estimated_memory_gb: dict[str, float] | None
     """The parts of the peak memory as they were estimated before the run; their sum is the estimate of the peak."""
+    plan: dict[str, Any] | None
+    """How memory split a step: the settings, and the GB that it needs by estimate and may have; None if it did not."""
 
     @classmethod
     def of(
@@ -80,6 +82,7 @@ class Report:
         data: dict[str, Any],
         highest_losses: dict[str, Any] | None,
         estimated: Mapping[str, int],
+        plan: Mapping[str, Any] | None,
     ) -> Self:
         """Summarize a run whose final adapter has this validation loss."""
         return cls(
@@ -104,6 +107,7 @@ class Report:
             data=data,
             highest_losses=highest_losses,
             estimated_memory_gb={part: size / 1e9 for part, size in estimated.items()},
+            plan=None if plan is None else dict(plan),
         )
 
     @classmethod

@@ -29,7 +29,7 @@ TOKENIZATION = {"ids": "of the tokenizer's file"}
 # Settings that say where, how fast or how often, but not what comes out of a step; folders count by their content.
 WITHOUT_EFFECT = {
     "checkpoint_dir", "data_dir", "out_dir", "init_adapter", "devices", "num_nodes", "strategy", "logger_name",
-    "resume", "overwrite", "dry_run", "deploy", "receipt", "quiet",
+    "resume", "overwrite", "dry_run", "deploy", "receipt", "quiet", "memory",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.parallel_micro_batches",
     "train.activation_checkpointing", "train.max_time",
     "train.save_interval", "train.save_total_limit", "train.log_interval",

@@ -60,6 +60,8 @@ class RunFolder:
     tokenizer_files: tuple[Path, ...]
     identity: Identity
     prompt_style: StyleSettings
+    plan: Mapping[str, Any] | None = None
+    """The plan as report.json holds it."""
 
     @property
     def path(self) -> Path:

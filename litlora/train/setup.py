@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from litlora.args.common import plain
-from litlora.args.finetune import FinetuneLoraArgs
+from litlora.args.finetune import FinetuneLoraArgs, TrainArgs
 from litlora.data.batching import Batching, Sample, Samples, epoch_order
 from litlora.data.checks import CheckedData, CheckedSplit, Finding, Severity, refuse_errors, run_checks
 from litlora.data.dataset import choose_prompt_style, read_example, read_some_examples
@@ -47,6 +47,7 @@ from litlora.models.transformer import GPT, evaluating
 from litlora.models.weights import fingerprint
 from litlora.nn.backend import backend
 from litlora.nn.nf4 import Quantization, import_bitsandbytes
+from litlora.report.files import HYPERPARAMETERS, read_settings
 from litlora.train.changes import Open, explanations
 from litlora.train.init_adapter import continued_adapter
 from litlora.train.logger_names import check_loggers
@@ -59,9 +60,11 @@ from litlora.train.memory_check import (
     has_room,
     load_of,
     longest_ahead,
+    memory_factor,
     reporting_shortage,
 )
 from litlora.train.memory_estimate import PROCESS, Network, breakdown, table
+from litlora.train.memory_plan import Plan, PlannedRun, recorded_plan
 from litlora.train.optimizers import adapter_groups, build_optimizer, check_optimizer
 from litlora.train.receipts import find_receipt
 from litlora.train.report import Report, counts_of, losses_with_digests
@@ -91,6 +94,8 @@ from litlora.utils.signals import StopRequest
 
 FISHER_EXAMPLES = 32
 """Examples that measure the Fisher information; eight times as many gave no lower loss."""
+MOST_FACTOR = 1000.0
+"""Of its estimate, what a micro-batch counts as having taken for which memory does not suffice."""
 SCORED = 10
 """Rows are scored after training up to one in this number of the trained tokens: about 3 % of the time."""
 
@@ -113,17 +118,20 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
             return Report.read(folder.final)
         start = ranks.broadcast_result(partial(folder.check, inputs.explanations))
         data = read_data(args, inputs, ranks)
-        folder = folder.with_details(data.digests)
         network = Network.of(args, inputs.checkpoint, folder.lora, fabric.device)
-        estimated = estimate(args, network, longest_planned(args, data.train))
-        run, progress = build_run(args, inputs, data, network, folder, fabric, ranks, stop, start)
+        recorded = ranks.broadcast_result(partial(plan_of, start, args.train))
+        planned = PlannedRun.of(args, network, data.train, ranks, recorded)
+        folder = planned_folder(folder.with_details(data.digests), planned)
+        estimated = estimate(planned.args, network, longest_planned(planned.args, network, data.train))
+        run, progress = build_run(planned.args, inputs, data, network, folder, fabric, ranks, stop, start)
         log_choices(inputs)
         log_plan(run)
+        if planned.plan:
+            log(str(planned))
         if progress.step < total_steps(len(data.train), args.train):
-            longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size, progress.step)
             shards = ranks.world_size if isinstance(run.engine.gpt, FSDPModule) else 1
             with task("checking memory"):
-                check_memory(run.engine, replace(network, shards=shards), args.train, args.optimizer, longest)
+                run = with_memory_checked(run, replace(network, shards=shards), planned, data, progress.step)
         return carry_out(run, progress, start, inputs, data, estimated)
 
 
@@ -138,7 +146,10 @@ def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str
         network = Network.of(args, inputs.checkpoint, folder.lora, fabric.device)
         log_choices(inputs)
         log_adapter(folder, inputs.config)
-        return memory_table(args, network, data.train)
+        planned = PlannedRun.forecast(args, network, data.train, ranks)
+        if planned.plan:
+            log(str(planned))
+        return memory_table(planned.args, network, data.train)
 
 
 @contextmanager
@@ -294,9 +305,8 @@ def read_data(args: FinetuneLoraArgs, inputs: Inputs, ranks: Ranks) -> Data:
     with ranks.first_ahead():
         opened = inputs.open(inputs.splits, inputs.encoder)
     named = {split.path.name: tokens for split, tokens in zip(inputs.splits, opened, strict=True)}
-    limit, most = inputs.max_seq_length, args.train.micro_batch_tokens
     findings = check_splits(inputs, opened)
-    train, val = (samples_of(name, tokens, limit, most) for name, tokens in named.items())
+    train, val = (samples_of(name, tokens, inputs.max_seq_length) for name, tokens in named.items())
     for finding in findings:
         if finding.severity is Severity.WARNING:
             warn(finding.sentence)
@@ -348,8 +358,7 @@ def build_run(
     engine = Engine(gpt, fabric, args.precision, network.backend.worker_pool(workers), ranks)
     completer = Completer(engine, inputs.tokenizer, inputs.style, args.eval.max_new_tokens)
     samples = SampleRows(completer, data.examples, folder, partial(is_told_to_stop, ranks, stop))
-    loss = partial(validate, engine, data.val, Batching.of(args.train), args.eval.max_iters, data.val_sources)
-    show = partial(validate_and_print, loss, samples)
+    show = shower(engine, data, args, samples)
     run = Run(engine, wrapped, data.train, args.train, args.eval, args.seed, show, folder, samples, Loggers(), stop)
     return run, progress
 
@@ -359,7 +368,7 @@ def is_sharded(args: FinetuneLoraArgs, network: Network, data: Data, ranks: Rank
     if ranks.world_size == 1 or args.strategy != "auto" or network.backend.counts_process_memory:
         return ranks.world_size > 1 and args.strategy == "fsdp"
     longest = longest_ahead(data.train, args.train, args.seed, ranks.world_size)
-    load = load_of(longest, network, args.train.activation_checkpointing)
+    load = load_of(longest, network, args.train.recomputes)
     free, _ = torch.cuda.mem_get_info(network.device)
     return bool(ranks.all_reduce_max(int(not has_room(free, network, load, args.optimizer))))
 
@@ -372,6 +381,61 @@ def validate_and_print(loss: Callable[[], ValLoss], samples: SampleRows, step: i
     if step == 0:
         samples.record(step)
     return val_loss
+
+
+def plan_of(start: Path | None, train: TrainArgs) -> Plan | None:
+    """Return the plan of the run that is resumed, if its settings are there and allow one."""
+    if start is None or not (start.parent / HYPERPARAMETERS).is_file():
+        return None
+    return recorded_plan(read_settings(start.parent), train)
+
+
+def planned_folder(folder: RunFolder, planned: PlannedRun) -> RunFolder:
+    """Return the folder of a run, which records its plan."""
+    return replace(folder, args=planned.args, plan=planned.record())
+
+
+def with_memory_checked(run: Run, network: Network, planned: PlannedRun, data: Data, done: int) -> Run:
+    """Return the run under a plan whose longest micro-batch was computed within its memory; refuse a run without."""
+    while True:
+        train, optimizer = planned.args.train, planned.args.optimizer
+        ranks, workers = run.engine.ranks, run.engine.workers.count
+        longest = longest_ahead(data.train, train, run.seed, ranks.world_size, done, workers)
+        if planned.planner is None or isinstance(run.engine.gpt, FSDPModule):
+            check_memory(run.engine, network, train, optimizer, longest)
+            return run
+        budget = planned.planner.budget
+        factor = memory_factor(run.engine, network, train, optimizer, longest, budget.used, budget.peak)
+        factor = ranks.all_reduce_max(round(min(factor, MOST_FACTOR) * 1000)) / 1000
+        if factor < MOST_FACTOR and planned.fits(factor):
+            return run
+        lowered = planned.lowered(factor)
+        if lowered is None:
+            if factor == MOST_FACTOR:
+                check_memory(run.engine, network, train, optimizer, longest)
+            warn(f"the longest micro-batch takes {factor:.1f} times its estimate, beyond {budget.name}")
+            return run
+        planned = lowered
+        log(f"{planned}: the one before took more than its estimate")
+        run = under_plan(run, planned, data)
+
+
+def under_plan(run: Run, planned: PlannedRun, data: Data) -> Run:
+    """Return the same run under another plan."""
+    train, engine = planned.args.train, run.engine
+    engine.gpt.model.activation_checkpointing = train.recomputes
+    workers = backend(engine.fabric.device).worker_pool(train.parallel_micro_batches)
+    engine, folder = replace(engine, workers=workers), planned_folder(run.folder, planned)
+    completer = replace(run.completions.completer, engine=engine)
+    samples = replace(run.completions, completer=completer, folder=folder)
+    show = shower(engine, data, planned.args, samples)
+    return replace(run, engine=engine, train=train, folder=folder, completions=samples, validate=show)
+
+
+def shower(engine: Engine, data: Data, args: FinetuneLoraArgs, samples: SampleRows) -> Callable[[int], ValLoss]:
+    """Return what validates, and prints what a validation shows."""
+    loss = partial(validate, engine, data.val, Batching.of(args.train), args.eval.max_iters, data.val_sources)
+    return partial(validate_and_print, loss, samples)
 
 
 def carry_out(
@@ -429,7 +493,7 @@ def make_report(
     folder = run.folder
     return Report.of(
         run.engine.gpt, progress, *losses, folder.adapter, data.findings, folder.prompt_style.date,
-        folder.start_val_loss(), run.train.peak_rate, data.counts(), highest, estimated,
+        folder.start_val_loss(), run.train.peak_rate, data.counts(), highest, estimated, folder.plan,
     )  # fmt: skip
 
 
@@ -465,21 +529,17 @@ def build_model(
     else:
         gpt = checkpoint.load(dtype, fabric.device, quantization)
         add_lora(gpt, lora)
-    gpt.model.activation_checkpointing = args.train.activation_checkpointing
+    gpt.model.activation_checkpointing = args.train.recomputes
     backend(fabric.device).prepare_for_training()
     return gpt
 
 
-def samples_of(name: str, tokens: Tokens, limit: int, micro_batch_tokens: int | None) -> Samples:
+def samples_of(name: str, tokens: Tokens, limit: int) -> Samples:
     """Cut the examples of a split to the limit."""
     samples = Samples(tokens, limit)
     if not len(samples):
         fault = f"has no example with a response within --train.max_seq_length ({limit}): raise it"
         raise LitLoraError(f"{name} {fault}")
-    longest = int(samples.lengths.max())
-    if micro_batch_tokens is not None and micro_batch_tokens < longest:
-        need = f"must be at least the longest example of {name} ({longest}): raise it, or cut the examples by"
-        raise LitLoraError(f"--train.micro_batch_tokens ({micro_batch_tokens}) {need} --train.max_seq_length")
     return samples
 
 
@@ -530,7 +590,7 @@ def log_adapter(folder: RunFolder, config: GPTConfig) -> None:
 
 def memory_table(args: FinetuneLoraArgs, network: Network, samples: Samples) -> str:
     """Return what a run computes and the parts of its peak memory, as a table."""
-    train, longest = args.train, longest_planned(args, samples)
+    train, longest = args.train, longest_planned(args, network, samples)
     parts = estimate(args, network, longest)
     steps = total_steps(len(samples), train)
     epochs = orders(len(samples), train.global_batch_size, args.seed, after=0, total=steps)
@@ -546,20 +606,29 @@ def memory_table(args: FinetuneLoraArgs, network: Network, samples: Samples) -> 
     return table(counts, parts)
 
 
-def longest_planned(args: FinetuneLoraArgs, samples: Samples) -> list[Sample]:
+def longest_planned(args: FinetuneLoraArgs, network: Network, samples: Samples) -> list[Sample]:
     """Return the samples of the longest micro-batch of a run from its first step on."""
-    return longest_ahead(samples, args.train, args.seed, args.devices * args.num_nodes)
+    devices, workers = args.devices * args.num_nodes, planned_workers(args, network)
+    return longest_ahead(samples, args.train, args.seed, devices, workers=workers)
+
+
+def planned_workers(args: FinetuneLoraArgs, network: Network) -> int:
+    """Return how many micro-batches a device computes concurrently; sharded weights allow one."""
+    requested = 1 if sharded(args, network).shards > 1 else args.train.parallel_micro_batches
+    return network.backend.workers(requested, args.devices)
+
+
+def sharded(args: FinetuneLoraArgs, network: Network) -> Network:
+    """Return the network as --strategy shards it."""
+    return replace(network, shards=args.devices * args.num_nodes) if args.strategy == "fsdp" else network
 
 
 def estimate(args: FinetuneLoraArgs, network: Network, longest: Sequence[Sample]) -> dict[str, int]:
     """Return the parts of a run's peak memory in bytes; called before a weight is loaded."""
     train, devices = args.train, args.devices * args.num_nodes
-    if args.strategy == "fsdp":
-        network = replace(network, shards=devices)
-    requested = 1 if network.shards > 1 else train.parallel_micro_batches
-    workers = network.backend.workers(requested, args.devices)
-    concurrent = concurrent_micro_batches(longest, train, devices, workers)
-    parts = breakdown(network, load_of(longest, network, train.activation_checkpointing, concurrent), args.optimizer)
+    network = sharded(args, network)
+    concurrent = concurrent_micro_batches(longest, train, devices, planned_workers(args, network))
+    parts = breakdown(network, load_of(longest, network, train.recomputes, concurrent), args.optimizer)
     if network.backend.counts_process_memory:
         parts[PROCESS] = network.backend.memory_in_use()
     return parts
