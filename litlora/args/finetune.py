@@ -130,8 +130,8 @@ class TrainArgs:
     log_interval: int = 1
     """Write a row of metrics.csv every this many steps."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute block activations in the backward pass: slower, much less memory; auto is false, or what
-    --memory needs."""
+    """Recompute block activations in the backward pass: slower, much less memory; auto is false unless a plan for
+    the memory needs it."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "parallel_micro_batches", "epochs", "save_interval", "log_interval"):

@@ -48,7 +48,7 @@ def test_the_report_says_what_was_done(run):
     report = json.loads((run / "final" / "report.json").read_text())
     expected = "train_loss val_loss val_perplexity steps supervised_tokens tokens seconds tokens_per_second "
     expected += "peak_memory_gb trainable_parameters frozen_parameters versions findings template_date adapter "
-    expected += "start_val_loss warning data highest_losses val_loss_by_source plan"
+    expected += "start_val_loss warning data highest_losses val_loss_by_source plan estimated_memory_gb"
     assert set(report) == set(expected.split())
     assert report["steps"] == 3
     assert report["trainable_parameters"] == 2 * 2 * 4 * (32 + 32)
