@@ -167,6 +167,40 @@ def test_mask_starts_with_the_first_token_of_the_response(tokenizer, name):
             assert tokenizer.decode(ids) == text.removesuffix(tokenizer.eos_token) and end == len(text)
 
 
+def conversation() -> Example:
+    """Return a conversation whose turns begin and end where tokens could cross."""
+    turns = ((("user", row["instruction"]), ("assistant", row["output"])) for row in HARD if "▁" not in row["output"])
+    messages = [{"role": role, "content": content} for turn in turns for role, content in turn]
+    ((_, row),), invalid = read_rows(jsonl_rows([json.dumps({"messages": messages}).encode()]), ANY)
+    assert not invalid
+    return row.example
+
+
+def check_mask_of_answers(tokenizer: Tokenizer, example: Example) -> int:
+    """Compare with decoding where each answer's labels start and end; return how many answers were compared."""
+    style, eos, compared = tokenizer.prompt_style("alpaca"), tokenizer.eos_token, 0
+    for sequence in style.render(example):
+        rows = encode_rows([RenderedRow(sequence, 1)], tokenizer, style, mask_prompt=True)
+        ids, is_label = np.where(rows.ids < 0, ~rows.ids, rows.ids).tolist(), rows.ids >= 0
+        starts = np.flatnonzero(is_label & ~np.append(False, is_label[:-1])).tolist()
+        ends = np.flatnonzero(is_label & ~np.append(is_label[1:], False)).tolist()
+        assert len(starts) == len(ends) == len(sequence.supervised)
+        for first, last, (start, end) in zip(starts, ends, sequence.supervised, strict=True):
+            before, answer = (text.replace(eos, "") for text in (sequence.text[:start], sequence.text[start:end]))
+            decoded = tokenizer.decode(ids[:first])
+            assert before.startswith(decoded.rstrip("\ufffd"))
+            through = tokenizer.decode(ids[: first + 1])
+            assert len(through) > len(before) or "\ufffd" in through or ids[first] == tokenizer.eos_id
+            assert ids[last] == tokenizer.eos_id and sequence.text[:end].endswith(eos)
+            assert tokenizer.decode(ids[: last + 1]) == before + answer
+            compared += 1
+    return compared
+
+
+def test_mask_of_each_answer_of_a_conversation(tokenizer):
+    assert check_mask_of_answers(tokenizer, conversation()) == len(conversation().messages) // 2
+
+
 def texts(count: int) -> Iterator[Rendered]:
     """Yield texts with a prompt, of pieces whose tokens depend on what is next to them."""
     draw = Random(0)
