@@ -16,6 +16,7 @@ from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.models.checkpoint_files import weight_files
+from litlora.models.mapped_file import map_file
 from litlora.nn.quantization import StoredWeight
 from litlora.utils.files import HASH_THREADS, refuse_device
 
@@ -147,11 +148,6 @@ def unsupported_dtype(checkpoint_dir: Path, name: str, dtype: object) -> LitLora
     """Return the error that refuses a tensor for its dtype."""
     fault = f"{name} is stored as {dtype}, but only {', '.join(DTYPES)} are supported"
     return LitLoraError(f"{checkpoint_dir}: {fault}; use a checkpoint that is not quantized")
-
-
-def map_file(path: Path) -> Tensor:
-    """Map a file into memory as bytes (size,)."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
 def open_safetensors(path: Path) -> Any:

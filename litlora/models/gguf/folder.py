@@ -29,9 +29,9 @@ def complete_folder(folder: Path, header: GGUFHeader) -> None:
 
 def _checked_config(header: GGUFHeader) -> dict[str, Any]:
     """Return the config of a file's model, from which the file's own metadata follows again."""
-    from litlora.models.gguf import weights  # an extra, and torch
+    from litlora.models.gguf import comparison  # an extra, and torch
 
     hub_config = config_of(header)
-    for fault in weights.differences(header, hub_config, GPTConfig.from_hub(hub_config)):
+    for fault in comparison.differences(header, hub_config, GPTConfig.from_hub(hub_config)):
         raise not_rebuilt(header, fault)
     return hub_config

@@ -1,72 +1,23 @@
 """The tensors of a GGUF file under the Hub's names: the way of the export table back."""
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from litlora.errors import LitLoraError
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
-from litlora.models.gguf.architectures import Architecture, architecture_of_checkpoint, name_of
-from litlora.models.gguf.library import gguf
-from litlora.models.gguf.metadata import add_computation
-from litlora.models.gguf.reader import GGUFHeader, TensorInfo, read_gguf
-from litlora.models.gguf.tensors import HEAD, OUTPUT, ROPE_FACTORS, TensorNames, rope_factors
+from litlora.models.gguf.architectures import architecture_of_checkpoint
+from litlora.models.gguf.comparison import differences
+from litlora.models.gguf.reader import GGUFHeader, read_gguf
+from litlora.models.gguf.stored import StoredInGGUF
+from litlora.models.gguf.tensors import HEAD, OUTPUT, ROPE_FACTORS, TensorNames
+from litlora.models.mapped_file import map_file
 from litlora.models.transformer import GPT
-from litlora.models.weights import Weights, map_file
-from litlora.nn.gguf_weight import GGUFWeight, dequantize
-
-SCALING, NO_SCALING = "rope.scaling.type", "none"
-NOT_COMPARED = "vocab_size", "sliding_window_pattern"
-"""Keys whose meaning is in the shapes already, or that converters write in different forms."""
-CLOSE = 1e-4
-"""Relative difference up to which two numbers are one that was stored in float32."""
-
-
-@dataclass(frozen=True)
-class StoredInGGUF:
-    """A tensor of the model in a GGUF file."""
-
-    path: Path
-    info: TensorInfo
-    shape: torch.Size
-    """Of the tensor in the model, which may be one part of that in the file."""
-    part: int | None = None
-    order: Tensor | None = None
-    """Which of the file's rows is each of the model's."""
-    offset: float = 0.0
-    """What the file has added to it."""
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def start(self) -> int:
-        """The first byte in the file."""
-        return self.info.start
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes in the file."""
-        return self.info.nbytes
-
-    def packed(self, content: Tensor) -> Tensor:
-        """Return the bytes of each row (rows, bytes) in the model's order, of the content of the file (bytes,)."""
-        raw = content[self.info.start :][: self.info.nbytes].view(-1, self.info.type.row_bytes(self.info.shape[-1]))
-        raw = raw if self.part is None else raw[self.part : self.part + 1]
-        return raw if self.order is None or len(raw) == 1 else raw[self.order]
-
-    def view(self, content: Tensor) -> Tensor:
-        """Return the tensor dequantized."""
-        packed, kind = self.packed(content), self.info.type
-        values = dequantize(packed, kind, torch.empty(len(packed), packed.shape[1] // kind.nbytes * kind.values))
-        values = values.view(self.shape)
-        if self.order is not None and values.dim() == 1:
-            values = values[self.order]
-        return values - self.offset if self.offset else values
+from litlora.models.weights import Weights
+from litlora.nn.gguf_weight import GGUFWeight
 
 
 class GGUFWeights(Weights):
@@ -101,16 +52,6 @@ def open_weights(files: CheckpointFiles, path: Path) -> tuple[CheckpointFiles, G
     return files, GGUFWeights(path, dict(_stored(header, names, files.config)))
 
 
-def differences(header: GGUFHeader, hub_config: Mapping[str, Any], config: GPTConfig) -> Iterator[str]:
-    """Yield in what a file's metadata is of another model than that of a config.json."""
-    own = architecture_of_checkpoint(hub_config, config)
-    if (expected := name_of(own)) != header.architecture:
-        yield f"it is for llama.cpp's {header.architecture}, not {expected}"
-        return
-    yield from _different_keys(header, own, config)
-    yield from _different_factors(header, config)
-
-
 def _stored(header: GGUFHeader, names: TensorNames, config: GPTConfig) -> Iterator[tuple[str, StoredInGGUF]]:
     """Yield the model's tensors that the file has, and by their own names those that the model does not have."""
     with torch.device("meta"):
@@ -132,42 +73,3 @@ def _stored(header: GGUFHeader, names: TensorNames, config: GPTConfig) -> Iterat
     for name, info in header.tensors.items():
         if name not in used:
             yield name, StoredInGGUF(header.path, info, torch.Size(info.shape))
-
-
-def _different_keys(header: GGUFHeader, own: Architecture, config: GPTConfig) -> Iterator[str]:
-    """Yield how the file's metadata differs from that which the config would be exported with."""
-    writer, arch = gguf.GGUFWriter(None, name_of(own)), header.architecture
-    add_computation(writer, own, config)
-    expected: dict[str, Any] = {key: value.value for key, value in writer.kv_data[0].items()}
-    scaling = f"{arch}.{SCALING}"
-    for key in dict.fromkeys([*expected, scaling]):
-        absent = NO_SCALING if key == scaling else None
-        theirs, ours = header.metadata.get(key, absent), expected.get(key, absent)
-        compared = key.removeprefix(f"{arch}.") not in NOT_COMPARED and key.startswith(f"{arch}.")
-        if compared and theirs is not None and not _agree(theirs, ours):
-            yield f"its {key} is {theirs}, and config.json implies {ours}"
-
-
-def _agree(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same; a list is as good as its one value."""
-    if isinstance(one, list):
-        return all(_agree(each, other) for each in one) if not isinstance(other, list) else one == other
-    numbers = isinstance(one, int | float) and isinstance(other, int | float)
-    return math.isclose(one, other, rel_tol=CLOSE) if numbers else one == other
-
-
-def _different_factors(header: GGUFHeader, config: GPTConfig) -> Iterator[str]:
-    """Yield the factors of rotary frequencies that differ from the config's."""
-    expected = {tensor.name: tensor.read() for tensor in rope_factors(config)}
-    content = map_file(header.path)
-    for name in ROPE_FACTORS:
-        info = header.tensors.get(name)
-        ours = expected.get(name)
-        if info is None and ours is None:
-            continue
-        if info is None or ours is None or info.shape != tuple(ours.shape):
-            yield f"{name} is in {'config.json' if info is None else 'it'} alone, or has another shape"
-            continue
-        theirs = StoredInGGUF(header.path, info, ours.shape).view(content)
-        if not torch.allclose(theirs, ours, rtol=CLOSE):
-            yield f"its {name} differs from the rope_scaling of config.json"
