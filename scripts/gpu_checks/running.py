@@ -20,8 +20,6 @@ RANK, ALPHA = 16, 32
 WARM_UP = 2
 """Steps whose time is not counted."""
 SWITCHES = ("lora_key", "lora_projection", "lora_mlp")
-FALLBACK = 8192
-"""Tokens of a micro-batch where litlora cannot choose them."""
 
 
 class CaseError(Exception):
@@ -68,19 +66,9 @@ def tests(work: Work) -> Result:
 
 
 def train(work: Work) -> Result:
-    """Train with litlora, which chooses its micro-batches; with a fixed number of tokens where it cannot."""
-    try:
-        return train_with(work, "auto")
-    except CaseError as error:
-        if "micro_batch_tokens" not in str(error):
-            raise
-        return train_with(work, str(min(FALLBACK, work.most_tokens)))
-
-
-def train_with(work: Work, micro_batch_tokens: str) -> Result:
-    """Estimate the memory of a run, and train."""
+    """Estimate the memory of a run whose micro-batches follow from the memory, and train."""
     out_dir = Path(work.folder) / f"run-{time.monotonic_ns()}"
-    command = [sys.executable, "-m", "litlora", *train_flags(work, micro_batch_tokens, out_dir)]
+    command = [sys.executable, "-m", "litlora", *train_flags(work, out_dir)]
     estimate = run([*command, "--dry_run", "true"], work, "estimate.log")
     run(command, work, "train.log")
     report = json.loads((out_dir / "final/report.json").read_text(encoding="utf-8"))
@@ -90,13 +78,13 @@ def train_with(work: Work, micro_batch_tokens: str) -> Result:
     return Result(
         tokens_per_second=median(speeds[WARM_UP:] or speeds),
         supervised=report["supervised_tokens"] / report["tokens"],
-        micro_batch_tokens=f"{micro_batch_tokens}, {rows['tokens in the longest micro-batch']}",
+        micro_batch_tokens=f"auto, {rows['tokens in the longest micro-batch']}",
         predicted_gb=float(rows["peak memory, GB"]),
         measured_gb=report["peak_memory_gb"],
     )
 
 
-def train_flags(work: Work, micro_batch_tokens: str, out_dir: Path) -> list[str]:
+def train_flags(work: Work, out_dir: Path) -> list[str]:
     """Return the command line of a run without validation."""
     settings = {
         "checkpoint_dir": work.checkpoint,
@@ -108,7 +96,7 @@ def train_flags(work: Work, micro_batch_tokens: str, out_dir: Path) -> list[str]
         "lora_dropout": 0,
         "prompt_style": "alpaca",
         "train.global_batch_size": work.rows,
-        "train.micro_batch_tokens": micro_batch_tokens,
+        "train.micro_batch_tokens": "auto",
         "train.max_steps": work.steps,
         "train.epochs": work.steps,
         "eval.initial_validation": "false",
