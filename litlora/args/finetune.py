@@ -41,7 +41,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "lora_mlp": False,
     "train.learning_rate": 2e-4,
 }
-"""Lit-GPT's defaults, which an earlier version had: runs that began with them go on with them."""
+"""Lit-GPT's defaults, which an earlier version had: runs that began with them resume with them."""
 
 
 def is_expression(text: object) -> bool:

@@ -164,7 +164,7 @@ def _candidates(
 
 
 def sequential_batches(samples: Samples, size: int, most: int | None = None) -> Iterator[list[Sample]]:
-    """Yield the samples of a split, or at most so many of them, in order, in batches of `size`."""
+    """Yield the samples of a split, or the first `most` of them, in order, in batches of `size`."""
     count = len(samples) if most is None else most
     for start in range(0, count, size):
         yield [samples[index] for index in range(start, min(start + size, count))]

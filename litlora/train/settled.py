@@ -29,7 +29,7 @@ def settle(args: FinetuneLoraArgs, hidden_size: int, began: Mapping[str, Any], r
     """
     if began:
         shown = ", ".join(f"--{name} {json.dumps(value)}" for name, value in began.items())
-        report(f"the run began with other defaults, and goes on with them: {shown}")
+        report(f"the run began with other defaults, and resumes with them: {shown}")
     flags = {name: value for name, value in began.items() if name != RATE}
     train = replace(args.train, learning_rate=began.get(RATE, args.train.learning_rate))
     return with_rate(replace(args, train=train, **flags), hidden_size, report)

@@ -114,7 +114,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_defaults(world, capsys):
     check_early(parse(resumed).args)
     capsys.readouterr()
     assert main(resumed) == 0
-    assert "the run began with other defaults, and goes on with them: --lora_r 8, " in capsys.readouterr().err
+    assert "the run began with other defaults, and resumes with them: --lora_r 8, " in capsys.readouterr().err
     config = json.loads(Path("out/final/adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], sorted(config["target_modules"])) == (8, ["q_proj", "v_proj"])
     assert read_settings(Path("out"))["train"]["learning_rate"] == 2e-4
