@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from litlora.data.dataset import write_dataset
 from litlora.data.examples import Example, Turn
-from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT, TemplateStyle
-from litlora.data.row_store import to_line
-from litlora.data.special_tokens import SpecialTokens
+from litlora.data.prompts.styles import ALPACA, ALPACA_WITH_INPUT, TemplateStyle
+from litlora.data.readers.row_store import to_line
+from litlora.data.tokenizer_backend.special_tokens import SpecialTokens
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.utils.files import write_atomically

@@ -64,7 +64,7 @@ def test_late_imports_have_a_reason():
     """Everything is imported at the top, except for extras, and torch's compiler and sharding, which take a second."""
     late = {(str(path), function.name, name) for path, tree in TREES.items() for function in ast.walk(tree)
             if isinstance(function, ast.FunctionDef) for name in imports(function)}  # fmt: skip
-    assert late == {("data/readers.py", "_parquet_rows", "pyarrow"),
+    assert late == {("data/readers/parsers.py", "_parquet_rows", "pyarrow"),
                     ("torch_private.py", "inductor_cache", "torch._inductor.runtime.cache_dir_utils"),
                     ("lora/pissa.py", "copy_whole", "torch.distributed.tensor"),
                     ("commands/chat.py", "chat", "prompt_toolkit"),

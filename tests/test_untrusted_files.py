@@ -27,15 +27,15 @@ from litlora.data.batching import Samples
 from litlora.data.dataset import read_file
 from litlora.data.encoding import encode
 from litlora.data.examples import Example, Turn
-from litlora.data.prompt_styles import ChatStyle, StyleSettings
-from litlora.data.raw_files import RawFile
-from litlora.data.row_formats import ALPACA, ANY, ParsedRow
-from litlora.data.row_store import to_line
-from litlora.data.special_tokens import SpecialTokens
+from litlora.data.prompts.styles import ChatStyle, StyleSettings
+from litlora.data.prompts.template_process import IsolatedTemplate
+from litlora.data.readers.raw_files import RawFile
+from litlora.data.readers.row_formats import ALPACA, ANY, ParsedRow
+from litlora.data.readers.row_store import to_line
 from litlora.data.split_encoder import SplitEncoder
-from litlora.data.template_process import IsolatedTemplate
 from litlora.data.token_cache import ABOUT, FIRST_LABELS, FOLDER, IDS, OFFSETS, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.tokenizer_backend.special_tokens import SpecialTokens
 from litlora.errors import LitLoraError
 from litlora.export.gguf.writer import encoded, type_of
 from litlora.lora.adapter_config import read_settings

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from litlora.args.data import CheckDataArgs
 from litlora.data.checks import CheckedData, CheckedSplit, Severity, length_of_most, run_checks
 from litlora.data.dataset import choose_prompt_style
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import find_split, peek_splits
 from litlora.data.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from litlora.args.sweep import SweepArgs
 from litlora.commands.prompt import Prompt, PromptFile, find_for_chat
 from litlora.data.dataset import choose_prompt_style, count_rows, read_example
 from litlora.data.prepare import check_paths
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.token_cache import FOLDER
 from litlora.data.tokenizer import check_prompt_style
 from litlora.errors import LitLoraError

@@ -2,7 +2,7 @@
 
 from litlora.args.data import PrepareAlpacaArgs
 from litlora.data.prepare import prepare
-from litlora.data.row_formats import ALPACA
+from litlora.data.readers.row_formats import ALPACA
 
 
 def prepare_alpaca(args: PrepareAlpacaArgs) -> None:

@@ -2,7 +2,7 @@
 
 from litlora.args.data import PrepareJsonArgs
 from litlora.data.prepare import prepare
-from litlora.data.row_formats import ANY, with_columns
+from litlora.data.readers.row_formats import ANY, with_columns
 
 
 def prepare_json(args: PrepareJsonArgs) -> None:

@@ -5,8 +5,8 @@ from functools import partial
 
 from litlora.args.data import PrepareLimaArgs
 from litlora.data.prepare import prepare
-from litlora.data.readers import RowError
-from litlora.data.row_formats import Fields, ParsedRow, RowFormat, parse_conversation
+from litlora.data.readers.parsers import RowError
+from litlora.data.readers.row_formats import Fields, ParsedRow, RowFormat, parse_conversation
 
 SHAPE = '{"conversations": ["question", "answer", ...]}'
 

@@ -11,11 +11,11 @@ from typing import Any, Self
 from litlora.args.inference import NO_PROMPT, ChatArgs, GenerateArgs
 from litlora.data.dataset import Invalid, read_rows, require_rows
 from litlora.data.examples import Example, Message
-from litlora.data.prompt_styles import PromptStyle
-from litlora.data.raw_files import RawFile
-from litlora.data.readers import parse_rows
-from litlora.data.rendered import Rendered
-from litlora.data.row_formats import PROMPT
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.prompts.styles import PromptStyle
+from litlora.data.readers.parsers import parse_rows
+from litlora.data.readers.raw_files import RawFile
+from litlora.data.readers.row_formats import PROMPT
 from litlora.errors import LitLoraError
 from litlora.generation.model_files import ModelFiles
 from litlora.utils.console import is_terminal, read_input

@@ -1,4 +1,4 @@
-"""From rows of a file to packed micro-batches: readers, prompt styles, tokenizers, the token cache, batching.
+"""From rows of a file to packed micro-batches: data sets, their checks, tokens, the token cache, batching.
 
 Nothing here knows a model.
 """

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litlora.data.examples import Example
-from litlora.data.rendered import NO_END, REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST, Rendered
-from litlora.data.row_formats import ParsedRow
+from litlora.data.prompts.rendered import NO_END, REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST, Rendered
+from litlora.data.readers.row_formats import ParsedRow
 from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError
 

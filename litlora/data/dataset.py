@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litlora.data.examples import Example
-from litlora.data.prompt_styles import AUTO
-from litlora.data.raw_files import RawFile, open_file
-from litlora.data.readers import RowError, jsonl_lines, jsonl_rows, parse_rows
-from litlora.data.row_formats import ANY, ParsedRow, RowFormat
-from litlora.data.row_store import Selection
+from litlora.data.prompts.styles import AUTO
+from litlora.data.readers.parsers import RowError, jsonl_lines, jsonl_rows, parse_rows
+from litlora.data.readers.raw_files import RawFile, open_file
+from litlora.data.readers.row_formats import ANY, ParsedRow, RowFormat
+from litlora.data.readers.row_store import Selection
 from litlora.errors import LitLoraError
 from litlora.utils.files import complete_transaction, read_json, write_transaction
 

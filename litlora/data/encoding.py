@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from litlora.data.checks import SequenceFacts, flags_of_sequence
 from litlora.data.examples import Example
-from litlora.data.prompt_styles import PromptStyle
-from litlora.data.rendered import Rendered
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.prompts.styles import PromptStyle
 from litlora.data.tokenizer import Encodings, Tokenizer
 from litlora.data.tokens import ABOUT, Tokens
 

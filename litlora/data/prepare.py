@@ -11,11 +11,11 @@ from litlora.args.data import PrepareArgs
 from litlora.data.checks import RowFindings
 from litlora.data.dataset import Invalid, check_destination, require_rows, split, write_dataset
 from litlora.data.duplicates import Fingerprints, Rows, keep_groups_together, repeated, without_repeats
-from litlora.data.readers import RowError, parse_rows
-from litlora.data.row_formats import RowFormat
+from litlora.data.readers.parsers import RowError, parse_rows
+from litlora.data.readers.row_formats import RowFormat
+from litlora.data.readers.row_store import RowStore, Selection
+from litlora.data.readers.sources import Source, local_path, mix, open_source, split_weight
 from litlora.data.row_sources import about_sources
-from litlora.data.row_store import RowStore, Selection
-from litlora.data.sources import Source, local_path, mix, open_source, split_weight
 from litlora.errors import LitLoraError
 from litlora.utils.console import log
 

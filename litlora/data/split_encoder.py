@@ -14,15 +14,15 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from litlora.data.chat_style import ChatStyle
 from litlora.data.checks import NAMES, flags_of_row
 from litlora.data.dataset import Invalid, open_split, read_rows, require_rows
 from litlora.data.duplicates import digests
 from litlora.data.encoding import RenderedRow, encode_rows
-from litlora.data.prompt_styles import PromptStyle, StyleSettings
-from litlora.data.raw_files import MAX_ROW
-from litlora.data.readers import jsonl_rows, jsonl_start
-from litlora.data.row_formats import ANY, ParsedRow
+from litlora.data.prompts.chat_style import ChatStyle
+from litlora.data.prompts.styles import PromptStyle, StyleSettings
+from litlora.data.readers.parsers import jsonl_rows, jsonl_start
+from litlora.data.readers.raw_files import MAX_ROW
+from litlora.data.readers.row_formats import ANY, ParsedRow
 from litlora.data.tokenizer import Tokenizer
 from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError

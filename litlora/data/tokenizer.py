@@ -16,11 +16,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken
 
-from litlora.data.prompt_styles import AUTO, PromptStyle, StyleSettings, StyleTokens, build_prompt_style
-from litlora.data.rendered import Rendered
-from litlora.data.sentencepiece_model import SPACE, SentencePieceEncoding
-from litlora.data.special_tokens import LiteralEncoder, SpecialTokens
-from litlora.data.tokenizer_files import (
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.prompts.styles import AUTO, PromptStyle, StyleSettings, StyleTokens, build_prompt_style
+from litlora.data.tokenizer_backend.files import (
     Backend,
     no_tokenizer,
     probe_decoder,
@@ -32,7 +30,9 @@ from litlora.data.tokenizer_files import (
     special_token_texts,
     token_text,
 )
-from litlora.data.tokenizer_limits import encode_in_time
+from litlora.data.tokenizer_backend.limits import encode_in_time
+from litlora.data.tokenizer_backend.sentencepiece_model import SPACE, SentencePieceEncoding
+from litlora.data.tokenizer_backend.special_tokens import LiteralEncoder, SpecialTokens
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import TOKENIZER_FILES, TOKENIZERS
 

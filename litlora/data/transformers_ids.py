@@ -12,9 +12,9 @@ import tokenizers
 
 from litlora.data.checks import Finding, Severity
 from litlora.data.dataset import open_split, read_rows
-from litlora.data.readers import jsonl_lines, jsonl_rows
-from litlora.data.rendered import Rendered
-from litlora.data.row_formats import ANY
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.readers.parsers import jsonl_lines, jsonl_rows
+from litlora.data.readers.row_formats import ANY
 from litlora.data.split_encoder import TEXTS, SplitEncoder
 from litlora.utils.console import log
 

@@ -12,8 +12,8 @@ from litlora.args.inference import EvaluateArgs
 from litlora.data.dataset import choose_prompt_style, read_located_examples
 from litlora.data.encoding import RenderedRow, encode_rows
 from litlora.data.examples import Example, Message
-from litlora.data.prompt_styles import AUTO, PromptStyle, StyleSettings
-from litlora.data.rendered import Rendered
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.prompts.styles import AUTO, PromptStyle, StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.data.tokens import Tokens
 from litlora.errors import LitLoraError

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from litlora.data.examples import Example
-from litlora.data.prompt_styles import PromptStyle
+from litlora.data.prompts.styles import PromptStyle
 from litlora.data.tokenizer import Tokenizer
 from litlora.distributed.process_group import Ranks
 from litlora.evaluation.engine import Engine

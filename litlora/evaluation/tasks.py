@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from litlora.args.inference import EvaluateArgs
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.evaluation.rows import Subject
 from litlora.utils.files import check_writable

@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from litlora.data.chat_style import ChatStyle
-from litlora.data.chat_template import ChatTemplateError
 from litlora.data.examples import Message, Role
-from litlora.data.prompt_styles import PromptStyle, StyleSettings, TemplateStyle
+from litlora.data.prompts.chat_style import ChatStyle
+from litlora.data.prompts.chat_template import ChatTemplateError
+from litlora.data.prompts.styles import PromptStyle, StyleSettings, TemplateStyle
 from litlora.data.tokenizer import Tokenizer
 from litlora.export.receipt import text_hash
 from litlora.utils.console import log

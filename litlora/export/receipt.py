@@ -15,9 +15,9 @@ from torch import Tensor
 from litlora.data.dataset import open_split, read_rows
 from litlora.data.encoding import RenderedRow, encode_rows
 from litlora.data.examples import Example, Json, Turn
-from litlora.data.prompt_styles import PromptStyle, StyleSettings
-from litlora.data.readers import jsonl_lines, jsonl_rows
-from litlora.data.row_formats import ANY
+from litlora.data.prompts.styles import PromptStyle, StyleSettings
+from litlora.data.readers.parsers import jsonl_lines, jsonl_rows
+from litlora.data.readers.row_formats import ANY
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.export.scoring import Engine, LitLoraEngine, Rounding, Scores

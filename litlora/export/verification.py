@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from litlora.args.verify import EngineName
-from litlora.data.prompt_styles import PromptStyle
-from litlora.data.readers import RowError
+from litlora.data.prompts.styles import PromptStyle
+from litlora.data.readers.parsers import RowError
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.export.receipt import (

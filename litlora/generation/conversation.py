@@ -7,7 +7,7 @@ import torch
 
 from litlora.args.inference import Sampling
 from litlora.data.examples import Message, assistant
-from litlora.data.rendered import Rendered
+from litlora.data.prompts.rendered import Rendered
 from litlora.errors import LitLoraError
 from litlora.generation.model_files import ModelFiles
 from litlora.generation.sampler import Sampler

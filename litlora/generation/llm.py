@@ -8,9 +8,9 @@ from typing import Any, Self, overload
 import torch
 
 from litlora.args.inference import GenerateArgs, InferenceArgs, Sampling
-from litlora.data.prompt_styles import PromptStyle
-from litlora.data.readers import RowError
-from litlora.data.row_formats import PROMPT
+from litlora.data.prompts.styles import PromptStyle
+from litlora.data.readers.parsers import RowError
+from litlora.data.readers.row_formats import PROMPT
 from litlora.errors import LitLoraError
 from litlora.generation.batch import Request, complete_all
 from litlora.generation.compile import compile_decode_step, prepare_for_decoding

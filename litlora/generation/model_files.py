@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from litlora.args.inference import InferenceArgs
-from litlora.data.prompt_styles import PromptStyle, StyleSettings
-from litlora.data.rendered import Rendered
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.prompts.styles import PromptStyle, StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.lora.selection import Adapters, find_files, style_settings

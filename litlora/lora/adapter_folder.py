@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from litlora.args.common import GGUF
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG as BASE_CONFIG
 from litlora.utils.files import read_json, read_yaml

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from litlora.args.common import GGUFPath
 from litlora.args.inference import InferenceArgs
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.hub.origin import origin
 from litlora.lora.adapter import Adapter, weighted_sum

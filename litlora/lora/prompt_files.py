@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.hub.filenames import GENERATION_CONFIG
 from litlora.lora.adapter_folder import write_prompt_style

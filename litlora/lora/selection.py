@@ -6,7 +6,7 @@ from pathlib import Path
 
 from litlora.args.common import GGUFPath
 from litlora.args.inference import InferenceArgs, ModelArgs
-from litlora.data.prompt_styles import AUTO, StyleSettings
+from litlora.data.prompts.styles import AUTO, StyleSettings
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import read_settings
 from litlora.lora.adapter_folder import (

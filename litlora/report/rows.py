@@ -5,8 +5,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from litlora.data.readers import RowError, jsonl_lines, jsonl_rows
-from litlora.data.row_formats import ANY
+from litlora.data.readers.parsers import RowError, jsonl_lines, jsonl_rows
+from litlora.data.readers.row_formats import ANY
 
 SHOWN = 600  # characters of a text
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from litlora.args.common import plain
 from litlora.args.finetune import FinetuneLoraArgs
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.errors import RESUME, LitLoraError
 from litlora.export.model_card import model_card
 from litlora.export.receipt import Receipt

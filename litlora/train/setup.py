@@ -19,7 +19,7 @@ from litlora.data.batching import Batching, Sample, Samples, epoch_order
 from litlora.data.checks import CheckedData, CheckedSplit, Finding, Severity, refuse_errors, run_checks
 from litlora.data.dataset import choose_prompt_style, read_example, read_some_examples
 from litlora.data.examples import Example
-from litlora.data.prompt_styles import AUTO, PromptStyle, StyleSettings
+from litlora.data.prompts.styles import AUTO, PromptStyle, StyleSettings
 from litlora.data.row_sources import RowSources, read_row_sources
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import Split, find_split, open_splits, peek_splits

@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix, f1_score
 from transformers import AutoTokenizer
 
 from litlora.__main__ import main
-from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT
+from litlora.data.prompts.styles import ALPACA, ALPACA_WITH_INPUT
 
 THRESHOLD = "NAME=VALUE with one of the reported metrics (loss, perplexity) and a number"
 CLAIMS = [("Fire is", "hot"), ("Ice is", "cold"), ("The sun is", "hot"), ("Snow is", "cold")]

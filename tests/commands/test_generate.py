@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from litlora import __version__
 from litlora.__main__ import main
 from litlora.args.inference import GenerateArgs
-from litlora.data.prompt_styles import ALPACA
+from litlora.data.prompts.styles import ALPACA
 from litlora.lora.checkpoint import storage
 from litlora.nn.nf4 import Quantization
 from litlora.torch_private import inductor_cache

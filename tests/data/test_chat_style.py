@@ -11,15 +11,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from litlora.data.chat_style import ChatStyle
-from litlora.data.chat_template import ChatTemplate, ChatTemplateError
 from litlora.data.encoding import encode
 from litlora.data.examples import Example, Message, ToolCall, Turn
-from litlora.data.prompt_styles import StyleSettings
-from litlora.data.rendered import REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST
-from litlora.data.special_tokens import SpecialTokens
-from litlora.data.template_process import IsolatedTemplate
+from litlora.data.prompts.chat_style import ChatStyle
+from litlora.data.prompts.chat_template import ChatTemplate, ChatTemplateError
+from litlora.data.prompts.rendered import REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST
+from litlora.data.prompts.styles import StyleSettings
+from litlora.data.prompts.template_process import IsolatedTemplate
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.tokenizer_backend.special_tokens import SpecialTokens
 
 SPECIAL = ["<bos>", "<eos>", "<|user|>", "<|bot|>", "<|end|>", "<|tool|>", "<|system|>"]
 TURNS = (Turn("2+2?", "It is 4."), Turn("And 3+3?", "It is 6."), Turn("Thanks", "Bye"))

@@ -20,7 +20,7 @@ from litlora.data.checks import (
     refuse_errors,
     run_checks,
 )
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import find_split, open_splits
 from litlora.data.tokenizer import Tokenizer

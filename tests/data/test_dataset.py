@@ -5,7 +5,7 @@ import torch
 
 from litlora.data.dataset import read_examples, split, write_dataset
 from litlora.data.examples import Example, Turn
-from litlora.data.row_store import to_line
+from litlora.data.readers.row_store import to_line
 from litlora.errors import LitLoraError
 
 

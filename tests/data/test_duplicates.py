@@ -7,7 +7,7 @@ import pytest
 from litlora.__main__ import main
 from litlora.data.dataset import read_examples, split
 from litlora.data.duplicates import Fingerprints, keep_groups_together
-from litlora.data.row_formats import ANY
+from litlora.data.readers.row_formats import ANY
 
 SAME = [
     {"instruction": "Say hi.", "output": "Hi!"},

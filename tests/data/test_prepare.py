@@ -8,7 +8,7 @@ from litlora.__main__ import main
 from litlora.args.data import PrepareArgs
 from litlora.data.dataset import read_examples
 from litlora.data.prepare import prepare
-from litlora.data.row_formats import ANY
+from litlora.data.readers.row_formats import ANY
 from litlora.errors import LitLoraError
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "x"}\n' % number for number in range(10))

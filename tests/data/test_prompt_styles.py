@@ -5,9 +5,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from litlora.data.examples import Example, Turn
-from litlora.data.prompt_styles import PromptStyle, StyleSettings, StyleTokens, build_prompt_style
-from litlora.data.rendered import Rendered
-from litlora.data.special_tokens import SpecialTokens
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.prompts.styles import PromptStyle, StyleSettings, StyleTokens, build_prompt_style
+from litlora.data.tokenizer_backend.special_tokens import SpecialTokens
 from litlora.errors import LitLoraError
 from litlora.utils import resource_limits
 

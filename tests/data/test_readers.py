@@ -9,9 +9,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from litlora.data import json_text, raw_files, readers
-from litlora.data.raw_files import RawFile
-from litlora.data.readers import RowError, parse_rows
+from litlora.data.readers import json_text, parsers, raw_files
+from litlora.data.readers.parsers import RowError, parse_rows
+from litlora.data.readers.raw_files import RawFile
 from litlora.errors import LitLoraError
 
 
@@ -381,7 +381,7 @@ def test_value_without_an_end_is_refused(monkeypatch):
 
 
 def test_cell_without_an_end_is_refused(monkeypatch):
-    monkeypatch.setattr(readers, "MAX_CELL", 1000)
+    monkeypatch.setattr(parsers, "MAX_CELL", 1000)
     assert refusal(".csv", b'a,b\n1,"2\n' + b"1,2\n" * 1000) == (
         "data.csv line 2: this is not valid CSV (field larger than field limit (1000))"
     )

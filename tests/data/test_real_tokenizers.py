@@ -21,9 +21,9 @@ from litlora.data.checks import NAMES
 from litlora.data.dataset import read_rows
 from litlora.data.encoding import RenderedRow, encode, encode_rows
 from litlora.data.examples import Example
-from litlora.data.readers import jsonl_rows
-from litlora.data.rendered import Rendered
-from litlora.data.row_formats import ANY
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.readers.parsers import jsonl_rows
+from litlora.data.readers.row_formats import ANY
 from litlora.data.tokenizer import Tokenizer
 
 LLAMA_3 = (

@@ -5,8 +5,8 @@ import pytest
 
 from litlora.data.dataset import read_examples
 from litlora.data.examples import Example, Message, ToolCall, Turn
-from litlora.data.readers import RowError
-from litlora.data.row_formats import ANY, with_columns
+from litlora.data.readers.parsers import RowError
+from litlora.data.readers.row_formats import ANY, with_columns
 from litlora.errors import LitLoraError
 
 ROW = '{"instruction": "Say hi.", "input": "", "output": "Hi."}'

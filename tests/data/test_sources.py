@@ -13,9 +13,9 @@ from pyarrow import parquet
 
 from litlora.__main__ import main
 from litlora.args.data import PrepareArgs
-from litlora.data import sources
 from litlora.data.dataset import read_examples
-from litlora.data.sources import mix, open_source, split_weight
+from litlora.data.readers import sources
+from litlora.data.readers.sources import mix, open_source, split_weight
 from litlora.errors import LitLoraError
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "x"}\n' % number for number in range(10))

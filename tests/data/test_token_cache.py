@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from litlora.data import split_encoder
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import (
     ABOUT,
@@ -254,7 +254,7 @@ import os, signal, sys
 from multiprocessing import active_children
 from pathlib import Path
 from litlora.data import split_encoder
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.tokenizer import Tokenizer
 encoder = split_encoder.SplitEncoder(Tokenizer(Path(sys.argv[1])), StyleSettings("alpaca"), True)
 split_encoder.CHUNK = 100

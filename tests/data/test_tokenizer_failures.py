@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from litlora.data import tokenizer_limits
-from litlora.data.rendered import Rendered
+from litlora.data.prompts.rendered import Rendered
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.tokenizer_backend import limits
 from litlora.errors import LitLoraError
 from litlora.utils import resource_limits
 
@@ -114,7 +114,7 @@ def test_expression_that_a_text_holds_up_is_given_up(tiny, tmp_path, monkeypatch
     """What takes long on some texts alone shows when they come; the library itself gives up on one match only."""
     tokenizer = Tokenizer(changed(tiny, tmp_path, after(split(r"(?:a{1,400}){1,3}b"))))
     monkeypatch.setattr(resource_limits, "MAX_SECONDS", 0.1)
-    monkeypatch.setattr(tokenizer_limits, "SLOWEST", 10**9)
+    monkeypatch.setattr(limits, "SLOWEST", 10**9)
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_rendered([Rendered.of(text)])):
         with pytest.raises(LitLoraError, match=r"takes more than .* seconds for 3,000 characters"):
             encode("a" * 3_000)
@@ -122,8 +122,8 @@ def test_expression_that_a_text_holds_up_is_given_up(tiny, tmp_path, monkeypatch
 
 def test_ordinary_steps_are_tried_once(tiny, tmp_path, monkeypatch):
     base, asked = changed(tiny, tmp_path, after(split(r"\p{N}{1,3}"))), []
-    ask = tokenizer_limits.PROCESS.ask
-    monkeypatch.setattr(tokenizer_limits.PROCESS, "ask", lambda request: asked.append(1) or ask(request))
+    ask = limits.PROCESS.ask
+    monkeypatch.setattr(limits.PROCESS, "ask", lambda request: asked.append(1) or ask(request))
     expected = Tokenizer(base).encode(TEXT)
     assert Tokenizer(base).encode(TEXT) == expected
     assert len(asked) == 1

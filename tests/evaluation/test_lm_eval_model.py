@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from litlora.__main__ import main
 from litlora.args.inference import EvaluateArgs
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.evaluation.lm_eval_model import LitLoraLM
 from litlora.evaluation.rows import Subject
 from litlora.evaluation.scoring import load_model

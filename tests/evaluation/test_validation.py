@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 
 from litlora.data.batching import Batching, Samples
 from litlora.data.examples import Example, Turn
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.row_sources import RowSources
 from litlora.data.token_cache import SplitEncoder, find_split, open_splits
 from litlora.data.tokenizer import Tokenizer

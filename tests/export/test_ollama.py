@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.export.ollama import MODELFILE, modelfile, stops_of
 

@@ -9,7 +9,7 @@ from helpers.reference import hugging_face, with_peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import read_prompt_style
 from litlora.lora.checkpoint import load_with_adapters, read_adapter, read_lora_config, write_adapter

@@ -11,7 +11,7 @@ from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.inference import GenerateArgs
 from litlora.commands.prompt import Prompt
 from litlora.data.dataset import choose_prompt_style
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError

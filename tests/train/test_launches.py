@@ -13,7 +13,7 @@ from litlora.args.finetune import EvalArgs, FinetuneLoraArgs, TrainArgs
 from litlora.data.batching import Samples
 from litlora.data.dataset import read_examples
 from litlora.data.encoding import encode
-from litlora.data.prompt_styles import StyleSettings
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.distributed.process_group import Ranks
 from litlora.evaluation.engine import Engine

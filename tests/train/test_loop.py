@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from litlora.__main__ import main
 from litlora.args.finetune import TrainArgs
-from litlora.data.prompt_styles import ALPACA, ALPACA_WITH_INPUT
+from litlora.data.prompts.styles import ALPACA, ALPACA_WITH_INPUT
 from litlora.nn.nf4 import Quantization
 from litlora.train import loop
 from litlora.train.optimizers import PAGED

@@ -6,8 +6,8 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
-from litlora.data.sentencepiece_model import SPACE, SentencePieceModel
 from litlora.data.tokenizer import Tokenizer
+from litlora.data.tokenizer_backend.sentencepiece_model import SPACE, SentencePieceModel
 from litlora.errors import LitLoraError
 from litlora.models.gguf.library import gguf
 from litlora.models.gguf.splittings import OTHER_SPLITTING, SPLITTINGS, Splitting

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from litlora.data.chat_template import ChatTemplateError
 from litlora.data.examples import Example, Json, Message
-from litlora.data.rendered import NO_END, REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST, Rendered
-from litlora.data.special_tokens import SpecialTokens
-from litlora.data.template_process import IsolatedTemplate
+from litlora.data.prompts.chat_template import ChatTemplateError
+from litlora.data.prompts.rendered import NO_END, REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST, Rendered
+from litlora.data.prompts.template_process import IsolatedTemplate
+from litlora.data.tokenizer_backend.special_tokens import SpecialTokens
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of one meaning in different templates
 TAG = re.compile(r"<[^<>\s]{0,40}\Z")  # the beginning of a tag at the end of a text

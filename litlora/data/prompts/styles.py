@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
-from litlora.data.chat_style import ChatStyle
 from litlora.data.examples import Example, Json, Message
-from litlora.data.rendered import Rendered
-from litlora.data.special_tokens import SpecialTokens
-from litlora.data.template_process import IsolatedTemplate
+from litlora.data.prompts.chat_style import ChatStyle
+from litlora.data.prompts.rendered import Rendered
+from litlora.data.prompts.template_process import IsolatedTemplate
+from litlora.data.tokenizer_backend.special_tokens import SpecialTokens
 from litlora.errors import LitLoraError
 
 AUTO = "auto"

@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from litlora.data.sentencepiece_model import SPACE, SentencePieceModel
-from litlora.data.tokenizer_limits import check_cost
+from litlora.data.tokenizer_backend.limits import check_cost
+from litlora.data.tokenizer_backend.sentencepiece_model import SPACE, SentencePieceModel
 from litlora.errors import LitLoraError
 from litlora.utils.files import read_whole
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from litlora.data.chat_template import ChatTemplate, ChatTemplateError
+from litlora.data.prompts.chat_template import ChatTemplate, ChatTemplateError
 from litlora.errors import LitLoraError
 from litlora.utils.limited_process import LimitedProcess, serve
 
@@ -45,7 +45,7 @@ class IsolatedTemplate:
         return str(answer["text"])
 
 
-PROCESS = LimitedProcess("litlora.data.template_process")
+PROCESS = LimitedProcess("litlora.data.prompts.template_process")
 
 
 @lru_cache(maxsize=8)

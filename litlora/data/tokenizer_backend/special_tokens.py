@@ -9,8 +9,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from litlora.data.sentencepiece_model import SentencePieceModel
-from litlora.data.tokenizer_limits import encode_in_time
+from litlora.data.tokenizer_backend.limits import encode_in_time
+from litlora.data.tokenizer_backend.sentencepiece_model import SentencePieceModel
 
 GUARD = "\ufdd0"  # a code point that is never a character, so no text needs it
 DIGITS = [chr(code) for code in range(0xFDD1, 0xFDF0)]

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from litlora.data.json_text import JsonText
-from litlora.data.raw_files import BOM_UTF8, RawFile, not_utf8, read_chunks, split_lines
+from litlora.data.readers.json_text import JsonText
+from litlora.data.readers.raw_files import BOM_UTF8, RawFile, not_utf8, read_chunks, split_lines
 from litlora.errors import LitLoraError
 from litlora.utils.console import log
 

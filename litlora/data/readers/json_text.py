@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, NoReturn
 
-from litlora.data.raw_files import MAX_ROW, not_utf8
+from litlora.data.readers.raw_files import MAX_ROW, not_utf8
 from litlora.errors import LitLoraError
 
 BLANKS = re.compile(r"[ \t\r\n]*")

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from litlora import __version__
 from litlora.args.data import PrepareArgs
-from litlora.data.raw_files import RawFile, read_chunks, suffix_of
-from litlora.data.readers import FORMATS, PARSERS
+from litlora.data.readers.parsers import FORMATS, PARSERS
+from litlora.data.readers.raw_files import RawFile, read_chunks, suffix_of
 from litlora.errors import LitLoraError
 from litlora.hub.datasets import fetch_dataset
 from litlora.hub.download import REPO_ID

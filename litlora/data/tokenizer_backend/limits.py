@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from litlora.data.sentencepiece_model import SentencePieceEncoding, SentencePieceModel
+from litlora.data.tokenizer_backend.sentencepiece_model import SentencePieceEncoding, SentencePieceModel
 from litlora.errors import LitLoraError
 from litlora.utils import resource_limits
 from litlora.utils.limited_process import LimitedProcess
@@ -23,7 +23,7 @@ MOST_CHARACTERS = 10_000  # of an expression, or of what a step writes
 MOST_GROWTH = 100  # characters that the steps may make of one
 LONGEST_WORD = 1_000  # characters of a word or prefix in a model, on whose square its time depends
 SLOWEST = 10_000  # characters in a second of CPU time; usual are a million
-PROCESS = LimitedProcess("litlora.data.tokenizer_process")
+PROCESS = LimitedProcess("litlora.data.tokenizer_backend.process")
 
 
 def check_cost(file: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from itertools import cycle
 from typing import Any, Literal, NamedTuple, Self
 
 from litlora.data.examples import Example, Json, Message, Role, ToolCall, assistant
-from litlora.data.readers import RowError, json_type
+from litlora.data.readers.parsers import RowError, json_type
 from litlora.errors import LitLoraError
 
 CONVERSATIONS = ("messages", "conversations", "conversation")

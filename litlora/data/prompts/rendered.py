@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from litlora.data.special_tokens import position_without_guards, without_guards
+from litlora.data.tokenizer_backend.special_tokens import position_without_guards, without_guards
 
 REASONING_LOST, TOOLS_LOST, NO_END, SYSTEM_MOVED = "reasoning lost", "tools lost", "no end token", "system moved"
 
