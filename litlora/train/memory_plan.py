@@ -5,13 +5,12 @@ computes, and of a number of tokens more; a step takes that of its micro-batches
 checkpointing computes the forward pass twice. A plan decides memory and speed, and of the result nothing but rounding.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
-from litlora.args.finetune import AUTO, EXAMPLES, FinetuneLoraArgs, TrainArgs
+from litlora.args.finetune import AUTO, FinetuneLoraArgs, TrainArgs
 from litlora.data.batching import Sample, Samples, group_samples, is_alone, optimize_layout, pack, split_across_ranks
 from litlora.distributed.process_group import Ranks
 from litlora.errors import LitLoraError
@@ -83,7 +82,7 @@ class Budget:
     def of(cls, args: FinetuneLoraArgs, network: Network, ranks: Ranks) -> Self:
         """Return what --memory gives, or what is free on the rank that has least."""
         backend, device = network.backend, network.device
-        processes = args.devices if backend.counts_process_memory else 1
+        processes = max(args.devices, ranks.world_size // args.num_nodes) if backend.counts_process_memory else 1
         used, given = backend.memory_in_use(), args.memory_bytes
         free, machine = used + backend.free_memory(device) // processes, backend.total_memory(device)
         if given is not None and given > machine:
@@ -278,99 +277,3 @@ class Planner:
 
     def _relative_time(self, tokens: int, workers: int = 1) -> float:
         return self.network.backend.relative_time(tokens, self._layer_parameters, 1 / workers)
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """The settings of a run, and the plan that is in them, if memory decided."""
-
-    args: FinetuneLoraArgs
-    planner: Planner | None = None
-    plan: Plan | None = None
-
-    @classmethod
-    def of(
-        cls, args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks, recorded: Plan | None = None
-    ) -> Self:
-        """Choose the plan that the run which is resumed had, if it fits, or else the fastest one."""
-        if not args.train.is_planned:
-            return cls(replace(args, train=replace(args.train, activation_checkpointing=args.train.recomputes)))
-        planners = _planners(args, network, samples, ranks)
-        for planner in planners:
-            fits = recorded is not None and planner.need(recorded) <= planner.budget.total
-            if plan := recorded if fits else planner.fastest():
-                return cls._with(planner, plan)
-        raise planners[-1].refusal()
-
-    @classmethod
-    def forecast(cls, args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks) -> Self:
-        """Choose a plan; where none fits, warn and take the smallest."""
-        try:
-            return cls.of(args, network, samples, ranks)
-        except LitLoraError as error:
-            warn(str(error))
-            planner = _planners(args, network, samples, ranks)[-1]
-            return cls._with(planner, planner.smallest)
-
-    @classmethod
-    def _with(cls, planner: Planner, plan: Plan) -> Self:
-        args = planner.args
-        return cls(replace(args, memory=None, train=plan.applied(args.train)), planner, plan)
-
-    def lowered(self, factor: float) -> Self | None:
-        """Return the run under a plan that needs less memory, where plans take this multiple of their estimates."""
-        if self.planner is None or self.plan is None:
-            return None
-        others = (self.planner.fastest(factor) if math.isfinite(factor) else None, self.planner.lower(self.plan))
-        smaller = (plan for plan in others if plan and self.planner.need(plan) < self.planner.need(self.plan))
-        plan = next(smaller, None)
-        return None if plan is None else self._with(self.planner, plan)
-
-    def fits(self, factor: float) -> bool:
-        """Tell whether the run stays within its memory if it takes this multiple of its estimate."""
-        if self.planner is None or self.plan is None:
-            return True
-        budget = self.planner.budget
-        return budget.used + (self.planner.need(self.plan) - budget.used) * factor <= budget.total
-
-    def __str__(self) -> str:
-        """Return the plan as the run prints it."""
-        assert self.planner and self.plan
-        needed, total = self.planner.need(self.plan) / 1e9, gigabytes(self.planner.budget.total)
-        return f"plan: {self.plan}, {needed:.1f} of {total}"
-
-    def record(self) -> dict[str, Any] | None:
-        """Return what report.json holds of the plan."""
-        if self.planner is None or self.plan is None:
-            return None
-        names = ("micro_batch_tokens", "micro_batch_size", "parallel_micro_batches", "activation_checkpointing")
-        needed, total = self.planner.need(self.plan) / 1e9, self.planner.budget.total / 1e9
-        return {name: getattr(self.args.train, name) for name in names} | {"needed_gb": needed, "memory_gb": total}
-
-
-def _planners(args: FinetuneLoraArgs, network: Network, samples: Samples, ranks: Ranks) -> list[Planner]:
-    """Return the planners of a run, first with the whole base on each device, then sharded, as --strategy allows."""
-    devices, budget = args.devices * args.num_nodes, Budget.of(args, network, ranks)
-    workers = network.backend.workers(args.train.parallel_micro_batches, args.devices)
-    whole = Planner(args, network, samples, devices, workers, budget)
-    sharded = replace(whole, network=replace(network, shards=devices), workers=1)
-    if devices == 1 or args.strategy == "ddp":
-        return [whole]
-    if args.strategy == "fsdp":
-        return [sharded]
-    return [whole] if network.backend.counts_process_memory else [whole, sharded]
-
-
-def recorded_plan(settings: Mapping[str, Any], args: TrainArgs) -> Plan | None:
-    """Return the plan in a run's hyperparameters.yaml, if it is one and what is requested now allows it."""
-    was = settings.get("train")
-    if not isinstance(was, dict):
-        return None
-    tokens, size = was.get("micro_batch_tokens"), was.get("micro_batch_size") or EXAMPLES
-    recomputes, concurrent = was.get("activation_checkpointing"), was.get("parallel_micro_batches", 1)
-    limit = size if tokens is None else tokens
-    if not (isinstance(limit, int) and isinstance(concurrent, int) and isinstance(recomputes, bool)):
-        return None
-    plan = Plan(limit, tokens is None, min(concurrent, args.parallel_micro_batches), recomputes)
-    allowed = args.activation_checkpointing in (AUTO, recomputes) and args.micro_batch_size in (None, size)
-    return plan if allowed else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.distributed.tensor import DTensor
 
-import litlora.train.setup as command
+import litlora.train.planned_run as command
 from litlora.__main__ import main
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.lora.adapter_folder import read_prompt_style, write_prompt_style
 from litlora.lora.prompt_files import write_prompt_files
-from litlora.train.setup import recorded_date
+from litlora.train.inputs import recorded_date
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}"
 TEMPLATE += "{{ '\\n' }}{% endfor %}"

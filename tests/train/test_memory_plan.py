@@ -18,7 +18,8 @@ from litlora.data.tokens import ABOUT, Tokens
 from litlora.lora.config import LoRAConfig
 from litlora.models.checkpoint import Checkpoint
 from litlora.train.memory_estimate import Network
-from litlora.train.memory_plan import Budget, Plan, PlannedRun, Planner, recorded_plan, rungs
+from litlora.train.memory_plan import Budget, Plan, Planner, rungs
+from litlora.train.planned_run import Layout, PlannedRun, recorded_plan
 from litlora.utils.memory import available_memory, resident_memory, total_memory
 
 CHEAP = ["--eval.initial_validation", "false", "--eval.final_validation", "false", "--receipt", "false"]
@@ -99,7 +100,7 @@ def test_a_long_row_is_alone(planner):
 
 
 def test_plan_too_bold_is_lowered(planner):
-    planned = PlannedRun(planner.args, planner, planner.fastest())
+    planned = PlannedRun(planner.args, Layout(planner.network, 2), planner.samples, planner, planner.fastest())
     assert planned.fits(1.0)
     assert not planned.fits(1e6)
     seen = [planner.need(planned.plan)]
