@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litlora.args.data import CheckDataArgs
-from litlora.data.checks import CheckedData, CheckedSplit, Severity, length_of_most, run_checks
+from litlora.data.checks.findings import Severity
+from litlora.data.checks.splits import CheckedData, CheckedSplit, length_of_most, run_checks
 from litlora.data.dataset import choose_prompt_style
 from litlora.data.prompts.styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder

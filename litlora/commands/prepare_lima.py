@@ -5,8 +5,9 @@ from functools import partial
 
 from litlora.args.data import PrepareLimaArgs
 from litlora.data.prepare import prepare
+from litlora.data.readers.fields import Fields
 from litlora.data.readers.parsers import RowError
-from litlora.data.readers.row_formats import Fields, ParsedRow, RowFormat, parse_conversation
+from litlora.data.readers.row_formats import ParsedRow, RowFormat, parse_conversation
 
 SHAPE = '{"conversations": ["question", "answer", ...]}'
 

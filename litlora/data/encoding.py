@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from litlora.data.checks import SequenceFacts, flags_of_sequence
+from litlora.data.checks.rows import SequenceFacts, flags_of_sequence
 from litlora.data.examples import Example
 from litlora.data.prompts.rendered import Rendered
 from litlora.data.prompts.styles import PromptStyle

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from litlora.args.data import PrepareArgs
-from litlora.data.checks import RowFindings
+from litlora.data.checks.rows import RowFindings
 from litlora.data.dataset import Invalid, check_destination, require_rows, split, write_dataset
 from litlora.data.duplicates import Fingerprints, Rows, keep_groups_together, repeated, without_repeats
 from litlora.data.readers.parsers import RowError, parse_rows

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from litlora.data.checks import NAMES, flags_of_row
+from litlora.data.checks.rows import NAMES, flags_of_row
 from litlora.data.dataset import Invalid, open_split, read_rows, require_rows
 from litlora.data.duplicates import digests
 from litlora.data.encoding import RenderedRow, encode_rows

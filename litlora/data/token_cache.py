@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from litlora.data.checks import NAMES
+from litlora.data.checks.rows import NAMES
 from litlora.data.split_encoder import SplitEncoder, content_of
 from litlora.data.tokens import ABOUT as ABOUT_TYPE
 from litlora.data.tokens import Tokens

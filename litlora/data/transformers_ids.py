@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
-from litlora.data.checks import Finding, Severity
+from litlora.data.checks.findings import Finding, Severity
 from litlora.data.dataset import open_split, read_rows
 from litlora.data.prompts.rendered import Rendered
 from litlora.data.readers.parsers import jsonl_lines, jsonl_rows

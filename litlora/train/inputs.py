@@ -12,7 +12,8 @@ import torch
 
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.data.batching import Samples
-from litlora.data.checks import CheckedData, CheckedSplit, Finding, Severity, refuse_errors, run_checks
+from litlora.data.checks.findings import Finding, Severity
+from litlora.data.checks.splits import CheckedData, CheckedSplit, refuse_errors, run_checks
 from litlora.data.dataset import choose_prompt_style, read_example, read_some_examples
 from litlora.data.examples import Example
 from litlora.data.prompts.styles import AUTO, PromptStyle, StyleSettings

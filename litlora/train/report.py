@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from litlora.data.batching import Samples
-from litlora.data.checks import Finding
+from litlora.data.checks.findings import Finding
 from litlora.evaluation.row_losses import RowLosses
 from litlora.lora.layer import count
 from litlora.models.transformer import GPT

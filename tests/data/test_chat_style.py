@@ -181,6 +181,17 @@ def test_tools_and_calls_reach_the_template():
     assert rendered.text == transformers_text(WITH_CALLS, messages, prompt=False, tools=tools)
 
 
+def test_answers_that_repeat_the_question_begin_where_the_template_writes_them():
+    """The system text leaves the last question once it is answered, so that no prompt begins what is learned."""
+    template = IN_LAST_QUESTION.replace("%}{{ m.content }}<|end|>", "%}{{ m.content }}{% for c in m.tool_calls or [] %}"
+                                        "{{ c.function.name }}{% endfor %}<|end|>")  # fmt: skip
+    system, asked = Message("system", "Be brief."), Message("user", "Say weather, weather.")
+    for answer in (Message("assistant", "weather"), Message("assistant", tool_calls=(CALL,))):
+        (rendered,) = style(template).render(Example((system, asked, answer)))
+        assert rendered.prompt == "<|user|>Be brief. Say weather, weather.<|bot|>"
+        assert rendered.text == f"{rendered.prompt}weather<|end|>"
+
+
 def test_a_template_without_calls_is_refused():
     with pytest.raises(ChatTemplateError, match="drops the tool calls of a message"):
         style(PLAIN).render(CALLING)

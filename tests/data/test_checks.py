@@ -11,15 +11,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
-from litlora.data.checks import (
-    CheckedData,
-    CheckedSplit,
-    Finding,
-    Severity,
-    length_of_most,
-    refuse_errors,
-    run_checks,
-)
+from litlora.data.checks.findings import Finding, Severity
+from litlora.data.checks.splits import CheckedData, CheckedSplit, length_of_most, refuse_errors, run_checks
 from litlora.data.prompts.styles import StyleSettings
 from litlora.data.split_encoder import SplitEncoder
 from litlora.data.token_cache import find_split, open_splits

@@ -17,7 +17,7 @@ import tiktoken
 from helpers.tiktoken_files import read_tekken, read_tiktoken, to_backend
 from tokenizers import Tokenizer as Backend
 
-from litlora.data.checks import NAMES
+from litlora.data.checks.rows import NAMES
 from litlora.data.dataset import read_rows
 from litlora.data.encoding import RenderedRow, encode, encode_rows
 from litlora.data.examples import Example

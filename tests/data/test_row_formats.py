@@ -5,6 +5,7 @@ import pytest
 
 from litlora.data.dataset import read_examples
 from litlora.data.examples import Example, Message, ToolCall, Turn
+from litlora.data.readers.fields import from_python
 from litlora.data.readers.parsers import RowError
 from litlora.data.readers.row_formats import ANY, with_columns
 from litlora.errors import LitLoraError
@@ -32,6 +33,10 @@ def refusal(read, tmp_path):
     return refusal
 
 
+def said_in_parts(*parts, role="assistant"):
+    return {"messages": [{"role": "user", "content": "a"}, {"role": role, "content": list(parts)}]}
+
+
 def conversation(*said, system=()):
     roles = ["system"] * len(system) + ["user", "assistant"] * len(said)
     return {"messages": [{"role": r, "content": c} for r, c in zip(roles, (*system, *said), strict=False)]}
@@ -48,6 +53,9 @@ SURROGATE = (
     "holds what JSON in UTF-8 cannot ('utf-8' codec can't encode character '\\ud800' in position {}: "
     "surrogates not allowed)"
 )
+NUMPY = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]"
+AS_NUMPY = "as numpy writes it: save the rows as JSON Lines or Parquet"
+PREFERENCE = '"chosen" and "rejected" are a preference, and only one answer can be learned: --columns '
 ARGUMENTS = "message 2: the arguments of a tool call are a list, not an object"
 
 
@@ -99,6 +107,38 @@ def test_rows_of_all_formats_are_parsed(read, row, example):
         (conversation("a", "b") | {"tools": ["look"]}, TOOL),
         (conversation("a", "b") | {"tools": "look"}, '"tools" is a string, not a list'),
         (conversation("a", [{"type": "image_url", "image_url": "c"}]), IMAGE),
+        (said_in_parts({"type": "redacted_thinking"}), IMAGE.replace("image_url", "redacted_thinking")),
+        (
+            said_in_parts({"type": "tool_use", "name": "look"}, role="user"),
+            "message 2: content part 1 has the type 'tool_use', which no user message can have",
+        ),
+        (
+            said_in_parts({"type": "thinking", "thinking": "b"}, role="user"),
+            "message 2: content part 1 has the type 'thinking', which no user message can have",
+        ),
+        (
+            said_in_parts({"type": "tool_result", "content": "b"}),
+            "message 2: content part 1 has the type 'tool_result', which no assistant message can have",
+        ),
+        (said_in_parts({"type": "tool_use", "input": {}}), 'message 2: there is no "name"'),
+        (
+            weighted(content=[{"type": "thinking", "thinking": "c"}], reasoning="d"),
+            "message 2: there is a reasoning beside the content, and another one among its parts",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            f"{PREFERENCE}instruction=prompt,output=chosen takes the chosen ones",
+        ),
+        ({"chosen": [{}], "rejected": [{}]}, f"{PREFERENCE}messages=chosen takes the chosen ones"),
+        ({"messages": NUMPY}, f'"messages" is a text that is not valid JSON but {AS_NUMPY}'),
+        ({"messages": f"array({NUMPY}, dtype=object)"}, f'"messages" is a text that is not valid JSON but {AS_NUMPY}'),
+        ({"prompt": NUMPY, "completion": "b"}, f'"prompt" is a list of messages {AS_NUMPY}'),
+        ({"messages": '[{"role": "user", "role": "x"}]'}, 'the key "role" is given twice'),
+        (conversation("a", "b") | {"tools": ['{"name": "x", "name": "y"}']}, 'the key "name" is given twice'),
+        (
+            weighted(tool_calls=[{"name": "a", "arguments": '{"b": 1, "b": 2}'}]),
+            'message 2: the key "b" is given twice',
+        ),
         (weighted(weight=0.5), 'message 2: "weight" is 0.5, but it must be 1 (supervised) or 0 (context)'),
         (weighted(train="no"), "message 2: \"train\" is 'no', but it must be 1 (supervised) or 0 (context)"),
         (weighted(tool_calls=[{"function": {}}]), 'message 2: there is no "name"'),
@@ -215,6 +255,77 @@ def test_tool_calls_and_tools_are_used(call, expected, tools):
     assert parsed(row).example.messages[1] == Message("assistant", tool_calls=(expected,))
 
 
+USE = {"type": "tool_use", "id": "call_1", "name": "look", "input": {"city": "Oslo"}}
+RESULT = {"type": "tool_result", "tool_use_id": "call_1", "content": PARTS}
+
+
+def test_parts_of_anthropic_are_read():
+    row = {
+        "system": PARTS,
+        "tools": [{"name": "look", "input_schema": SCHEMA["parameters"]}],
+        "messages": [
+            USER,
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "c"}, PARTS[0], USE]},
+            {"role": "user", "content": [RESULT, {"type": "tool_result", "tool_use_id": "call_2"}, PARTS[1]]},
+            {"role": "assistant", "content": "d"},
+        ],
+    }
+    results = Message("tool", "bc", tool_call_id="call_1"), Message("tool", tool_call_id="call_2")
+    called = Message("assistant", "b", reasoning="c", tool_calls=(CALL,))
+    messages = (Message("system", "bc"), ASKED, called, *results, Message("user", "c"), Message("assistant", "d"))
+    assert parsed(row) == (Example(messages, TOOLS), False, ())
+    row["messages"][2]["content"] = [RESULT | {"is_error": True}]
+    found = ANY.parse(row)
+    assert found.example.messages[3:] == (results[0], Message("assistant", "d"))
+    assert found.left_out == ("messages[].content[].is_error",)
+
+
+@pytest.mark.parametrize(
+    "write", [json.dumps, repr, lambda value: repr(tuple(value)).replace("(", "[").replace(")", "]")]
+)
+@pytest.mark.parametrize("keys", ["messages", "prompt completion"])
+def test_lists_in_cells_are_read_as_json_and_as_python_writes_them(write, keys):
+    said = [
+        {"role": "user", "content": "it's a \n"},
+        {"role": "assistant", "content": 'b "c" é', "train": True, "name": None},
+    ]
+    pair = dict(zip(keys.split(), (said[:1], said[1:]), strict=False)) if " " in keys else {keys: said}
+    cells = {key: write(value) for key, value in pair.items()}
+    expected = Example.of(Turn("it's a \n", 'b "c" é'))
+    assert parsed(cells) == (expected, False, ())
+    assert parsed(cells | {"history": write([["c", "d"]])}).left_out == ("history",) if keys == "messages" else True
+    assert parsed(cells).example.is_chat
+
+
+def test_an_answer_that_is_json_stays_a_text():
+    answer = json.dumps([USER])
+    assert parsed({"prompt": "Write a chat.", "completion": answer}).example == Example.of(
+        Turn("Write a chat.", answer)
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "-" * 100_000 + "1", "[" + "1+" * 100_000 + "1]", "[b'a']", "[{1}]", "[" + "1," * 200_000 + "]"],
+)
+def test_what_only_looks_like_python_is_refused(text, refusal):
+    assert '"messages" is a text that is not valid JSON (' in refusal({"messages": f"[{text}"})
+    assert from_python(text) is None
+
+
+@pytest.mark.parametrize("columns", [{"instruction": "prompt", "output": "chosen"}, {"messages": "chosen"}])
+def test_chosen_answers_are_taken_as_a_refusal_says(columns):
+    chosen = [USER, {"role": "assistant", "content": "b"}] if "messages" in columns else "b"
+    row = (
+        {"prompt": "a", "chosen": chosen, "rejected": "c"}
+        if "output" in columns
+        else {"chosen": chosen, "rejected": []}
+    )
+    found = with_columns(columns).parse(row)
+    assert found.example == Example.of(Turn("a", "b"))
+    assert found.left_out == (("rejected",) if "output" in columns else ())
+
+
 SHAREGPT = [
     {"from": "system", "value": "s"}, {"from": "human", "value": "a"},
     {"from": "function_call", "value": json.dumps({"name": "look", "arguments": {"city": "Oslo"}})},
@@ -264,6 +375,7 @@ def test_empty_system_messages_are_no_messages():
 def test_common_pairs_are_read(question, answer):
     assert parsed({question: "a", answer: "b"}) == (Example.of(Turn("a", "b")), False, ())
     row = {question: "a", answer: "b", "system": "s", "history": [["c", "d"]], "thinking": "e"}
+    assert parsed({question: "a", answer: "b", "reasoning": "e"}).example.messages[-1].reasoning == "e"
     expected = Example.of(Turn("c", "d"), Turn("a", "<think>e</think>b"), system="s")
     assert expected.messages[-1] == Message("assistant", "b", reasoning="e")
     assert parsed(row) == (expected, False, ())

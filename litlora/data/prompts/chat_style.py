@@ -169,7 +169,7 @@ class ChatStyle:
         content, reasoning = (self.special.guard(text).strip() for text in (message.content, message.reasoning))
         start = len(prompt)
         if not full.startswith(prompt):
-            start = self._start_of_answer(chat[:n], prompt, full, content, tools)
+            start = self._start_of_answer(chat[: n + 1], prompt, full, content, tools)
         completion = _closed(prompt, full[start:], reasoning)
         notes = self._losses(completion, content, reasoning, message)
         text, end = self._ended(completion, content, chat, n, tools, full)
@@ -178,15 +178,36 @@ class ChatStyle:
         return Completion(prompt, text, end, notes)
 
     def _start_of_answer(
-        self, history: Sequence[Mapping[str, Any]], prompt: str, full: str, content: str, tools: Sequence[Any] | None
+        self, chat: Sequence[Mapping[str, Any]], prompt: str, full: str, content: str, tools: Sequence[Any] | None
     ) -> int:
         """Return where the answer starts in a text that continues otherwise than the generation prompt does."""
+        *history, message = chat
         earlier = _common(self._text(history, False, tools), full) if history else 0
         start = max(_common(prompt, full), earlier)
-        answer = full.find(content, earlier) if content else -1
+        answer = self._position_of(message, history, full, content, tools)
         start = start if answer < 0 else min(start, answer)
         opening = full[start : max(answer, start)]  # which the prompt may end with as well
         return start + next((n for n in range(len(opening), 0, -1) if prompt.endswith(opening[:n])), 0)
+
+    def _position_of(
+        self,
+        message: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]],
+        full: str,
+        content: str,
+        tools: Sequence[Any] | None,
+    ) -> int:
+        """Return the position of an answer's content in a text, or else of its first call; -1 if it has neither.
+
+        A probe in place of the content tells it from an equal text in a question.
+        """
+        if not content:
+            calls = message.get("tool_calls") or []
+            return full.rfind(calls[0]["function"]["name"]) if calls else -1
+        before = message["content"][: message["content"].rfind(content)]
+        probed = self._text([*history, {**message, "content": before + PROBE[1]}], False, tools)
+        position = probed.rfind(PROBE[1])
+        return position if full.startswith(probed[: max(position, 0)] + content) else full.rfind(content)
 
     def _losses(self, completion: str, content: str, reasoning: str, message: Message) -> frozenset[str]:
         """Refuse a template that drops what the data has for an answer; without the reasoning, it is a finding."""

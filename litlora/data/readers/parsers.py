@@ -93,6 +93,11 @@ def _constant(name: str) -> float | None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
+def decode_json(text: str) -> Any:
+    """Parse a JSON text, such as one in a cell; ValueError if it is none, RowError if it gives a key twice."""
+    return _DECODER.decode(text)
+
+
 def _jsonl_rows(file: RawFile) -> Rows:
     if _first_character(file) == b"[":  # one array, as some programs name .jsonl
         yield from _json_rows(file)

@@ -4,15 +4,17 @@ Each key of a row is used, or named as left out, or the row is refused.
 """
 
 import json
+import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import cycle
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
-from litlora.data.examples import Example, Json, Message, Role, ToolCall, assistant
-from litlora.data.readers.parsers import RowError, json_type
+from litlora.data.examples import Example, Message, assistant
+from litlora.data.readers.fields import NUMPY_HINT, Fields, checked_text, from_python
+from litlora.data.readers.messages import REASONING, ROLES, parse_messages, parse_system, parse_tools
+from litlora.data.readers.parsers import RowError, decode_json
 from litlora.errors import LitLoraError
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -24,20 +26,9 @@ PAIRS = (
     ("inputs", "targets"), ("input", "target"), ("input", "output"),
 )  # fmt: skip
 """Names of a question and its answer, the most specific first."""
-REASONING = ("reasoning_content", "thinking")
-CONTENT = ("content", "value", "text")
-PARTS = {"text": "text", "input_text": "text", "output_text": "text", "thinking": "thinking"}
-"""Types of content parts, and the key that holds the text of each."""
-CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a message that is a call
-ROLES: dict[str, Role] = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "ai", "model", *CALLS), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
-}
 KEYS = frozenset((*CONVERSATIONS, "text", *(name for pair in PAIRS for name in pair)))
 """Keys by which a row is recognized."""
-SHOWN_ROLES = "system, user, assistant or tool"
+NUMPY_MESSAGES = re.compile(r"\[\{'(role|from|content|value)': ")
 
 
 class ParsedRow(NamedTuple):
@@ -57,93 +48,6 @@ class RowFormat(NamedTuple):
     parse: Callable[[object], ParsedRow]
 
 
-@dataclass
-class Fields:
-    """The keys of a JSON object, and those with a value that are not used yet."""
-
-    values: Mapping[str, object]
-    unused: dict[str, None] = field(init=False)  # in the order of the object
-
-    def __post_init__(self) -> None:
-        self.unused = {key: None for key, value in self.values.items() if not _is_empty(value)}
-
-    @classmethod
-    def of(cls, value: object) -> Self:
-        """Return the keys of a row or message; RowError if it is not an object."""
-        if isinstance(value, RowError):
-            raise value
-        if not isinstance(value, dict):
-            raise RowError(f"this is {json_type(value)}, not an object")
-        return cls(value)
-
-    def find(self, names: Iterable[str]) -> str | None:
-        """Return the first of these keys that has a value, best one that is not empty."""
-        found = None
-        for name in names:  # not a comprehension: this is called twenty times a row
-            value = self.values.get(name)
-            if value is not None and not _is_empty(value):
-                return name
-            found = name if value is not None and found is None else found
-        return found
-
-    def take(self, *names: str) -> Any:
-        """Return the value of the first of these keys that has one, or None, and mark it as used."""
-        if (name := self.find(names)) is None:
-            return None
-        self.unused.pop(name, None)
-        return self.values[name]
-
-    def text(self, *names: str) -> str:
-        """Return the text under the first of these keys that has a value, or an empty one."""
-        name = self.find(names)
-        return "" if name is None else self.required_text(name)
-
-    def required_text(self, name: str) -> str:
-        """Return the text under a key; RowError if there is none."""
-        if name not in self.values:
-            raise RowError(f'there is no "{name}"')
-        self.take(name)
-        return _checked_text(self.values[name], name)
-
-    def json(self, *names: str) -> Any:
-        """Return the value under the first of these keys that has one, parsed if it is a text, as in CSV files."""
-        name, value = self.find(names), self.take(*names)
-        if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-            return value or None
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f'"{name}" is a text that is not valid JSON ({error})') from error
-
-    def left_out(self, key: str, inner: "Fields") -> None:
-        """Add the unused keys of an object under `key`."""
-        self.unused |= {f"{key}.{name}": None for name in inner.unused}
-
-
-def _is_empty(value: object) -> bool:
-    """Return whether a value says nothing, so that nothing is lost with it."""
-    return value is None or value == "" or value == [] or value == {}
-
-
-def _checked_text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f'"{name}" is {json_type(value)}, not a string')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise RowError(f'"{name}" holds {half}, an unpaired surrogate, which UTF-8 cannot encode') from error
-    return value
-
-
-def _check_json(value: object, name: str) -> None:
-    """Refuse what train.jsonl cannot hold, such as an unpaired surrogate, or a date from a Parquet file."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RowError(f'"{name}" holds what JSON in UTF-8 cannot ({error})') from error
-
-
 def _parse_any(row: object) -> ParsedRow:
     return _parse_fields(Fields.of(row))
 
@@ -153,7 +57,12 @@ def _parse_fields(fields: Fields) -> ParsedRow:
         return _parse_fields(renamed)
     if name := fields.find(CONVERSATIONS):
         return parse_conversation(fields, name)
-    if pair := _find_pair(fields):
+    pair = _find_pair(fields)
+    if fields.values.keys() >= {"chosen", "rejected"} and (pair is None or not _is_complete(fields, pair)):
+        columns = "instruction=prompt,output=chosen" if "prompt" in fields.values else "messages=chosen"
+        what = '"chosen" and "rejected" are a preference, and only one answer can be learned'
+        raise RowError(f"{what}: --columns {columns} takes the chosen ones")
+    if pair:
         return _parse_pair(fields, *pair)
     if "text" in fields.values:
         return _parse_text(fields)
@@ -168,11 +77,15 @@ def _in_small_letters(fields: Fields) -> Fields | None:
 
 def _find_pair(fields: Fields) -> tuple[str, str] | None:
     """Return the names of the first pair that is there, or else of one that is there in part."""
-    complete = (pair for pair in PAIRS if all(fields.values.get(name) is not None for name in pair))
+    complete = (pair for pair in PAIRS if _is_complete(fields, pair))
     has_text = fields.find(["text"])
     likely = (pair for pair in PAIRS if pair[0] != "input" and not has_text)
     partial = (pair for pair in likely if any(name in fields.values for name in pair))
     return next(complete, None) or next(partial, None)
+
+
+def _is_complete(fields: Fields, pair: tuple[str, str]) -> bool:
+    return all(fields.values.get(name) is not None for name in pair)
 
 
 def _parse_alpaca(row: object) -> ParsedRow:
@@ -181,6 +94,7 @@ def _parse_alpaca(row: object) -> ParsedRow:
 
 def _parse_pair(fields: Fields, question: str, answer: str) -> ParsedRow:
     """Parse a question and its answer, each a text or, as TRL has it, a list of messages."""
+    fields = _with_lists(fields, question, answer)
     prompt, messages_left_out = _prompt(fields, question)
     completion, more_left_out = _completion(fields, answer)
     messages = [*_history(fields), *prompt, *completion]
@@ -190,9 +104,33 @@ def _parse_pair(fields: Fields, question: str, answer: str) -> ParsedRow:
     return _row(fields, messages, (*messages_left_out, *more_left_out), is_chat=is_chat)
 
 
+def _with_lists(fields: Fields, question: str, answer: str) -> Fields:
+    """Return the fields of a row in which a text is a list of messages, as in a CSV file, with that list."""
+    lists = {key: _messages_in(key, fields.values.get(key)) for key in (question, answer)}
+    found = {key: messages for key, messages in lists.items() if messages}
+    return Fields({**fields.values, **found}) if question in found else fields
+
+
+def _messages_in(key: str, text: object) -> list[object] | None:
+    """Return the messages in a text that holds nothing else."""
+    if not isinstance(text, str) or not text.startswith("[{"):
+        return None
+    try:
+        found = decode_json(text)
+    except (ValueError, RecursionError):
+        found = from_python(text)
+        if found is None and NUMPY_MESSAGES.match(text):
+            raise RowError(f'"{key}" is a list of messages as numpy writes it: {NUMPY_HINT}') from None
+    return found if isinstance(found, list) and all(_is_message(each) for each in found) else None
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and not {"role", "from"}.isdisjoint(value)
+
+
 def _prompt(fields: Fields, key: str) -> tuple[list[Message], Sequence[str]]:
     if _holds_messages(fields, key):
-        messages, left_out = _parse_messages(fields.take(key), key)
+        messages, left_out = parse_messages(fields.take(key), key)
         return [replace(message, weight=0) if message.is_supervised else message for message in messages], left_out
     return [Message("user", fields.required_text(key), "" if key == "input" else fields.text("input", "context"))], ()
 
@@ -205,7 +143,7 @@ def _holds_messages(fields: Fields, key: str) -> bool:
 
 def _completion(fields: Fields, key: str) -> tuple[list[Message], Sequence[str]]:
     if _holds_messages(fields, key):
-        return _parse_messages(fields.take(key), key)
+        return parse_messages(fields.take(key), key)
     content, reasoning = fields.required_text(key), fields.text(*REASONING)
     message = Message("assistant", content, reasoning=reasoning) if reasoning.strip() else None
     return [assistant(message.text if message else content)], ()
@@ -217,8 +155,8 @@ def _history(fields: Fields) -> Iterator[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise RowError('"history" must be a list of lists, each of a question and its answer')
     for question, answer in turns:
-        yield Message("user", _checked_text(question, "history"))
-        yield assistant(_checked_text(answer, "history"))
+        yield Message("user", checked_text(question, "history"))
+        yield assistant(checked_text(answer, "history"))
 
 
 def _parse_text(fields: Fields) -> ParsedRow:
@@ -229,150 +167,19 @@ def _parse_text(fields: Fields) -> ParsedRow:
 
 def parse_conversation(fields: Fields, key: str) -> ParsedRow:
     """Parse a row whose messages are under `key`."""
-    messages, left_out = _parse_messages(fields.json(key) or [], key)
+    messages, left_out = parse_messages(fields.json(key) or [], key)
     return _row(fields, messages, left_out, is_chat=True)
 
 
 def _row(fields: Fields, messages: Sequence[Message], left_out: Sequence[str], *, is_chat: bool) -> ParsedRow:
     """Return a row with what the formats share: a system prompt, tools, and the keys that nobody has used."""
-    system = fields.text("system", "system_prompt")
+    system = parse_system(fields)
     opening = [Message("system", system)] if system else []
     last = max((n for n, message in enumerate(messages, start=1) if message.role == "assistant"), default=0)
     if not last:
         raise RowError("the conversation has no response")
-    example = Example((*opening, *messages[:last]), _tools(fields), is_chat=is_chat)
+    example = Example((*opening, *messages[:last]), parse_tools(fields), is_chat=is_chat)
     return ParsedRow(example, last < len(messages), (*fields.unused, *dict.fromkeys(left_out)))
-
-
-def _tools(fields: Fields) -> tuple[Json, ...]:
-    tools = fields.json("tools", "functions") or []
-    if not isinstance(tools, list):
-        raise RowError(f'"tools" is {json_type(tools)}, not a list')
-    return tuple(_tool(tool) for tool in tools)
-
-
-def _tool(tool: object) -> Json:
-    if isinstance(tool, str):  # as Parquet files often have it
-        try:
-            tool = json.loads(tool)
-        except ValueError:
-            tool = None
-    if not isinstance(tool, dict) or not isinstance(tool.get("function", tool), dict):
-        raise RowError('a tool must be an object such as {"type": "function", "function": {"name": "..."}}')
-    _check_json(tool, "tools")
-    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
-
-
-def _parse_messages(messages: object, key: str) -> tuple[list[Message], Sequence[str]]:
-    """Return messages, and the keys that are left out; a list of texts alternates between user and assistant."""
-    if not isinstance(messages, list):
-        raise RowError(f'"{key}" is {json_type(messages)}, not a list')
-    if messages and all(isinstance(message, str) for message in messages):
-        turns = zip(cycle(("user", "assistant")), messages, strict=False)
-        messages = [{"role": role, "content": text} for role, text in turns]
-    parsed, left_out = [], []
-    for number, value in enumerate(messages, start=1):
-        try:
-            fields = Fields.of(value)
-            parsed.append(_parse_message(fields))
-        except RowError as error:
-            raise RowError(f"message {number}: {error}") from error
-        left_out += [f"{key}[].{name}" for name in fields.unused]
-    return [message for message in parsed if message.role != "system" or message.content], left_out
-
-
-def _parse_message(fields: Fields) -> Message:
-    name = fields.text("role", "from") or fields.required_text("role")
-    role = ROLES.get(name.lower())
-    if role is None:
-        raise RowError(f"the role {reprlib.repr(name)} is not {SHOWN_ROLES}")
-    if name in CALLS:
-        message = Message(role, tool_calls=_calls(fields, "value", "content"))
-    elif role == "assistant":
-        message = _parse_response(fields)
-    else:
-        message = Message(role, _content(fields, role)[0], tool_call_id=fields.text("tool_call_id"))
-    name, weight = fields.text("name"), _weight(fields, role)
-    return replace(message, name=name, weight=weight) if name or not weight else message
-
-
-def _parse_response(fields: Fields) -> Message:
-    content, part = _content(fields, "assistant")
-    reasoning = fields.text(*REASONING, "reasoning") or part
-    calls = _calls(fields, "tool_calls", "function_call")
-    if fields.find(CONTENT) is None and not reasoning and not calls:
-        raise RowError('"content" is null, not a string' if "content" in fields.values else 'there is no "content"')
-    message = Message("assistant", content, reasoning=reasoning) if reasoning.strip() else assistant(content)
-    return replace(message, tool_calls=calls) if calls else message
-
-
-def _content(fields: Fields, role: Role) -> tuple[str, str]:
-    """Return the text of a message, and the reasoning among its parts."""
-    key = fields.find(CONTENT)
-    if key is None:  # which some programs write for none, but a question is never empty
-        return ("", "") if role != "user" else (fields.required_text("content"), "")
-    value = fields.take(key)
-    if not isinstance(value, list):
-        return _checked_text(value, key), ""
-    parts = [_parse_part(fields, number, part) for number, part in enumerate(value, start=1)]
-    contents = ["".join(text for kind, text in parts if kind == wanted) for wanted in ("text", "thinking")]
-    return contents[0], contents[1]
-
-
-def _parse_part(message: Fields, number: int, part: object) -> tuple[str, str]:
-    """Return the kind and the text of a content part."""
-    if isinstance(part, str):
-        return "text", _checked_text(part, "content")
-    fields = Fields.of(part)
-    kind = fields.text("type") or "text"
-    if kind not in PARTS:
-        raise RowError(f"content part {number} has the type {reprlib.repr(kind)}, but only text can be read")
-    value = fields.take(PARTS[kind])
-    message.left_out("content[]", fields)
-    return PARTS[kind], _content(Fields({"content": value}), "user")[0]
-
-
-def _weight(fields: Fields, role: Role) -> Literal[0, 1]:
-    """Return whether a message is supervised; a weight of 1 on another's than the assistant's is left out."""
-    weights = {name: fields.values.get(name) for name in ("weight", "train")}
-    for name, weight in weights.items():
-        if weight not in (None, 0, 1):
-            raise RowError(f'"{name}" is {reprlib.repr(weight)}, but it must be 1 (supervised) or 0 (context)')
-        if role == "assistant" or weight == 0:
-            fields.take(name)
-    return 0 if role == "assistant" and 0 in weights.values() else 1
-
-
-def _calls(message: Fields, *keys: str) -> tuple[ToolCall, ...]:
-    """Return the calls under the first of these keys that has any, a list or a single one."""
-    value = message.json(*keys)
-    calls = value if isinstance(value, list) else [value] if value else []
-    return tuple(_call(message, call) for call in calls)
-
-
-def _call(message: Fields, value: object) -> ToolCall:
-    fields = Fields.of(value)
-    function = Fields.of(fields.take("function")) if fields.find(["function"]) else fields
-    fields.take("type")
-    call = ToolCall(function.required_text("name"), _arguments(function), fields.text("id"))
-    message.left_out("tool_calls[]", fields)
-    message.left_out("tool_calls[].function", function)
-    return call
-
-
-def _arguments(function: Fields) -> Json | str:
-    """Return the arguments of a call by name, which OpenAI writes as a text."""
-    arguments = function.take("arguments", "parameters")
-    _check_json(arguments, "arguments")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            return arguments
-        return parsed if isinstance(parsed, dict) else arguments
-    if arguments is not None and not isinstance(arguments, dict):
-        raise RowError(f"the arguments of a tool call are {json_type(arguments)}, not an object")
-    return arguments or {}
 
 
 def _parse_prompt(row: object) -> ParsedRow:
