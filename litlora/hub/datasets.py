@@ -57,7 +57,10 @@ class Listing(NamedTuple):
 def _request(repo: Repo) -> Listing:
     """Request the files of a data set; those with a name that a path cannot have are left alone."""
     with refusing_malformed(repo):
-        info = with_retries(lambda: repo.api.dataset_info(repo.id, revision=repo.revision, files_metadata=True))
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = with_retries(
+            lambda: repo.api.dataset_info(repo.id, revision=repo.revision, files_metadata=True, timeout=timeout)
+        )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if _is_path(file.rfilename)}
         if not all(isinstance(size, int) and 0 <= size < 2**62 for size in sizes.values()):
             raise ValueError("the size of a file is a number")

@@ -60,6 +60,7 @@ WAITS = (1.0, 2.0, 4.0)  # seconds before a retry, unless the Hub sends Retry-Af
 LONGEST_WAIT = 300.0
 LISTING = re.compile("/api/(models|datasets)/")  # in the path of an address
 MOST_LISTED, LONGEST_LISTING = 100_000_000, 120.0  # bytes and seconds of a listing
+LEAST_BYTES, WINDOW = 3_000_000, 300.0  # of a body that arrive in these seconds of waiting: 10 kB a second
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -89,10 +90,11 @@ class Repo:
 
     @property
     def api(self) -> HfApi:
-        """The Hub's client for this token, which takes no endless answer."""
-        hooks = get_session().event_hooks
+        """The Hub's client for this token, which takes no endless answer and does not wait for one for ever."""
+        session, hooks = get_session(), get_session().event_hooks
+        session.timeout = WINDOW  # of requests that huggingface_hub gives no time limit, those of an upload
         if _read_bounded not in hooks["response"]:
-            get_session().event_hooks = hooks | {"response": [*hooks["response"], _read_bounded]}
+            session.event_hooks = hooks | {"response": [*hooks["response"], _pace, _read_bounded]}
         return HfApi(token=self.token, library_name="litlora", library_version=__version__)
 
     @property
@@ -104,6 +106,33 @@ class Repo:
     def page(self) -> str:
         """The repository's web page."""
         return f"{endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+
+
+def _pace(response: httpx2.Response) -> None:
+    assert isinstance(response.stream, httpx2.SyncByteStream)
+    response.stream = _PacedStream(response.stream)
+
+
+class _PacedStream(httpx2.SyncByteStream):
+    """The body of an answer, which ends where it trickles: a time limit for each read alone is never reached then."""
+
+    def __init__(self, stream: httpx2.SyncByteStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        waited, arrived, since = 0.0, 0, time.monotonic()
+        for piece in self._stream:
+            waited, arrived = waited + time.monotonic() - since, arrived + len(piece)
+            if waited > WINDOW:
+                if arrived < LEAST_BYTES:
+                    # Not a TimeoutException, after which huggingface_hub would wait as long five times more
+                    raise httpx2.ReadError(f"only {decimal(arrived)} have arrived in {waited:.0f} seconds")
+                waited, arrived = 0.0, 0
+            yield piece
+            since = time.monotonic()
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def _read_bounded(response: httpx2.Response) -> None:

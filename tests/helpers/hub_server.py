@@ -20,6 +20,7 @@ from huggingface_hub import constants
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".gguf")
 CDN = "/cdn/"
+PIECE = 100  # bytes of a body that trickles
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Fault:
     """Close the connection after this many bytes of the body."""
     stall_after: int | None = None
     """Send nothing more after this many bytes of the body, and keep the connection open."""
+    trickle: float | None = None
+    """Send the body in small pieces, with as many seconds before each."""
     stalled: threading.Event = field(default_factory=threading.Event)
     """Set when the transfer stalls."""
 
@@ -411,6 +414,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_body(body)
 
     def _send_body(self, body: bytes) -> None:
+        if self.fault.trickle is not None:
+            for start in range(0, len(body), PIECE):
+                self.server.closing.wait(self.fault.trickle)
+                self.wfile.write(body[start : start + PIECE])
+            return
         end = self.fault.cut_after if self.fault.stall_after is None else self.fault.stall_after
         self.wfile.write(body[:end])
         if end is not None:

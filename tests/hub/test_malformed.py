@@ -106,6 +106,30 @@ def test_slow_listing_is_one_sentence(hub, tmp_path, monkeypatch):
     assert "the list of its files does not end within " in refusal(tmp_path)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_download, "WINDOW", 0.3)
+
+
+@pytest.mark.parametrize("path", [LISTING, "config.json", "model.safetensors"])
+def test_trickling_body_is_one_sentence(hub, tmp_path, impatient, path):
+    hub.add("org/name", FILES | {path: b"x" * 100_000} if path != LISTING else FILES)
+    hub.fail(Fault(path, trickle=0.1, times=9))
+    if path == LISTING:
+        hub.faults[0].body = listing() + b" " * 100_000
+    with pytest.raises(LitLoraError, match=r"\(only .* bytes have arrived in 0 seconds\): check the connection"):
+        fetch_checkpoint(Repo("org/name", "model", "main", None), tmp_path / "root", tokenizer_only=False)
+    assert len(hub.requests) < 9
+
+
+def test_slow_body_that_arrives_in_time_is_complete(hub, tmp_path, impatient, monkeypatch):
+    monkeypatch.setattr(hub_download, "LEAST_BYTES", 100)
+    hub.add("org/name", FILES | {"model.safetensors": b"x" * 2000})
+    hub.fail(Fault("model.safetensors", trickle=0.05))
+    fetch_checkpoint(Repo("org/name", "model", "main", None), tmp_path / "root", tokenizer_only=False)
+    assert (tmp_path / "root/org/name/model.safetensors").read_bytes() == b"x" * 2000
+
+
 def prepare(tmp_path: Path) -> int:
     return main(["prepare_json", "--source", "org/data", "--destination_path", str(tmp_path / "out")])
 
@@ -150,3 +174,10 @@ def test_file_of_a_data_set_that_is_longer_than_listed_ends(hub, tmp_path, capsy
     assert prepare(tmp_path) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("litlora: ")
     assert max(path.stat().st_size for path in (tmp_path / "hf_home").rglob("*")) <= 200_000
+
+
+def test_trickling_file_of_a_data_set_is_one_sentence(hub, tmp_path, impatient, capsys):
+    hub.add("datasets/org/data", {"train.jsonl": b'{"instruction": "a", "output": "b"}\n' * 1000})
+    hub.fail(Fault("train.jsonl", trickle=0.1, times=9))
+    assert prepare(tmp_path) == 1
+    assert " bytes have arrived in 0 seconds): check the connection" in capsys.readouterr().err.splitlines()[-1]

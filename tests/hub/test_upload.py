@@ -147,3 +147,10 @@ def test_access_is_refused_in_one_sentence(hub, adapter, capsys, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     assert upload(adapter, *BASE, "--verify", "false") == 1
     assert "could not be reached" in capsys.readouterr().err
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(hub, adapter, capsys, monkeypatch):
+    monkeypatch.setattr(hub_download, "WINDOW", 0.3)
+    hub.fail(Fault("/api/repos/create", stall_after=0, times=9))
+    assert upload(adapter, *BASE) == 1
+    assert f"could not be reached at {hub.url} (timed out)" in capsys.readouterr().err.splitlines()[-1]
