@@ -5,7 +5,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from threading import RLock
 from typing import TextIO
 
 from litlora.errors import LitLoraError, OutputClosedError
@@ -14,7 +15,9 @@ JOINERS = "\u200c\u200d"  # invisible, but part of how Persian, Hindi and emoji 
 HUB_TOKEN = re.compile(r"\b(hf|api_org)_[\w.-]{8,}")
 PASSWORD = re.compile(r"(?<=://)[^/\s]*@")  # and user, of an address
 SHORTEST_TOKEN = 8  # characters, below which a text may be part of others by chance
+PANIC = re.compile(rb"\n?thread '[^\n]*panicked at .*", re.DOTALL)  # of Rust; those of other threads mix with it
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_capture = RLock()
 _settings = {"quiet": False}  # of the command that runs
 
 
@@ -119,6 +122,31 @@ def _discard(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Keep from stderr what a library in Rust prints of a panic: its exception becomes a sentence of litlora."""
+    with _capture, ExitStack() as closing:
+        try:
+            memory = os.memfd_create("stderr")
+            closing.callback(os.close, memory)
+            stderr = os.dup(2)
+        except (AttributeError, OSError):  # not Linux, or a closed stderr
+            yield
+            return
+        closing.callback(_restore, stderr, memory)
+        os.dup2(memory, 2)
+        yield
+
+
+def _restore(stderr: int, memory: int) -> None:
+    """Make a descriptor stderr again, and print there what was written in the meantime."""
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    if size := os.fstat(memory).st_size:
+        with suppress(OSError):
+            os.write(2, PANIC.sub(b"", os.pread(memory, size, 0)))
 
 
 def printable(line: str) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from tokenizers import AddedToken
 from litlora.data.tokenizer_backend.limits import check_cost
 from litlora.data.tokenizer_backend.sentencepiece_model import SPACE, SentencePieceModel
 from litlora.errors import LitLoraError
+from litlora.utils import resource_limits
+from litlora.utils.console import without_panics
 from litlora.utils.files import read_whole
+from litlora.utils.resource_limits import within_cpu_time
 
 Backend = tokenizers.Tokenizer | SentencePieceModel
 
@@ -33,7 +37,8 @@ def reporting_failure(what: str) -> Iterator[None]:
     That is a plain Exception, or a panic of Rust, which does not even derive from Exception.
     """
     try:
-        yield
+        with without_panics():
+            yield
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
@@ -136,7 +141,10 @@ def _read_sentencepiece(checkpoint_dir: Path, settings: dict[str, Any]) -> Sente
     path = checkpoint_dir / "tokenizer.model"
     prefix, prefix_each = settings.get("add_prefix_space") is not False, bool(settings.get("legacy"))
     try:
-        model = SentencePieceModel(read_whole(path), prefix=prefix, prefix_each=prefix_each)
+        load = partial(SentencePieceModel, read_whole(path), prefix=prefix, prefix_each=prefix_each)
+        model = within_cpu_time(load, resource_limits.MAX_SECONDS)
+    except TimeoutError as error:
+        raise LitLoraError(f"{path} asks for too much: {error}; choose another checkpoint") from error
     except (OSError, RuntimeError) as error:
         raise LitLoraError(f"{path} is not a sentencepiece model; download the checkpoint again") from error
     if not model.is_lossless():

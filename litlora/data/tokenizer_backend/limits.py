@@ -42,10 +42,8 @@ def check_cost(file: Mapping[str, Any]) -> None:
 def encode_in_time(
     backend: tokenizers.Tokenizer | SentencePieceModel, texts: list[str], add_special_tokens: bool
 ) -> Sequence[tokenizers.Encoding | SentencePieceEncoding]:
-    """Tokenize texts; LitLoraError where an expression of the tokenizer takes far longer than any should."""
+    """Tokenize texts; LitLoraError where the tokenizer takes far longer than any should."""
     encode = partial(backend.encode_batch, texts, add_special_tokens=add_special_tokens)
-    if isinstance(backend, SentencePieceModel):  # which has no expressions
-        return encode()
     characters = sum(map(len, texts))
     try:
         return within_cpu_time(encode, resource_limits.MAX_SECONDS + characters / SLOWEST)

@@ -19,6 +19,10 @@ from tokenizers import AddedToken, decoders
 SPACE = "▁"  # sentencepiece's character for a space
 # normalizer_spec.precompiled_charsmap = "" and add_dummy_prefix = false: of a repeated field, the last wins
 PLAIN = b"\x1a\x04\x12\x00\x18\x00"
+BLANKS = (
+    r"(?:(?<!\s)\s++)?"  # looked for at their beginning alone, or many of them would take the square of their number
+)
+LONGEST_ADDED = 500_000  # characters of all added tokens together: each is looked for everywhere in a text
 PROBE = "\nOnce upon  a time,\n\tein Fluß; 東京 ﬁ 🦙 and 12.5 %"
 
 
@@ -89,11 +93,13 @@ class SentencePieceModel:
         return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if self.has_prefix else steps)
 
     def add_tokens(self, tokens: Sequence[AddedToken]) -> None:
-        """Recognise tokens in a text: pieces by their ids, others by the next free id."""
+        """Recognise tokens in a text: pieces by their ids, others by the next free id; ValueError for too many."""
         for token in tokens:
             token_id = self._ids.setdefault(token.content, len(self._tokens))
             self._tokens[token_id] = token.content
             self._added[token_id] = token
+        if sum(len(token.content) for token in self._added.values()) > LONGEST_ADDED:
+            raise ValueError(f"the added tokens have more than {LONGEST_ADDED:,} characters")
         longest_first = sorted(self._added.values(), key=lambda token: len(token.content), reverse=True)
         self._in_groups = [token.content for token in longest_first if _pattern(token).startswith("(")]
         self._pattern = re.compile("|".join(map(_pattern, longest_first)))
@@ -196,7 +202,7 @@ def _pattern(token: AddedToken) -> str:
     if not (token.lstrip or token.rstrip or token.single_word):
         return word
     word = rf"(?<!\w){word}(?!\w)" if token.single_word else word
-    return "(" + (r"\s*" if token.lstrip else "") + word + (r"\s*" if token.rstrip else "") + ")"
+    return "(" + (BLANKS if token.lstrip else "") + word + (r"\s*" if token.rstrip else "") + ")"
 
 
 def _joined(
