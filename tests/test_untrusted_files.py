@@ -367,6 +367,13 @@ def test_intact_tokenizer_settings_are_read(base: Path):
     assert Tokenizer(base).chat_template == "{{ messages }}"
 
 
+@pytest.mark.parametrize("template", [True, 5, {"name": "default"}, ["x"], [{"name": "default", "template": 5}]])
+def test_chat_template_that_is_no_text_is_refused(base: Path, template: object):
+    (base / "tokenizer_config.json").write_bytes(as_json({"eos_token": "</s>", "chat_template": template}))
+    with pytest.raises(LitLoraError, match="must be a text or a list of names and templates"):
+        Tokenizer(base)
+
+
 @given(data=st.data(), name=st.sampled_from(sorted(TOKENIZER_SETTINGS)))
 def test_tokenizer_settings(base: Path, data: st.DataObject, name: str):
     write_tokenizer_settings(base)

@@ -78,7 +78,6 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._plan, self._folder = plan, plan.args.out_dir
         check_writable(self._folder, "--out_dir")
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._points, self._seeds = plan.points(), plan.args.seeds
         with self._alone(), self._naming_journal():
             self._study = self._open()

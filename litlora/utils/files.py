@@ -272,7 +272,8 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LitLoraError(f"cannot write {path}: {error.strerror or error}") from error
+        # Where numpy writes, a full disk has no name of its own
+        raise LitLoraError(f"cannot write {path}: {error.strerror or f'the disk may be full ({error})'}") from error
 
 
 def require_working_directory() -> None:

@@ -3,11 +3,11 @@
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from litlora.errors import LitLoraError
-from litlora.utils.files import check_writable, reporting_write_errors
+from litlora.utils.files import check_writable
 
 LOCK = ".lock"
 
@@ -35,18 +35,21 @@ def _removing_empty(folders: Sequence[Path]) -> Iterator[None]:
     try:
         yield
     finally:
-        for path in folders:
-            with suppress(OSError):  # not empty
-                path.rmdir()
+        _remove_empty(folders)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for path in folders:
+        with suppress(OSError):  # not empty
+            path.rmdir()
 
 
 @contextmanager
 def holding(path: Path) -> Iterator[None]:
     """Wait for the lock of a file, which is created if need be, and hold it."""
-    descriptor = _open(path)
+    with reporting_lock_errors(path):
+        descriptor = _lock(path, fcntl.LOCK_EX)
     try:
-        with reporting_lock_errors(path):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -54,13 +57,8 @@ def holding(path: Path) -> Iterator[None]:
 
 def take(path: Path) -> int | None:
     """Take the lock of a file, which is created if need be, until the descriptor is closed; None if it is taken."""
-    descriptor = _open(path)
-    with ExitStack() as closing:
-        closing.callback(os.close, descriptor)
-        with suppress(BlockingIOError), reporting_lock_errors(path):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            closing.pop_all()
-            return descriptor
+    with suppress(BlockingIOError), reporting_lock_errors(path):
+        return _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return None
 
 
@@ -76,16 +74,10 @@ def reporting_lock_errors(path: Path) -> Iterator[None]:
         raise LitLoraError(f"{path} cannot be locked ({error.strerror}): {hint}") from error
 
 
-def _open(path: Path) -> int:
-    with reporting_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-
-
 def _acquire(path: Path, flag: str) -> int:
     """Lock a file and return its descriptor; retry if its previous owner has just removed it."""
     try:
-        descriptor = _create_locked(path)
+        descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         hint = "wait for its end, or choose another folder"
         raise LitLoraError(f"{flag} ({path.parent}) is in use by another run: {hint}") from error
@@ -98,15 +90,17 @@ def _acquire(path: Path, flag: str) -> int:
     return _acquire(path, flag)
 
 
-def _create_locked(path: Path) -> int:
-    """Create and lock a file; where its file system has no locks, remove it again."""
+def _lock(path: Path, operation: int) -> int:
+    """Lock a file, which is created if need be; where its file system has no locks, remove what was created."""
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation)
     except OSError as error:
         if not isinstance(error, BlockingIOError):
             path.unlink(missing_ok=True)
+            _remove_empty(missing)
         os.close(descriptor)
         raise
     return descriptor

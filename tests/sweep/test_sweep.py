@@ -1,5 +1,6 @@
 """sweep: every trial is an ordinary run, none is lost or counted twice, and its results are those of the runs."""
 
+import errno
 import json
 import math
 import os
@@ -116,6 +117,19 @@ def test_a_corrupt_journal_is_refused_in_one_sentence(planned):
         (plan.args.out_dir / "study.journal").write_text(text, encoding="utf-8")
         with pytest.raises(LitLoraError, match=r"study\.journal is corrupt .*: choose another --out_dir"):
             Study(plan)
+
+
+def test_a_folder_without_locks_is_refused_and_left_alone(planned, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    plan = planned({"train.learning_rate": [1e-3]})
+    with pytest.raises(
+        LitLoraError, match=r"cannot be locked \(No locks available\): choose a folder on another file "
+    ):
+        Study(plan)
+    assert not plan.args.out_dir.exists()
 
 
 def test_abandoned_trials_are_finished_under_their_number(planned):

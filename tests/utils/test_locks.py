@@ -50,9 +50,10 @@ def test_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch, code):
         pass
     assert str(refused.value) == f"--out_dir ({tmp_path / 'out'}) cannot be locked: {os.strerror(code)}"
     assert not list(tmp_path.iterdir())
-    with pytest.raises(LitLoraError, match=hint), holding(tmp_path / "held"):
+    with pytest.raises(LitLoraError, match=hint), holding(tmp_path / "new/held"):
         pass
     with pytest.raises(LitLoraError, match=hint):
-        take(tmp_path / "taken")
+        take(tmp_path / "new/taken")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(LitLoraError, match=hint):
         _lock(tmp_path / ".download", Repo("a/b", "model", "main", None))

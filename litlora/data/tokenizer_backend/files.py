@@ -75,11 +75,18 @@ def read_chat_template(checkpoint_dir: Path, settings: dict[str, Any]) -> str | 
     try:
         named = {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else {}
     except (KeyError, TypeError) as error:
-        raise LitLoraError(
-            f"chat_template in {checkpoint_dir / 'tokenizer_config.json'} must be a text or a list of names and "
-            "templates; download the checkpoint again"
-        ) from error
-    return named.get("default") if isinstance(template, list) else template
+        raise _malformed_template(checkpoint_dir) from error
+    template = named.get("default") if isinstance(template, list) else template
+    if not isinstance(template, str | None):
+        raise _malformed_template(checkpoint_dir)
+    return template
+
+
+def _malformed_template(checkpoint_dir: Path) -> LitLoraError:
+    fault = (
+        f"chat_template in {checkpoint_dir / 'tokenizer_config.json'} must be a text or a list of names and templates"
+    )
+    return LitLoraError(f"{fault}; download the checkpoint again")
 
 
 def token_text(token: Any) -> str | None:
