@@ -6,12 +6,13 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from textwrap import fill
 
 import numpy as np
 from numpy.typing import NDArray
 
 from litlora.args.data import CheckDataArgs
-from litlora.data.checks.findings import Severity
+from litlora.data.checks.findings import Finding, Severity
 from litlora.data.checks.splits import CheckedData, CheckedSplit, length_of_most, run_checks
 from litlora.data.dataset import choose_prompt_style
 from litlora.data.prompts.styles import StyleSettings
@@ -45,13 +46,21 @@ def check_data(args: CheckDataArgs) -> None:
     for split in splits:
         output("\n".join([*_lengths(split, data.limit), *_cut_rows(split, data.limit)]))
     findings = [*run_checks(data), *find_other_ids(args.checkpoint_dir, encoder, [split.path for split in splits])]
-    output("\n".join(map(str, findings)) or "no findings")
+    output("\n".join(map(_line, findings)) or "no findings")
     for text in _shown(data, args.show, tokenizer, in_cells=args.tokens):
         output(text)
     refused = [f for f in findings if f.severity is Severity.ERROR or (args.strict and f.severity is Severity.WARNING)]
     if refused:
         what = "errors or warnings" if args.strict else "errors"
         raise LitLoraError(f"the data in {args.data_dir} has {len(refused)} {what}: see the findings above")
+
+
+def _line(finding: Finding) -> str:
+    """Return a finding as one line, which on a terminal is broken between words and not within them."""
+    if not sys.stdout.isatty():
+        return str(finding)
+    width = shutil.get_terminal_size().columns - 1
+    return fill(str(finding), width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _lengths(split: CheckedSplit, limit: int) -> Iterator[str]:

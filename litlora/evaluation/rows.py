@@ -68,6 +68,11 @@ class Subject:
             untrained = StyleSettings(choose_prompt_style(AUTO, rows, tokenizer.chat_template)[0])
         return cls(args, base, adapters, tokenizer, style_settings(args, base.dir, adapters, untrained))
 
+    @property
+    def limit(self) -> int:
+        """The number of tokens to which rows are cut."""
+        return self.args.max_seq_length or self.base.config.positions
+
     @cached_property
     def style(self) -> PromptStyle:
         """The prompt style."""
@@ -127,7 +132,10 @@ class Comparison:
         subject = Subject.find(args, path)
         baseline = None if args.baseline is None else find_baseline(subject, args.baseline, path)
         task = Task.encode(subject, rows)
-        return cls(rows, task, None if baseline is None else Task.encode(baseline, rows))
+        other = None if baseline is None else Task.encode(baseline, rows)
+        if other is not None:
+            _require_same_tokens(task, other, rows)
+        return cls(rows, task, other)
 
 
 def find_rows(args: EvaluateArgs) -> Path:
@@ -144,14 +152,32 @@ def find_rows(args: EvaluateArgs) -> Path:
 
 
 def find_baseline(subject: Subject, folder: Path, rows: Path) -> Subject:
-    """Find the model of --baseline, which must have the same tokenizer: losses of other tokens cannot be compared."""
+    """Find the model of --baseline, which has the prompts of the other one if it has none of its own."""
     base_dir = subject.args.base_dir if is_adapter(folder) else None
     args = replace(subject.args, checkpoint_dir=folder, base_dir=base_dir, adapters=(), adapter_weights=())
-    baseline = Subject.find(args, rows, subject.settings)
-    if baseline.tokenizer.fingerprint != subject.tokenizer.fingerprint:
-        fault = f"--baseline ({folder}) has another tokenizer than {subject.base.dir}, so that their tokens differ"
-        raise LitLoraError(f"{fault}: evaluate each alone, and compare texts by exact_match or rouge")
-    return baseline
+    return Subject.find(args, rows, subject.settings)
+
+
+def _require_same_tokens(task: Task, baseline: Task, rows: Sequence[Row]) -> None:
+    """Refuse a baseline that has other tokens in a row: their losses cannot be compared. Other tokens do not matter."""
+    own, other = (_tokens_by_row(each, len(rows)) for each in (task, baseline))
+    differing = [row for row, *tokens in zip(rows, own, other, strict=True) if tokens[0] != tokens[1]]
+    if differing:
+        fault = (
+            f"--baseline ({baseline.subject.args.checkpoint_dir}) has other tokens in {len(differing):,} of the rows"
+        )
+        hint = "compare it by exact_match, rouge or accuracy, without loss"
+        raise LitLoraError(f"{fault}, the first at {differing[0].location}, so that losses differ in meaning: {hint}")
+
+
+def _tokens_by_row(task: Task, rows: int) -> list[list[bytes]]:
+    """Return the tokens and labels of each row's sequences, as far as the loss reads them."""
+    found: list[list[bytes]] = [[] for _ in range(rows)]
+    if task.text is not None:
+        ids, offsets = task.text.ids, task.text.offsets
+        for line, start, end in zip(task.text.about["line"], offsets, offsets[1:], strict=False):
+            found[line - 1].append(ids[start : min(end, start + task.subject.limit + 1)].tobytes())
+    return found
 
 
 def _check_answers(rows: Sequence[Row], args: EvaluateArgs) -> None:
@@ -187,9 +213,8 @@ def _encode(subject: Subject, rendered: Sequence[Sequence[Rendered]]) -> Tokens:
 def _encode_text(subject: Subject, rendered: Sequence[Sequence[Rendered]]) -> Tokens:
     """Tokenize rows for the loss; LitLoraError if the cut to --max_seq_length leaves none with a response."""
     tokens = _encode(subject, rendered)
-    limit = subject.args.max_seq_length or subject.base.config.positions
-    if not (tokens.first_labels < np.minimum(np.diff(tokens.offsets) - 1, limit)).any():
-        raise LitLoraError(f"no row has a response within --max_seq_length ({limit}): raise it")
+    if not (tokens.first_labels < np.minimum(np.diff(tokens.offsets) - 1, subject.limit)).any():
+        raise LitLoraError(f"no row has a response within --max_seq_length ({subject.limit}): raise it")
     return tokens
 
 

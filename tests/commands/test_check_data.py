@@ -70,6 +70,18 @@ def test_cells_break_at_the_width_of_the_terminal(tiny, data, capsys, monkeypatc
     assert "[[" in shown and shown.endswith("│]]\n")
 
 
+def test_findings_are_broken_between_words_on_a_terminal_only(tiny, data, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert check(tiny, data) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert check(tiny, data) == 0
+    *_, broken = capsys.readouterr().out.partition("\nwarning: ")
+    assert broken.splitlines()[1].startswith("  ")
+    assert all(len(each) < 60 for each in broken.splitlines() if str(data) not in each)
+    assert " ".join(f"warning: {broken}".split()).startswith(line)
+
+
 def test_strict_refuses_warnings(tiny, data, capsys):
     assert check(tiny, data, "--strict", "true") == 1
     sentence = f"litlora: the data in {data} has 1 errors or warnings: see the findings above\n"

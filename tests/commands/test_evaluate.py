@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from helpers.reference import hugging_face, with_peft
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import confusion_matrix, f1_score
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
 from litlora.__main__ import main
@@ -243,10 +245,26 @@ def test_results_replace_only_results(tiny, data_dir, tmp_path, refused):
         )
 
 
-def test_baseline_of_another_tokenizer_is_refused(tiny, pico, data_dir, refused):
-    fault = f"--baseline ({pico}) has another tokenizer than {tiny}, so that their tokens differ"
-    hint = "evaluate each alone, and compare texts by exact_match or rouge"
-    assert refused(tiny, "--data_dir", data_dir, "--baseline", pico) == f"{fault}: {hint}"
+def test_losses_of_other_tokens_are_not_compared(tiny, pico, data_dir, refused):
+    rows = f"has other tokens in 3 of the rows, the first at {data_dir}/val.jsonl line 1"
+    hint = "so that losses differ in meaning: compare it by exact_match, rouge or accuracy, without loss"
+    assert refused(tiny, "--data_dir", data_dir, "--baseline", pico) == f"--baseline ({pico}) {rows}, {hint}"
+
+
+def test_baseline_may_differ_in_tokens_that_no_row_has(tiny, tmp_path, evaluate, refused):
+    other, data = Path(shutil.copytree(tiny, tmp_path / "other")), tmp_path / "rows.jsonl"
+    (other / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    backend = Tokenizer.from_file(str(other / "tokenizer.json"))
+    steps = [pre_tokenizers.Split("green", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.save(str(other / "tokenizer.json"))
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "Which colour?", "output": "That is green."}]
+    write_rows(data, rows[:1])
+    found = evaluate(tiny, "--data_dir", data, "--baseline", other)
+    assert found["baseline"]["differences"]["loss"]["value"] == 0
+    write_rows(data, rows)
+    sentence = refused(tiny, "--data_dir", data, "--baseline", other)
+    assert f"has other tokens in 1 of the rows, the first at {data} line 2, " in sentence
 
 
 def test_missing_rouge_score_is_reported(tiny, data_dir, refused, monkeypatch):
