@@ -1,6 +1,7 @@
 """Each answer trains on what a server sends and on what the template writes for it, whatever the template's habits."""
 
 import json
+import re
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from litlora.data.encoding import encode
+from litlora.data.encoding import RenderedRow, encode, encode_rows
 from litlora.data.examples import Example, Message, ToolCall, Turn
 from litlora.data.prompts.chat_style import ChatStyle
 from litlora.data.prompts.chat_template import ChatTemplate, ChatTemplateError
@@ -48,7 +49,8 @@ IN_LAST_QUESTION = (
     "{% if m.role == 'user' %}<|user|>{% if loop.last and rest is ne(messages) %}{{ messages[0].content }} {% endif %}"
     "{{ m.content }}<|bot|>{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
 )
-PARTS = PLAIN.replace("{{ m.content }}", "{% for part in m.content %}{{ part['text'] }}{% endfor %}")
+CONTENT, CONTENT_OF_PARTS = "{{ m.content }}", "{% for part in m.content %}{{ part['text'] }}{% endfor %}"
+PARTS = PLAIN.replace(CONTENT, CONTENT_OF_PARTS)
 # A template, the number of sequences of three turns, and what is supervised of the first
 TEMPLATES = {
     "plain": (PLAIN, 1, "It is 4.<|end|>"),
@@ -179,6 +181,80 @@ def test_tools_and_calls_reach_the_template():
     messages = [dict(message.to_chat()) for message in CALLING.messages]
     tools = [dict(tool) for tool in CALLING.tools]
     assert rendered.text == transformers_text(WITH_CALLS, messages, prompt=False, tools=tools)
+
+
+CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name ~ c.function.arguments.city }}{% endfor %}"
+SHAPES = {
+    "one turn": Example.of(TURNS[0]),
+    "turns": Example.of(*TURNS),
+    "system": Example.of(*TURNS, system="Be brief."),
+    "reasoning": REASONED,
+    "reasoned turns": Example((*REASONED.messages, *Example.of(TURNS[1]).messages, *REASONED.messages)),
+    "calls": CALLING,
+    "calls with system": Example((Message("system", "Be brief."), *CALLING.messages), CALLING.tools),
+}
+
+
+@pytest.fixture(scope="module")
+def spoken(tiny, tmp_path_factory) -> tuple[Tokenizer, Backend]:
+    """Return a tokenizer that has the special tokens of the templates, and the library's own."""
+    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("spoken") / "base"))
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(SPECIAL)
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder), backend
+
+
+def as_sent(chat: ChatStyle, messages: list[Message], parts: bool) -> list[dict[str, Any]]:
+    """Return messages as somebody sends them to a server with this template."""
+    sent = []
+    for message in messages:
+        fields = dict(message.to_chat())
+        if reasoning := fields.pop("reasoning_content", ""):
+            in_content = chat._writes_reasoning == "content"
+            fields |= {"content": message.text} if in_content else {"reasoning_content": reasoning}
+        sent.append(fields | ({"content": [{"type": "text", "text": fields["content"]}]} if parts else {}))
+    return sent
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_is_that_of_transformers_and_labels_are_the_answers(name, shape, spoken):
+    """The prompts, answers and ids of each shape, for each habit of a template."""
+    example, template, (tokenizer, backend) = SHAPES[shape], TEMPLATES[name][0], spoken
+    for content in (CONTENT, CONTENT_OF_PARTS) if example.tools else ():
+        template = template.replace(content, content + CALLS)
+    chat = style(template)
+    messages = chat._placed(example.messages)
+    sent = as_sent(chat, messages, parts=name == "parts")
+    tools = [dict(tool) for tool in example.tools] or ([] if name == "needs tools" else None)
+    spans = [(each, *span) for each in chat.render(example) for span in each.supervised]
+    answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
+    for n, (rendered, start, end) in zip(answers, spans, strict=True):
+        assert rendered.text[:start] == transformers_text(template, sent[:n], prompt=True, tools=tools)
+        answer = rendered.text[start:end]
+        if name in ("opens", "closes"):
+            answer = answer.rpartition("</think>")[2].lstrip()  # the end of the block that the prompt opens
+        if name == "no end":
+            answer = re.sub(r"<\|\w+\|>$", "", answer)  # what opens the next message
+        full = transformers_text(template, sent[: n + 1], prompt=False, tools=tools)
+        assert full.removesuffix("<eos>").endswith(answer)
+    for rendered in chat.render(example):
+        rows = encode_rows([RenderedRow(rendered, 1)], tokenizer, chat, mask_prompt=True)
+        ids = [i if i >= 0 else ~i for i in rows.ids.tolist()]
+        assert ids == backend.encode(rendered.text, add_special_tokens=False).ids
+        learned = "".join(rendered.text[start:end] for start, end in rendered.supervised)
+        assert backend.decode([i for i in rows.ids.tolist() if i >= 0], skip_special_tokens=False) == learned
+
+
+def test_arguments_are_a_text_where_the_template_reads_them_so():
+    template = WITH_CALLS.replace(
+        "c.function.arguments.city ~ c.function.name", "c.function.name + c.function.arguments"
+    )
+    (rendered,) = style(template).render(CALLING)
+    messages = [dict(message.to_chat()) for message in CALLING.messages]
+    messages[1]["tool_calls"] = [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]
+    assert rendered.text == transformers_text(template, messages, prompt=False, tools=[dict(t) for t in CALLING.tools])
 
 
 def test_answers_that_repeat_the_question_begin_where_the_template_writes_them():

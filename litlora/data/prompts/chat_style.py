@@ -5,13 +5,14 @@ what the template writes for the answer as the last message. Many templates writ
 there, each answer is a sequence of its own. Elsewhere all answers of a conversation share one sequence.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from litlora.data.examples import Example, Json, Message
+from litlora.data.examples import Example, Json, Message, ToolCall
 from litlora.data.prompts.chat_template import ChatTemplateError
 from litlora.data.prompts.rendered import NO_END, REASONING_LOST, SYSTEM_MOVED, TOOLS_LOST, Rendered
 from litlora.data.prompts.template_process import IsolatedTemplate
@@ -110,6 +111,13 @@ class ChatStyle:
         return ""
 
     @cached_property
+    def _takes_arguments_as_text(self) -> bool:
+        """Whether the template reads the arguments of a call only as a JSON text, as OpenAI has them."""
+        message = Message("assistant", tool_calls=(ToolCall(PROBE[1], {"a": 1}, "callprobe"),))
+        calling = [_chat("user", PROBE[0]), _assistant(message, "")]
+        return not self._holds(calling, PROBE[1]) and self._holds([calling[0], _with_text(calling[1])], PROBE[1])
+
+    @cached_property
     def _takes_parts(self) -> bool:
         """Whether the template reads a content only as a list of parts, as those of models for images do."""
         question, answer, *_ = PROBE
@@ -157,6 +165,8 @@ class ChatStyle:
         """Return messages as templates read them, with the special tokens in their texts marked."""
         form = self._writes_reasoning if any(message.reasoning for message in messages) else ""
         chat = [_assistant(m, form) if m.role == "assistant" else dict(m.to_chat()) for m in messages]
+        if any(message.tool_calls for message in messages) and self._takes_arguments_as_text:
+            chat = [_with_text(message) for message in chat]
         guarded: list[dict[str, Any]] = self.special.guard(chat)
         return guarded
 
@@ -293,6 +303,19 @@ def _system(content: str) -> list[Message]:
 def _as_parts(chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return messages whose content is a list with one text."""
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its calls as JSON texts."""
+    calls = [
+        call | {"function": call["function"] | {"arguments": _json_text(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _json_text(arguments: Json | str) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _chat(role: str, content: str) -> dict[str, Any]:
