@@ -72,8 +72,8 @@ class Setting:
     def shape(self) -> list[str]:
         """Return the flags of its micro-batches."""
         flags = {
-            "micro_batch_size": self.rows, "global_batch_size": self.rows * self.concurrent, "max_steps": 1,
-            "max_seq_length": self.tokens, "parallel_micro_batches": self.concurrent,
+            "micro_batch_size": self.rows, "micro_batch_tokens": "null", "max_seq_length": self.tokens, "max_steps": 1,
+            "global_batch_size": self.rows * self.concurrent, "parallel_micro_batches": self.concurrent,
         }  # fmt: skip
         return [word for name, value in flags.items() for word in (f"--train.{name}", str(value))]
 

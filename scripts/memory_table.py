@@ -54,9 +54,9 @@ def rows() -> Iterator[tuple[str, ...]]:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a Markdown table: two columns of text, then numbers."""
     print(f"| {' | '.join(columns)} |")
-    print(f"| --- | --- | {' | '.join(['--:'] * (len(columns) - 2))} |")
+    print(f"| --- | --- | {' | '.join(['--:'] * (len(columns) - 2))} |", flush=True)
     for row in rows:
-        print(f"| {' | '.join(row)} |")
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def main() -> None:

@@ -170,12 +170,12 @@ def adapter(tiny: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
 class Runs:
     """Runs one command at a time in children of a process that has torch in memory already."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, **variables: str) -> None:
         self.stderr = scratch / "stderr"
         command = [sys.executable, "-m", "tests.helpers.fork_server"]
         root = Path(__file__).parent.parent
         # What is freed goes back to the system, so that a limit on memory is felt at the next step.
-        env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"} | variables
         self.server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root, env=env
         )
@@ -212,6 +212,13 @@ class Runs:
         if self.running:
             self.wait_all()
 
+    def close(self) -> None:
+        """End the process."""
+        self.end()
+        self.server.stdin.close()
+        self.server.wait()
+        self.server.stdout.close()
+
     def _read(self) -> list[int]:
         return [int(word) for word in self.server.stdout.readline().split()]
 
@@ -221,10 +228,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Return what runs a command as a process of its own, and soon."""
     runs = Runs(tmp_path_factory.mktemp("runs"))
     yield runs
-    runs.end()
-    runs.server.stdin.close()
-    runs.server.wait()
-    runs.server.stdout.close()
+    runs.close()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ Start = Literal["zero", "fisher", "pissa", "pissa_niter_4", "pissa_niter_16"]
 
 AUTO: Literal["auto"] = "auto"
 EXAMPLES = 4
-"""Examples of a micro-batch where neither they nor its tokens are limited."""
+"""Examples of a micro-batch where neither memory nor their tokens limit them."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
 UNITS = {
     "B": 1,
@@ -99,10 +99,10 @@ class TrainArgs:
     global_batch_size: int = 16
     """Examples per optimizer step, over all devices."""
     micro_batch_size: int | None = None
-    """Maximum number of examples in one forward and backward pass; 4 unless there is a maximum number of tokens."""
-    micro_batch_tokens: int | Literal["auto"] | None = None
+    """Maximum number of examples in one forward and backward pass, if any; a number of tokens takes its place."""
+    micro_batch_tokens: int | Literal["auto"] | None = "auto"
     """Maximum number of tokens in one forward and backward pass, in which a longer example is alone; auto is the
-    fastest that fits in memory, null limits the examples by micro_batch_size."""
+    fastest that fits in memory, null has micro_batch_size examples instead, by default 4."""
     parallel_micro_batches: int = 2
     """Maximum number of micro-batches that run concurrently on CPU, each on its share of the cores; a GPU runs one."""
     epochs: int = 1

@@ -210,6 +210,7 @@ def recorded_plan(settings: Mapping[str, Any], args: TrainArgs) -> Plan | None:
         return None
     tokens, size = was.get("micro_batch_tokens"), was.get("micro_batch_size") or EXAMPLES
     recomputes, concurrent = was.get("activation_checkpointing"), was.get("parallel_micro_batches", 1)
+    recomputes = False if recomputes == AUTO else recomputes  # in a run with fixed micro-batches
     limit = size if tokens is None else tokens
     if not (isinstance(limit, int) and isinstance(concurrent, int) and isinstance(recomputes, bool)):
         return None

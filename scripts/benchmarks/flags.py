@@ -23,6 +23,7 @@ def train_flags(job: Job, data_dir: Path, out_dir: Path) -> list[str]:
         "seed": SEED,
         "train.global_batch_size": job.global_batch_size,
         "train.micro_batch_size": jobs.MICRO_BATCH_SIZE,
+        "train.micro_batch_tokens": "null",
         "train.max_seq_length": jobs.MAX_SEQ_LENGTH,
         "train.learning_rate": jobs.LEARNING_RATE,
         "train.min_lr": jobs.LEARNING_RATE,

@@ -46,7 +46,8 @@ def few(tmp_path_factory) -> Path:
 def arguments(data_dir: Path, out_dir: Path, *flags: object) -> list[str]:
     folders = ["--checkpoint_dir", ROOT / "checkpoints/pico", "--data_dir", data_dir, "--out_dir", out_dir]
     settings = "--precision 32-true --lora_dropout 0 --train.global_batch_size 5 --train.max_steps 10 --train.epochs 2"
-    more = "--train.learning_rate 2e-3 --train.micro_batch_size 2 --eval.max_new_tokens 0"
+    settings += " --train.micro_batch_size 2 --train.micro_batch_tokens null"
+    more = "--train.learning_rate 2e-3 --eval.max_new_tokens 0"
     return ["finetune_lora", *map(str, folders), *QUERY_VALUE, *settings.split(), *more.split(), *map(str, flags)]
 
 

@@ -128,6 +128,7 @@ def test_killed_process_can_be_resumed(runs, unbroken, few, tmp_path, number):
 
 def test_too_little_memory_is_found_before_the_first_step(runs, tmp_path):
     sizes = ["--train.micro_batch_size", "512", "--train.global_batch_size", "512"]
+    sizes += ["--train.micro_batch_tokens", "null"]
     sizes += ["--mask_prompt", "false"]  # or these rows would share most of their tokens as prefixes
     for split in ("train", "val"):
         shutil.copy(ROOT / f"data/pico/{split}.jsonl", tmp_path)
@@ -147,6 +148,7 @@ def test_too_little_memory_is_found_before_the_first_step(runs, tmp_path):
 
 def test_too_little_memory_for_two_concurrent_micro_batches(runs, tmp_path):
     sizes = ["--train.micro_batch_size", "256", "--train.global_batch_size", "512", "--mask_prompt", "false"]
+    sizes += ["--train.micro_batch_tokens", "null"]
     for split in ("train", "val"):
         shutil.copy(ROOT / f"data/pico/{split}.jsonl", tmp_path)
     runs.start_all([*command(tmp_path, tmp_path / "out"), *sizes], [{"CORES": "2"}], headroom=1_000_000_000)
@@ -165,7 +167,7 @@ def test_too_little_memory_for_two_concurrent_micro_batches(runs, tmp_path):
 
 def test_memory_that_runs_out_later_is_reported_in_one_sentence(runs, few, tmp_path):
     sizes = "--lora_r 16384 --train.micro_batch_size 1 --train.global_batch_size 2 --eval.initial_validation false"
-    arguments = [*command(few, tmp_path / "out"), *sizes.split()]
+    arguments = [*command(few, tmp_path / "out"), *sizes.split(), "--train.micro_batch_tokens", "null"]
     runs.start_all(arguments, [{"ANY_RANK": "1"}], headroom=1_100_000_000)  # all but for AdamW's state
     assert runs.wait() == 1
     *_, sentence = runs.stderr.read_text().splitlines()

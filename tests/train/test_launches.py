@@ -72,7 +72,8 @@ def train(tiny, data_dir, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(low_rank, "without_autocast", lambda _: nullcontext())  # which the meta device does not have
 
     def run(layers: int, micro_batch_size: int, quantization: Quantization | None = None) -> Launches:
-        settings = TrainArgs(global_batch_size=8, micro_batch_size=micro_batch_size, max_steps=1, learning_rate=1e-3)
+        sizes = {"global_batch_size": 8, "micro_batch_size": micro_batch_size, "micro_batch_tokens": None}
+        settings = TrainArgs(**sizes, max_steps=1, learning_rate=1e-3)
         gpt = llama(layers, quantization)
         fabric = Fabric(strategy=SingleDeviceStrategy(META, MetaAccelerator()), devices=1)
         adam = {"class_path": "AdamW", "init_args": {"foreach": True}}  # as it is on a GPU, if not fused

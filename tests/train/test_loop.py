@@ -85,7 +85,8 @@ def test_run_resumes_after_any_step_with_the_remaining_samples(after):
 @pytest.mark.parametrize("base", BASES)
 def test_adapter_is_independent_of_micro_batch_split(tiny, data_dir, tmp_path, base):
     flags = [*base, "--train.global_batch_size", 16, "--train.epochs", 5, "--train.max_steps", 5, "--lora_head", "true"]
-    splits = [("--train.micro_batch_size", size) for size in (1, 2, 4, 16)] + [("--train.micro_batch_tokens", 300)]
+    sizes = [("--train.micro_batch_size", size, "--train.micro_batch_tokens", "null") for size in (1, 2, 4, 16)]
+    splits = [*sizes, ("--train.micro_batch_tokens", 300)]
     runs = [
         adapter(finetune(tiny, data_dir, tmp_path / str(n), *flags, *split, "--train.max_seq_length", 250))
         for n, split in enumerate(splits)
@@ -104,6 +105,7 @@ def test_longest_micro_batch_of_a_step_comes_first(tiny, data_dir, tmp_path, mon
 
     monkeypatch.setattr(loop, "loss_and_gradients", recording)
     flags = ["--train.max_steps", 1, "--train.micro_batch_size", 1, "--train.parallel_micro_batches", 1]
+    flags += ["--train.micro_batch_tokens", "null"]
     finetune(tiny, data_dir, tmp_path / "out", *flags)
     assert len(set(lengths)) > 1
     assert lengths == sorted(lengths, reverse=True)
@@ -112,7 +114,8 @@ def test_longest_micro_batch_of_a_step_comes_first(tiny, data_dir, tmp_path, mon
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_adapter_is_independent_of_concurrent_micro_batches(tiny, data_dir, tmp_path, checkpointing, four_threads):
     flags = ["--lora_dropout", 0.2, "--lora_mlp", "true", "--lora_head", "true", "--train.micro_batch_size", 2]
-    flags += ["--train.max_steps", 3, "--train.activation_checkpointing", checkpointing]
+    flags += ["--train.micro_batch_tokens", "null", "--train.max_steps", 3]
+    flags += ["--train.activation_checkpointing", checkpointing]
     runs = [
         adapter(finetune(tiny, data_dir, tmp_path / str(workers), *flags, "--train.parallel_micro_batches", workers))
         for workers in (1, 2, 3)

@@ -303,6 +303,7 @@ def test_dry_run_prints_what_the_run_does_and_leaves_nothing(tiny, data_dir, tmp
 def test_longest_micro_batch_is_that_of_all_steps(tiny, data_dir, tmp_path, capsys):
     folders = ["--checkpoint_dir", tiny, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
     flags = ["--train.micro_batch_size", 1, "--train.max_seq_length", 200, "--dry_run", "true"]
+    flags += ["--train.micro_batch_tokens", "null"]
     assert main(["finetune_lora", *map(str, folders + flags)]) == 0
     assert re.search(r"^tokens in the longest micro-batch +200$", capsys.readouterr().out, re.MULTILINE)
 
@@ -322,10 +323,10 @@ def test_concurrent_micro_batches_multiply_activations(
 ):
     folders = ["--checkpoint_dir", pico, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
     command = ["finetune_lora", *map(str, folders), "--dry_run", "true", "--train.micro_batch_size", "2"]
-    command += [*map(str, flags), "--precision", "32-true", "--train.parallel_micro_batches"]
+    command += ["--train.micro_batch_tokens", "null", *map(str, flags), "--precision", "32-true"]
     printed = []
     for count in ("1", "2"):
-        assert main([*command, count]) == 0
+        assert main([*command, "--train.parallel_micro_batches", count]) == 0
         printed.append(dict(re.findall(r"^ *(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE)))
     for part in ("activations", "temporaries", "fragmentation"):
         single, several = (float(parts[part]) for parts in printed)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from helpers.runs import adapter, finetune, report, same_adapter
 
 from litlora.__main__ import main
-from litlora.args.finetune import FinetuneLoraArgs, TrainArgs, as_bytes
+from litlora.args.finetune import EXAMPLES, FinetuneLoraArgs, TrainArgs, as_bytes
 from litlora.data.batching import Samples, pack_into_fewest
 from litlora.data.tokens import ABOUT, Tokens
 from litlora.lora.config import LoRAConfig
@@ -151,6 +152,22 @@ def test_run_repeats_from_its_hyperparameters(tiny, data_dir, tmp_path, capsys):
     assert main(["finetune_lora", *again]) == 0
     assert same_adapter(final, tmp_path / "again/final")
     assert report(tmp_path / "again/final")["plan"] is None
+
+
+def test_run_that_began_without_a_plan_resumes_with_its_split(tiny, data_dir, tmp_path):
+    """Dropout shows the split, as each micro-batch draws its masks."""
+    flags = [*CHEAP, "--lora_dropout", 0.2, "--train.global_batch_size", 8, "--train.epochs", 2, "--train.max_steps", 2]
+    fixed = ["--train.micro_batch_tokens", "null"]
+    whole = finetune(tiny, data_dir, tmp_path / "whole", *flags, *fixed)
+    finetune(tiny, data_dir, tmp_path / "out", *flags, *fixed, "--train.save_interval", 1)
+    for folder in ("final", "step-000002"):
+        shutil.rmtree(tmp_path / "out" / folder)
+    resumed = finetune(tiny, data_dir, tmp_path / "out", *flags, "--resume", "true")
+    assert report(resumed)["plan"]["micro_batch_size"] == EXAMPLES
+    assert same_adapter(resumed, whole)
+    planned = finetune(tiny, data_dir, tmp_path / "planned", *flags)
+    assert report(planned)["plan"]["micro_batch_tokens"]
+    assert not same_adapter(planned, whole)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="reads what Linux reports")
