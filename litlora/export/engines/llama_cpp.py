@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from litlora.errors import LitLoraError
 from litlora.export.scoring import Scores
 
@@ -42,10 +44,11 @@ class LlamaCppEngine:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have a process answer a request (see `llama_cpp_worker.py`)."""
-        files = {"model": str(self.model), "adapter": str(self.adapter) if self.adapter else None}
+        adapter = str(self.adapter) if self.adapter else None
+        setup = {"model": str(self.model), "adapter": adapter, "threads": torch.get_num_threads()}
         worker = [sys.executable, str(Path(__file__).with_name(WORKER))]
         child = subprocess.run(
-            worker, input=json.dumps(files | request), capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+            worker, input=json.dumps(setup | request), capture_output=True, text=True, errors="replace", timeout=TIMEOUT
         )
         if child.returncode:
             fault = (child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"])[-1]

@@ -1,8 +1,8 @@
 """The process in which llama.cpp computes: a request as JSON on standard input, the answer as the last line of output.
 
-A request has "model", "adapter" (or null), "sequences": pairs of token ids and the number of the first one that is to
-be scored, and "texts", which are to be tokenized. The answer has "log_probs" of all tokens but the first of each
-sequence, null where llama.cpp gives none, and "tokens" of each text.
+A request has "model", "adapter" (or null), "threads", "sequences": pairs of token ids and the number of the first one
+that is to be scored, and "texts", which are to be tokenized. The answer has "log_probs" of all tokens but the first of
+each sequence, null where llama.cpp gives none, and "tokens" of each text.
 """
 
 import json
@@ -16,9 +16,11 @@ import xllamacpp
 FORCED = 1e6  # what is added to the logit of a token so that it is chosen; its reported probability has it not
 
 
-def serve(model: str, adapter: str | None, length: int) -> Any:
+def serve(model: str, adapter: str | None, length: int, threads: int) -> Any:
     """Load a model with a float32 cache."""
     params = xllamacpp.CommonParams()
+    for own in (params.cpuparams, params.cpuparams_batch):
+        own.n_threads, own.poll = threads, 0  # threads that spin stand still where other programs have the cores
     params.model.path = model
     params.n_ctx = params.n_batch = max(length, 64)
     params.n_parallel, params.n_gpu_layers, params.n_threads_http = 1, 0, 1
@@ -61,7 +63,8 @@ def main() -> None:
     """Answer the request."""
     request = json.load(sys.stdin)
     sequences, texts = request.get("sequences", []), request.get("texts", [])
-    server = serve(request["model"], request["adapter"], max((len(ids) + 8 for ids, _ in sequences), default=0))
+    length = max((len(ids) + 8 for ids, _ in sequences), default=0)
+    server = serve(request["model"], request["adapter"], length, request["threads"])
     answer = {
         "log_probs": [scored(server, ids, start) for ids, start in sequences],
         "tokens": [tokenized(server, text) for text in texts],
