@@ -1,9 +1,10 @@
 """Merging adapters into their base, file by file, into a new checkpoint."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,11 +49,16 @@ class Changes:
 
 
 def merge_adapters(
-    adapters: Sequence[Weighted], base: Checkpoint, out_dir: Path, *, dequantized: bool, others: Iterable[Path] = ()
+    adapters: Sequence[Weighted],
+    base: Checkpoint,
+    out_dir: Path,
+    *,
+    dequantized: bool,
+    others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Changes:
     """Merge adapters into their base, whose weights are dequantized first if requested, and write a checkpoint.
 
-    `others` are files that are copied into it as they are. Returns how many weights the merge changes.
+    `others` are the contents of files that are written into it beside. Returns how many weights the merge changes.
     """
     refuse_foreign_links(adapters, base)
     merge = read_merge(adapters, base, dequantized=dequantized)
@@ -65,8 +71,8 @@ def merge_adapters(
             write_prompt_files(folder, tokenizer, styles[0])
         write_weights(folder, base, merge, untie)
         write_config(folder, base, untie)
-        for path in others:
-            copy_own(path, folder)
+        for name, content in others.items():
+            (folder / name).write_bytes(content)
     return merge.changes
 
 
