@@ -20,7 +20,7 @@ from litlora.data.readers.parsers import jsonl_lines, jsonl_rows
 from litlora.data.readers.row_formats import ANY
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
-from litlora.export.scoring import Engine, LitLoraEngine, Rounding, Scores
+from litlora.export.scoring import Engine, LitLoraEngine, RandomRounding, Rounding, Scores
 from litlora.lora.adapter_folder import WEIGHTS
 from litlora.utils.files import read_json
 
@@ -53,15 +53,17 @@ class Probe:
     continuation: list[int]
     """What greedy decoding adds to the prompt."""
     continuation_log_probs: Scores
+    rounded: dict[str, Scores]
+    """All log-probabilities as llama.cpp rounds them, by --outtype of a file, or "gguf" for that of the training."""
 
     @property
     def prompt(self) -> list[int]:
         """The tokens before the first response."""
         return self.ids[: self.labels.index(True)]
 
-    def expected(self) -> Scores:
-        """Return the log-probabilities of all tokens that were scored."""
-        return [*self.log_probs, *self.continuation_log_probs]
+    def expected(self, rounding: str | None = None) -> Scores:
+        """Return the log-probabilities of all tokens that were scored, in float32 or rounded."""
+        return [*self.log_probs, *self.continuation_log_probs] if rounding is None else self.rounded[rounding]
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def _checked(prompts: list[Probe]) -> list[Probe]:
     for probe in prompts:
         lengths = [len(probe.labels), len(probe.log_probs) + 1]
         if lengths != [len(probe.ids)] * 2 or len(probe.continuation) != len(probe.continuation_log_probs):
+            raise ValueError("the lengths of a prompt do not agree")
+        if any(len(rounded) != len(probe.expected()) for rounded in probe.rounded.values()):
             raise ValueError("the lengths of a prompt do not agree")
         if not any(probe.labels) or not probe.prompt:
             raise ValueError("a prompt has no tokens or no response")
@@ -205,7 +209,7 @@ def record(engine: LitLoraEngine, chosen: Sequence[TokenizedRow]) -> list[Probe]
     return [
         Probe(
             own.row, own.number, own.text, own.prompt_end, own.ids, own.labels,
-            log_probs, more, more_log_probs[-len(more) :],
+            log_probs, more, more_log_probs[-len(more) :], {},
         )
         for (own, more), log_probs, more_log_probs in zip(answered, scored[::2], scored[1::2], strict=True)
     ]  # fmt: skip
@@ -219,9 +223,18 @@ def score(engine: Engine, probes: Sequence[Probe]) -> list[Scores]:
     return [[*own, *more[-len(probe.continuation) :]] for own, more, probe in pairs]
 
 
+def rounded(engine: LitLoraEngine, probes: Sequence[Probe], roundings: Mapping[str, Rounding]) -> list[Probe]:
+    """Return probes with what the network says of them where llama.cpp rounds it."""
+    found = {name: score(replace(engine, rounding=own), probes) for name, own in roundings.items()}
+    return [
+        replace(probe, rounded={name: scores[number] for name, scores in found.items()})
+        for number, probe in enumerate(probes)
+    ]
+
+
 def sensitivity(engine: LitLoraEngine, probes: Sequence[Probe]) -> float:
     """Return the largest change of a log-probability where the weights are rounded to bfloat16 at random."""
-    changed = score(replace(engine, rounding=Rounding(torch.bfloat16, seed=0)), probes)
+    changed = score(replace(engine, rounding=RandomRounding(torch.bfloat16, seed=0)), probes)
     return max(largest_difference(own, probe.expected()) for own, probe in zip(changed, probes, strict=True))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,32 @@ Engine = Callable[[Sequence[list[int]], Sequence[int]], list[Scores]]
 ROWS = 128  # whose logits are in memory at one time
 
 
+class Rounding(Protocol):
+    """What rounds a module, whose weights are float32 copies, while it computes."""
+
+    def apply(self, part: nn.Module, number: int) -> None: ...
+
+    def undo(self, part: nn.Module) -> None: ...
+
+
 @dataclass(frozen=True)
-class Rounding:
+class RandomRounding:
     """Random changes of weights as large as those of rounding to a dtype."""
 
     dtype: torch.dtype
     seed: int
 
-    def applied(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Return a weight each of whose numbers is moved by at most half the distance to the next of the dtype."""
-        shifts = torch.rand(weight.shape, generator=generator).to(weight.device)
-        return shifts.sub_(0.5).mul_(torch.finfo(self.dtype).eps).add_(1).mul_(weight)
+    def apply(self, part: nn.Module, number: int) -> None:
+        """Move each number of each weight by at most half the distance to the next of the dtype."""
+        generator = torch.Generator().manual_seed(self.seed + number)
+        for parameter in part.parameters():
+            if parameter.is_floating_point() and parameter.ndim > 1:
+                shifts = torch.rand(parameter.shape, generator=generator).to(parameter.device)
+                factors = shifts.sub_(0.5).mul_(torch.finfo(self.dtype).eps).add_(1)
+                parameter.data = factors.mul_(parameter.data)
+
+    def undo(self, part: nn.Module) -> None:
+        """There is nothing to undo beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +104,16 @@ class _Cast:
         self.stored: list[tuple[nn.Parameter, Tensor]] = []
 
     def before(self, *_: Any) -> None:
-        generator = torch.Generator().manual_seed(self.rounding.seed + self.number if self.rounding else 0)
         for parameter in self.part.parameters():
-            if not parameter.is_floating_point():
-                continue
-            self.stored.append((parameter, parameter.data))
-            weight = parameter.data.float()
-            is_rounded = self.rounding is not None and weight.ndim > 1
-            parameter.data = self.rounding.applied(weight, generator) if self.rounding and is_rounded else weight
+            if parameter.is_floating_point():
+                self.stored.append((parameter, parameter.data))
+                parameter.data = parameter.data.float()
+        if self.rounding is not None:
+            self.rounding.apply(self.part, self.number)
 
     def after(self, *_: Any) -> None:
+        if self.rounding is not None:
+            self.rounding.undo(self.part)
         for parameter, data in self.stored:
             parameter.data = data
         self.stored.clear()

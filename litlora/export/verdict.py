@@ -43,12 +43,15 @@ def compare(
     storage: str,
     faults: Sequence[str],
     notes: Sequence[str] = (),
+    rounding: str | None = None,
 ) -> Verdict:
-    """Compare what an engine computes with a receipt, where weights are rounded by a share of bfloat16's rounding."""
+    """Compare what an engine computes with a receipt, where weights are rounded by a share of bfloat16's rounding.
+
+    That share is beside the `rounding` of which the receipt has the log-probabilities.
+    """
     scored = score(engine, receipt.prompts)
-    differences = [
-        largest_difference(own, probe.expected()) for own, probe in zip(scored, receipt.prompts, strict=True)
-    ]
+    expected = [probe.expected(rounding) for probe in receipt.prompts]
+    differences = [largest_difference(*pair) for pair in zip(scored, expected, strict=True)]
     limit = tolerance + MARGIN * share * receipt.sensitivity
     # Not "above": a comparison with NaN is false.
     if not all(difference <= limit for difference in differences):

@@ -126,6 +126,10 @@ class Weights(Mapping[str, Tensor]):
         """Return a tensor as a frozen weight in the storage of a quantized file, if it is one."""
         return None
 
+    def stored_type(self, name: str) -> str | None:
+        """Return GGML's name of the type in which a quantized file has a tensor, if it is one."""
+        return None
+
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Read where the tensors of a safetensors file are; only floating-point tensors and masks are accepted."""

@@ -4,8 +4,11 @@ import time
 
 from torch.distributed.fsdp import FSDPModule
 
+from litlora.args.common import GGUF
 from litlora.data.tokenizer import Tokenizer
 from litlora.evaluation.engine import Engine
+from litlora.export.gguf.types import ROUNDED
+from litlora.export.llama_cpp_rounding import AsTrained, Exported
 from litlora.export.receipt import (
     RECEIPT,
     TEMPLATE,
@@ -13,12 +16,14 @@ from litlora.export.receipt import (
     choose,
     dtype_name,
     record,
+    rounded,
     sensitivity,
     text_hash,
     versions,
 )
-from litlora.export.scoring import LitLoraEngine
-from litlora.models.checkpoint import EMBEDDING, Checkpoint
+from litlora.export.scoring import LitLoraEngine, Rounding
+from litlora.models.checkpoint import EMBEDDING, HEAD, Checkpoint
+from litlora.models.weights import fingerprint
 from litlora.nn.quantization import quantization_of
 from litlora.train.run_dir import RunFolder
 from litlora.utils.console import log, warn
@@ -49,7 +54,7 @@ def _receipt(folder: RunFolder, engine: Engine, checkpoint: Checkpoint, tokenize
         log(f"no {RECEIPT} is written: no prompt of the validation split is short enough")
         return None
     scorer = LitLoraEngine(gpt)
-    prompts = record(scorer, chosen)
+    prompts = rounded(scorer, record(scorer, chosen), _roundings(checkpoint))
     return Receipt(
         prompts=prompts,
         prompt_style=settings.name,
@@ -65,6 +70,21 @@ def _receipt(folder: RunFolder, engine: Engine, checkpoint: Checkpoint, tokenize
             **folder.identity.contents,
             "tokenizer": tokenizer.fingerprint,
             TEMPLATE: text_hash(tokenizer.chat_template or ""),
+            **_file_hash(checkpoint),
         },
         versions=versions(),
     )
+
+
+def _roundings(checkpoint: Checkpoint) -> dict[str, Rounding]:
+    """Return what llama.cpp rounds in each file that `export` writes, and in the one of the training, if any."""
+    exported: dict[str, Rounding] = {outtype: Exported(outtype) for outtype in ROUNDED}
+    names = (checkpoint.hub_name(HEAD), checkpoint.hub_name(EMBEDDING))
+    head = next(name for name in names if name in checkpoint.weights)
+    kind = checkpoint.weights.stored_type(head)
+    return exported if kind is None else exported | {GGUF: AsTrained(kind)}
+
+
+def _file_hash(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the hash of the GGUF file over which an adapter was trained."""
+    return {GGUF: fingerprint(checkpoint.weights.files)} if checkpoint.weights.is_quantized else {}

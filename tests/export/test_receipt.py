@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from litlora.__main__ import main
-from litlora.export.receipt import Receipt
+from litlora.export.receipt import Receipt, largest_difference
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Tensors = dict[str, torch.Tensor]
@@ -223,16 +223,30 @@ def test_a_gross_fault_of_a_file_in_bf16_is_found(trained, tmp_path):
     assert verify(folder) == 1
 
 
-GGUF_FAULTS = ("scale ignored", "A of another layer", "adapter left out", "rsLoRA")
+@pytest.fixture(scope="module")
+def strong(tiny, data_dir, tmp_path_factory) -> Path:
+    """Return an adapter whose training moved the network as far as one of a real model does."""
+    flags = ["--train.max_steps", 8, "--train.global_batch_size", 5, "--train.learning_rate", 0.02]
+    return finetune(tiny, data_dir, tmp_path_factory.mktemp("strong") / "run", *flags, "--lora_mlp", "true")
 
 
-@pytest.mark.parametrize("fault", GGUF_FAULTS)
-def test_a_faulty_gguf_file_is_found(fault, trained, tmp_path):
-    adapter = Path(shutil.copytree(trained[0], tmp_path / "final"))
+@pytest.mark.parametrize(
+    ("fault", "outtype"),
+    [("scale ignored", "q4_0"), ("A of another layer", "q8_0"), ("adapter left out", "q4_0"), ("rsLoRA", "f32")],
+)
+def test_a_faulty_gguf_file_is_found(fault, outtype, strong, tmp_path):
+    """In 4 bits too: the rounding itself is in the receipt."""
+    adapter = Path(shutil.copytree(strong, tmp_path / "final"))
     ADAPTER_FAULTS[fault](adapter)
-    folder = export(adapter, tmp_path / "out")
-    shutil.copy(trained[0] / "receipt.json", folder)
-    assert verify(folder) == 1
+    assert verify(export(adapter, tmp_path / "out", "--outtype", outtype)) == 1
+
+
+def test_a_sound_file_in_4_bits_is_within_a_small_tolerance(strong, tmp_path, capsys):
+    assert verify(export(strong, tmp_path / "out", "--outtype", "q4_0")) == 0
+    tolerance = float(re.search(r"tolerance (\S+) for q4_0", capsys.readouterr().out)[1])
+    receipt = Receipt.read(strong)
+    rounding = max(largest_difference(p.expected("q4_0"), p.expected()) for p in receipt.prompts)
+    assert tolerance < rounding / 3
 
 
 def test_export_verifies_what_it_wrote(trained, tmp_path, capsys):

@@ -106,11 +106,13 @@ def test_merged_checkpoint_answers_alike(base, trained, q4, tmp_path):
     assert run("merge_lora", trained / "final", "--out_dir", tmp_path / "merged") == 0
     merged = logits(Checkpoint.open(tmp_path / "merged").load(torch.float32, CPU))
     torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
+    assert run("verify", tmp_path / "merged") == 0
 
 
 def test_exported_adapter_answers_alike_on_the_file(base, trained, q4, tmp_path):
     """llama.cpp rounds activations to 8 bits where weights are quantized: with the same values in f32 it agrees."""
     assert run("export", trained / "final", "--format", "gguf-lora", "--out_dir", tmp_path / "alone") == 0
+    assert run("verify", tmp_path / "alone", "--base_dir", q4) == 0
     assert run("export", base, "--quantize", q4, "--outtype", "f32", "--out_dir", tmp_path / "f32") == 0
     adapter, whole = str(tmp_path / "alone/adapter.gguf"), str(tmp_path / "f32/model.gguf")
     common = {"prompts": PROMPTS, "tokens": 1, "adapter": adapter}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from litlora.args.common import GGUF
 from litlora.errors import LitLoraError
 from litlora.export.engines.llama_cpp import LlamaCppEngine
 from litlora.export.gguf.writer import FILE_TYPES
@@ -13,12 +14,16 @@ from litlora.export.receipt import TEMPLATE, Probe, Receipt, text_hash
 from litlora.export.verdict import Verdict, compare
 from litlora.models.gguf.reader import read_gguf
 from litlora.models.gguf.splittings import OTHER_SPLITTING
+from litlora.models.weights import fingerprint
 
 TOLERANCE = 1e-3
 """Of a log-probability in nats, between llama.cpp and litlora in float32."""
 SHARES = {"f32": 0.0, "f16": 0.25, "bf16": 2.0, "q8_0": 5.0, "q4_0": 40.0}
 """How large the rounding of weights and activations is in a file, as a multiple of that of weights to bfloat16."""
 COARSEST = 40.0  # for the types that litlora does not write
+LEFT = {"f32": 0.0, "f16": 0.05, "bf16": 0.5}
+"""What is left of it beside the rounding that litlora computes: an input between two steps goes to either."""
+MOST_LEFT = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,27 @@ def verify_gguf(path: Path, base: Path | None = None) -> Verdict:
     probes = [probe for probe in receipt.prompts if probe.text]
     texts = tuple(_without_bos(probe, model) for probe in probes)
     engine = LlamaCppEngine(model.path, own.path if own.is_adapter else None, texts)
-    share = SHARES.get(model.outtype, COARSEST) + base_share(receipt)
-    verdict = compare(receipt, engine, TOLERANCE, share, model.outtype, _faults(receipt, model, own.path.parent))
+    rounding, faults = _rounding(receipt, own, model), _faults(receipt, model, own.path.parent)
+    if own.is_adapter and GGUF in receipt.hashes and rounding != GGUF:
+        faults.append(f"{model.path} is not the GGUF file over which it was trained")
+    share = _share(model.outtype, rounding) + base_share(receipt)
+    verdict = compare(receipt, engine, TOLERANCE, share, model.outtype, faults, rounding=rounding)
     found = [fault for probe, ids in zip(probes, engine.tokens, strict=True) if (fault := _token_fault(probe, ids))]
     if found and model.values.get(OTHER_SPLITTING):
         return replace(verdict, notes=[f"{found[0]}, as its export said: give it token ids"])
     return replace(verdict, faults=[*verdict.faults, *found[:1]])
+
+
+def _rounding(receipt: Receipt, own: GGUFFile, model: GGUFFile) -> str | None:
+    """Return the rounding in a file, or a file with an adapter, if the receipt has the log-probabilities with it."""
+    if own.is_adapter:
+        return GGUF if receipt.hashes.get(GGUF) == fingerprint([model.path]) else None
+    return model.outtype if all(model.outtype in probe.rounded for probe in receipt.prompts) else None
+
+
+def _share(outtype: str, rounding: str | None) -> float:
+    """Return how much is rounded beside what a receipt has, as a multiple of rounding weights to bfloat16."""
+    return SHARES.get(outtype, COARSEST) if rounding is None else LEFT.get(outtype, MOST_LEFT)
 
 
 def base_share(receipt: Receipt) -> float:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from litlora.errors import LitLoraError
+from litlora.export.gguf.types import stored_type
 from litlora.models.gguf.library import gguf
 from litlora.models.gguf.tensors import ROPE_FACTORS, GGUFTensor
 from litlora.utils.files import reporting_write_errors
@@ -21,21 +22,16 @@ FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-BLOCK = 32  # values of a row that q8_0 and q4_0 quantize together
 FLOAT16 = torch.finfo(torch.float16).max
 LARGEST = {Type.F16: FLOAT16, Type.Q8_0: 127 * FLOAT16, Type.Q4_0: 8 * FLOAT16}  # as float16 scales a block
 ENDS = "token_embd.weight", "output.weight"
 
 
 def type_of(tensor: GGUFTensor, outtype: str) -> gguf.GGMLQuantizationType:
-    """Return the type in which a tensor is stored: vectors are small, and llama.cpp computes with them in float32."""
-    if len(tensor.shape) == 1 or outtype == "f32" or "_norm." in tensor.name or tensor.name in ROPE_FACTORS:
+    """Return the type in which a tensor is stored."""
+    if "_norm." in tensor.name or tensor.name in ROPE_FACTORS:
         return Type.F32
-    if outtype in ("q8_0", "q4_0") and tensor.shape[-1] % BLOCK:
-        return Type.F16
-    if outtype == "q4_0" and tensor.name in ENDS:  # where 4 bits cost most
-        return Type.Q8_0
-    kind: gguf.GGMLQuantizationType = getattr(Type, outtype.upper())
+    kind: gguf.GGMLQuantizationType = getattr(Type, stored_type(tensor.shape, outtype, is_end=tensor.name in ENDS))
     return kind
 
 

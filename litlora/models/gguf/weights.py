@@ -34,6 +34,12 @@ class GGUFWeights(Weights):
         assert isinstance(stored, StoredInGGUF)
         return GGUFWeight(stored.packed(map_file(stored.path)).to(device), stored.info.type, dtype)
 
+    def stored_type(self, name: str) -> str:
+        """Return GGML's name of the type in which the file has a tensor."""
+        stored = self.stored[name]
+        assert isinstance(stored, StoredInGGUF)
+        return stored.info.type.name
+
 
 def open_weights(files: CheckpointFiles, path: Path) -> tuple[CheckpointFiles, GGUFWeights]:
     """Read where a file has the tensors of a checkpoint's model, which must be the same network.
