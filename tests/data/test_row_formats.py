@@ -313,17 +313,25 @@ def test_what_only_looks_like_python_is_refused(text, refusal):
     assert from_python(text) is None
 
 
-@pytest.mark.parametrize("columns", [{"instruction": "prompt", "output": "chosen"}, {"messages": "chosen"}])
-def test_chosen_answers_are_taken_as_a_refusal_says(columns):
-    chosen = [USER, {"role": "assistant", "content": "b"}] if "messages" in columns else "b"
-    row = (
-        {"prompt": "a", "chosen": chosen, "rejected": "c"}
-        if "output" in columns
-        else {"chosen": chosen, "rejected": []}
-    )
+ANSWER = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "prompt", "columns"),
+    [
+        ("b", "a", {"instruction": "prompt", "output": "chosen"}),
+        ([ANSWER], [USER], {"instruction": "prompt", "output": "chosen"}),
+        ([USER, ANSWER], "a", {"messages": "chosen"}),
+        ([USER, ANSWER], None, {"messages": "chosen"}),
+    ],
+)
+def test_chosen_answers_are_taken_as_a_refusal_says(refusal, chosen, prompt, columns):
+    row = {"chosen": chosen, "rejected": chosen} | ({} if prompt is None else {"prompt": prompt})
+    flag = ",".join(f"{key}={column}" for key, column in columns.items())
+    assert f"--columns {flag} takes the chosen ones" in refusal(row)
     found = with_columns(columns).parse(row)
     assert found.example == Example.of(Turn("a", "b"))
-    assert found.left_out == (("rejected",) if "output" in columns else ())
+    assert set(found.left_out) == row.keys() - set(columns.values())
 
 
 SHAREGPT = [

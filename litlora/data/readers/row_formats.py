@@ -59,14 +59,22 @@ def _parse_fields(fields: Fields) -> ParsedRow:
         return parse_conversation(fields, name)
     pair = _find_pair(fields)
     if fields.values.keys() >= {"chosen", "rejected"} and (pair is None or not _is_complete(fields, pair)):
-        columns = "instruction=prompt,output=chosen" if "prompt" in fields.values else "messages=chosen"
         what = '"chosen" and "rejected" are a preference, and only one answer can be learned'
-        raise RowError(f"{what}: --columns {columns} takes the chosen ones")
+        raise RowError(f"{what}: --columns {_columns_of_chosen(fields)} takes the chosen ones")
     if pair:
         return _parse_pair(fields, *pair)
     if "text" in fields.values:
         return _parse_text(fields)
     raise RowError(f"the keys {reprlib.repr(list(fields.values))} match no row format, and no --columns assigns them")
+
+
+def _columns_of_chosen(fields: Fields) -> str:
+    """Return --columns for the chosen answers, which are whole conversations where they begin with a question."""
+    chosen = fields.values["chosen"]
+    first = chosen[0] if isinstance(chosen, list) and chosen else None
+    is_answer = isinstance(first, dict) and ROLES.get(str(first.get("role")).lower()) == "assistant"
+    is_whole = first is not None and not is_answer
+    return "messages=chosen" if is_whole or "prompt" not in fields.values else "instruction=prompt,output=chosen"
 
 
 def _in_small_letters(fields: Fields) -> Fields | None:
