@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.hub_server import HubServer, reachable_hub
+from huggingface_hub import constants
 
 from litlora.__main__ import main
 
@@ -106,6 +107,18 @@ def test_full_disk_is_one_sentence(disk, hub, capsys, name):
     assert contents(disk) == before
     (disk / "filler").unlink()
     assert main(COMMANDS[name]) == 0
+
+
+def test_disk_that_fills_during_a_download_keeps_what_has_arrived(disk, hub, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 8192)
+    hub.when("model.safetensors", lambda: (disk / "filler").exists() or fill(disk, 65536))
+    refused = "cannot write to out (No space left on device): fix that, or choose another folder with --checkpoint_root"
+    assert refusal(COMMANDS["download"], capsys) == f"litlora: {refused}"
+    hub.events.clear()
+    (disk / "filler").unlink()
+    assert main(COMMANDS["download"]) == 0
+    assert [int(each[6:-1]) > 8192 for each in hub.ranges] == [True]
+    assert (disk / "out/org/name/model.safetensors").read_bytes() == bytes(200_000)
 
 
 @pytest.mark.parametrize("spare", [100_000, 300_000, 400_000])

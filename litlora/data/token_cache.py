@@ -4,7 +4,7 @@ import json
 import mmap
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -55,7 +55,7 @@ def open_splits(splits: Sequence[Split], encoder: SplitEncoder) -> list[Tokens]:
     with _writable_cache(splits[0].folder.parent) as cache:
         opened = _open(splits, missing, cache, encoder)
         for split in missing:
-            _prune(cache, split.path.stem)
+            _prune(cache, split.path.stem, {each.name for each in splits})
         return opened
 
 
@@ -72,11 +72,14 @@ def _open(splits: Sequence[Split], missing: Sequence[Split], cache: Path, encode
     return [_map(cache / split.name if split in missing else split.folder) for split in splits]
 
 
-def _prune(folder: Path, stem: str) -> None:
-    """Remove all but a split's newest entries, and temporary folders of killed processes."""
-    entries = _modification_times(folder.glob(f"{stem}-*"))
+def _prune(folder: Path, stem: str, used: Collection[str]) -> None:
+    """Remove all but a split's newest entries, and temporary folders of killed processes.
+
+    An entry that this run uses stays: where the clock has been set back, it seems to be the oldest.
+    """
+    entries = _modification_times(path for path in folder.glob(f"{stem}-*") if path.name not in used)
     partials = _modification_times(folder.glob(f".{stem}-*.partial"))
-    superseded = sorted(entries, key=entries.__getitem__, reverse=True)[RETAINED:]
+    superseded = sorted(entries, key=entries.__getitem__, reverse=True)[RETAINED - 1 :]
     for path in superseded:
         shutil.rmtree(path, ignore_errors=True)
     for path in partials:

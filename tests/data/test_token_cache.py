@@ -139,6 +139,19 @@ def test_cache_retains_the_newest_entries(data, tokenizer):
     assert {folder.name for folder in folders(data)} == newest | {active.name, slow.name}
 
 
+def test_entry_of_a_clock_that_was_set_back_stays(data, tokenizer):
+    """It is older than all others, also than those of another day."""
+    encoders = [SplitEncoder(tokenizer, StyleSettings(f"{n} {{instruction}}"), mask_prompt=True) for n in range(6)]
+    for encoder in encoders[:5]:
+        open_all(data, encoder)
+        for folder in folders(data):
+            os.utime(folder, (4e9, 4e9))
+    open_all(data, encoders[5])
+    newest = {find_split(data / f"{name}.jsonl", encoders[5]).name for name in ("train", "val")}
+    assert newest < {folder.name for folder in folders(data)}
+    assert len(folders(data)) == 8
+
+
 def test_unwritable_cache_is_temporary(data, encoder, capsys, tmp_path, monkeypatch):
     expected = copied(open_all(data, encoder))
     shutil.rmtree(data / FOLDER)

@@ -1,19 +1,26 @@
 import json
+import os
 import re
+import shutil
+import signal
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import pytest
 from helpers.hub_server import Fault, HubServer, reachable_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from hypothesis import settings
 
+from litlora.__main__ import main
 from litlora.errors import LitLoraError
 from litlora.hub import download as hub_download
 from litlora.hub.datasets import fetch_dataset
-from litlora.hub.download import REPO_ID, Repo, fetch_checkpoint
+from litlora.hub.download import REPO_ID, STAGING, Repo, fetch_checkpoint
 from litlora.hub.origin import ORIGIN, origin
 
 INDEX = "model.safetensors.index.json"
@@ -188,6 +195,44 @@ def test_file_with_a_wrong_hash_is_discarded(hub: HubServer, root: Path):
     )
     assert contents(root / "org/name") == TEXTS
     assert fetch(root, "org/name") == ["model.safetensors"]
+
+
+KILLS = 8 if settings().max_examples <= 100 else 200
+
+
+def test_download_that_is_killed_at_any_instant_is_finished_by_the_next(
+    hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    hub.add("org/name", SHARDED)
+    hub.fail(Fault(".safetensors", trickle=0.003, times=10**6))  # 0.15 s for a shard
+    instants = Random(0)
+    for number in range(KILLS):
+        command = ["download", "org/name", "--checkpoint_root", str(root)]
+        kill_after(instants.uniform(0, 0.4), (signal.SIGKILL, signal.SIGTERM)[number % 2], command)
+        found = contents(root / "org/name") if (root / "org/name").exists() else {}
+        assert found.items() <= SHARDED.items() | {
+            (name, content) for name, content in found.items() if name.startswith(STAGING)
+        }
+        if len(found) == len(SHARDED):
+            shutil.rmtree(root)
+    assert main(["download", "org/name", "--checkpoint_root", str(root)]) == 0
+    assert contents(root / "org/name") == SHARDED
+    assert not (root / "org/name" / STAGING).exists()
+
+
+def kill_after(seconds: float, number: int, command: list[str]) -> None:
+    """Run a command in a process of its own, and send it a signal."""
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            main(command)
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, number)
+    os.waitpid(child, 0)
 
 
 def test_complete_files_survive_a_failed_transfer(hub: HubServer, root: Path):
