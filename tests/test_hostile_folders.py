@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pyarrow
@@ -283,3 +284,18 @@ def test_expensive_tokenizer(hasty, tiny, tmp_path, capfd, steps, normalizers):
     capfd.readouterr()
     ends(lambda: use_tokenizer(tmp_path / "base"))
     assert not capfd.readouterr().err
+
+
+def test_clock_that_goes_backwards(world, tmp_path, monkeypatch, capsys):
+    """By a day with each look at it: locks, caches, progress and limits of time do not notice."""
+    days = count()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 86_400 * next(days))
+    monkeypatch.chdir(shutil.copytree(world, tmp_path / "own", ignore=shutil.ignore_patterns(".*")))
+    train = ["finetune_lora", "base", "--data_dir", "data", "--out_dir", "made", *QUICK, "--train.save_interval", "1"]
+    assert main([*train, "--train.max_time", "0.001"]) == 124
+    assert main([*train, "--resume", "true"]) == 0
+    merge, *_ = COMMANDS["base"]
+    for command in (COMMANDS["data"][2], [*merge[:-1], "merged"], ["report", "made"], COMMANDS["data"][1]):
+        assert main(command) == 0
+    assert "Traceback" not in capsys.readouterr().err

@@ -188,6 +188,18 @@ def test_token_cache_behind_a_link_is_not_pruned(tiny, data_dir, folder, tmp_pat
     assert len(list(runs.iterdir())) == 9
 
 
+@pytest.mark.parametrize("command", ["finetune_lora", "check_data", "evaluate"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_split_that_is_no_file_is_one_sentence(tiny, data_dir, folder, capsys, command, make):
+    data = Path(shutil.copytree(data_dir, folder / "data"))
+    for name in ("train.jsonl", "val.jsonl"):
+        (data / name).unlink()
+        make(data / name)
+    out = ["--out_dir", str(folder / "out"), "--dry_run"] if command == "finetune_lora" else []
+    assert main([command, str(tiny), "--data_dir", str(data), *out]) == 1
+    assert "is not a file but a device or a pipe: remove it" in capsys.readouterr().err
+
+
 def test_adapter_that_is_a_pipe_or_a_loop_is_one_sentence(tiny, adapter, folder, capsys):
     own = Path(shutil.copytree(adapter, folder / "adapter"))
     weights = own / "adapter_model.safetensors"

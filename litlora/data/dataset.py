@@ -20,7 +20,7 @@ from litlora.data.readers.raw_files import RawFile, open_file
 from litlora.data.readers.row_formats import ANY, ParsedRow, RowFormat
 from litlora.data.readers.row_store import Selection
 from litlora.errors import LitLoraError
-from litlora.utils.files import complete_transaction, read_json, write_transaction
+from litlora.utils.files import complete_transaction, read_json, refuse_device, write_transaction
 
 TRAIN, VAL, ABOUT = "train.jsonl", "val.jsonl", "dataset.json"
 Lines = list[bytes] | Selection
@@ -54,6 +54,7 @@ def open_split(path: Path) -> BufferedReader:
         command = f"litlora prepare_json --source {file} --destination_path FOLDER"
         raise LitLoraError(f"--data_dir ({file}) is a file; prepare a folder of it with: {command}")
     complete_transaction(path.parent)
+    refuse_device(path)
     command = f"litlora prepare_json --source FILE --destination_path {path.parent}"
     return open_file(path, if_missing=f"no {path.name} in {path.parent}; prepare one with: {command}")
 
