@@ -89,7 +89,7 @@ def test_read_only_disk_is_one_sentence(disk, hub, capsys, name):
 
 
 def fill(disk: Path, spare: int) -> None:
-    """Leave so many bytes of a disk free."""
+    """Leave `spare` bytes of a disk free."""
     filler = disk / "filler"
     with filler.open("wb") as file, pytest.raises(OSError, match="No space left"):
         while True:
@@ -122,7 +122,7 @@ def test_disk_that_fills_during_a_download_keeps_what_has_arrived(disk, hub, cap
 
 
 @pytest.mark.parametrize("spare", [100_000, 300_000, 400_000])
-def test_training_that_fills_a_disk_goes_on_later(disk, capsys, spare):
+def test_training_that_fills_a_disk_is_resumed(disk, capsys, spare):
     """It fills while the first checkpoint, the second one, and the final adapter are written."""
     fill(disk, spare)
     assert "No space left on device" in refusal(FINETUNE, capsys)
