@@ -36,7 +36,7 @@ STEPS = {SMOLLM2: 3, PICO: 30}
 WORDS = (15, 25, 35, 45, 60, 75, 90, 100, 40, 30, 55, 20, 85, 65, 50, 70)
 """Lengths of the rows, in turn."""
 TEXT = (
-    "In the morning the old harbour fills with small boats, and people carry baskets of fish up the steep lane while "
+    "In the morning the old harbour fills with small boats, and people carry baskets of fish up the steep street while "
 )
 
 

@@ -28,7 +28,7 @@ from litlora.nn.attention import sdpa_per_sequence, varlen_flash_attention
 from litlora.nn.attention_spec import AttentionSpec
 from litlora.nn.transfer import copy_ahead
 from litlora.nn.whole_linear import whole_linear
-from litlora.utils.memory import available_memory, resident_memory, total_memory
+from litlora.utils.memory import available_memory, forget_peak, resident_memory, total_memory
 
 FLOAT32 = 4  # bytes
 WORKSPACES = 2 * 2**25
@@ -153,6 +153,10 @@ class Backend(ABC):
         """Return the most bytes that this process has had so far."""
 
     @abstractmethod
+    def forget_peak_memory(self) -> None:
+        """Have `peak_memory` count from now on, where the system can."""
+
+    @abstractmethod
     def memory_in_use(self) -> int:
         """Return the bytes that this process has now, and give back what it has only had."""
 
@@ -246,6 +250,9 @@ class CPUBackend(Backend):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    def forget_peak_memory(self) -> None:
+        forget_peak()
+
     def memory_in_use(self) -> int:
         give_back()
         return resident_memory()
@@ -332,6 +339,9 @@ class CUDABackend(Backend):
 
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()
+
+    def forget_peak_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
 
     def memory_in_use(self) -> int:
         return torch.cuda.memory_allocated()

@@ -12,6 +12,7 @@ from litlora.data.batching import Sample, Samples
 from litlora.distributed.process_group import Ranks
 from litlora.errors import LitLoraError
 from litlora.lora.layer import count
+from litlora.nn.backend import Backend
 from litlora.report.files import HYPERPARAMETERS, read_settings
 from litlora.train.loop import Run
 from litlora.train.memory_check import (
@@ -219,11 +220,19 @@ def recorded_plan(settings: Mapping[str, Any], args: TrainArgs) -> Plan | None:
     return plan if allowed else None
 
 
+def _peak_from_now_on(backend: Backend) -> int:
+    """Have the peak count from what the process has now, so that it tells what another plan takes, and return it."""
+    backend.memory_in_use()  # which gives back what the plan before has left
+    backend.forget_peak_memory()
+    return backend.peak_memory()
+
+
 def with_memory_checked(run: Run, planned: PlannedRun, done: int, under: Callable[[Run, PlannedRun], Run]) -> Run:
     """Return the run under a plan whose longest micro-batch was computed within its memory; refuse a run without.
 
     `done` steps are behind it, and `under` gives the same run under another plan.
     """
+    before = planned.planner.budget.peak if planned.planner else 0
     while True:
         train, optimizer = planned.args.train, planned.args.optimizer
         ranks, network, longest = run.engine.ranks, planned.network, planned.longest(done)
@@ -231,7 +240,7 @@ def with_memory_checked(run: Run, planned: PlannedRun, done: int, under: Callabl
             check_memory(run.engine, network, train, optimizer, longest)
             return run
         budget = planned.planner.budget
-        factor = memory_factor(run.engine, network, train, optimizer, longest, budget.used, budget.peak)
+        factor = memory_factor(run.engine, network, train, optimizer, longest, budget.used, before)
         factor = ranks.all_reduce_max(round(min(factor, MOST_FACTOR) * 1000)) / 1000
         if factor < MOST_FACTOR and planned.fits(factor):
             return run
@@ -243,4 +252,4 @@ def with_memory_checked(run: Run, planned: PlannedRun, done: int, under: Callabl
             return run
         planned = lowered
         log(f"{planned}: the one before took more than its estimate")
-        run = under(run, planned)
+        run, before = under(run, planned), _peak_from_now_on(network.backend)

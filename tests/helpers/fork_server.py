@@ -35,7 +35,7 @@ def limit_memory(headroom: int) -> None:
 
 
 def limit_growth(growth: int) -> str:
-    """Let this process take so many bytes and 5 % of all, and return what it may have as a size.
+    """Let this process grow by `growth` bytes and 5 % of all, and return what it may have as a size.
 
     --memory is about what is resident, which the system limits for a cgroup alone, and a test has none. It limits data
     as well, which grow as what is resident does (the libraries are there already), but for the unused end of the heap.

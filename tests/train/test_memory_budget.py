@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 
 import pytest
+import torch
 from conftest import Runs
 from helpers.families import Family
-from helpers.runs import report
+from helpers.runs import adapter, report
 from transformers import MistralConfig
 
 from litlora.cpu.environment import allocator_settings
@@ -63,3 +64,19 @@ def test_without_a_plan_the_same_rows_exceed_the_same_memory(runs, command, tmp_
     assert runs.wait() == 1
     *_, sentence = runs.stderr.read_text().splitlines()
     assert sentence.startswith("litlora: there is too little memory for the longest micro-batch, examples: 4")
+
+
+def test_plan_too_bold_is_lowered_to_the_same_result(runs, command, tmp_path):
+    """The estimate is too small, as it is where the allocator's constants do not fit the machine."""
+    flags = ["--train.max_seq_length", "2000", "--train.learning_rate", "1e-3"]
+    adapters = {}
+    for name, variables in {"bold": {"FRAGMENTATION": "-0.5", "GROWTH": "90000000"}, "right": {}}.items():
+        runs.start_all([*command, *flags, "--out_dir", str(tmp_path / name)], [variables])
+        assert runs.wait() == 0, runs.stderr.read_text()
+        lowered = "GB: the one before took more than its estimate" in runs.stderr.read_text()
+        assert lowered is (name == "bold"), runs.stderr.read_text()
+        adapters[name] = adapter(tmp_path / name / "final")
+    assert report(tmp_path / "bold/final")["plan"]["activation_checkpointing"]
+    assert not report(tmp_path / "right/final")["plan"]["activation_checkpointing"]
+    for name, matrix in adapters["right"].items():
+        torch.testing.assert_close(adapters["bold"][name], matrix, atol=1e-6, rtol=0)
