@@ -219,6 +219,7 @@ def measure() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="folder for random models, which stay there")
     parser.add_argument("--only", default=[""], nargs="+", help="texts in the names of the settings to be measured")
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     print_table(COLUMNS, rows(Models(args.folder, args.smollm2, args.gguf), args.only))
 
 
