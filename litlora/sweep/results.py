@@ -84,7 +84,7 @@ class Row:
 def rows(plan: Plan, study: Study) -> list[Row]:
     """Return the combinations, the best first and those without a completed trial last."""
     found = [
-        Row(combination, {name: _shown(value) for name, value in trials[0].params.items()}, trials)
+        Row(combination, {name: _shown(value) for name, value in plan.space.shown(trials[0].params).items()}, trials)
         for combination, trials in combinations(study.trials()).items()
     ]
     return sorted(found, key=lambda row: (row.loss is None, row.loss.value if row.loss else row.combination))

@@ -131,6 +131,11 @@ class Space:
             found |= dimension.settings_of(point[dimension.name], found)
         return dict(sorted(found.items(), key=lambda item: item[0] != "optimizer"))
 
+    def shown(self, point: Mapping[str, Value]) -> dict[str, Value]:
+        """Return a point with the products of its multiples."""
+        multiples = [multiple.name for multiple in self._of(Multiple)] if point else []
+        return {**point, **{name: self.settings(point)[name] for name in multiples}}
+
     def values(self) -> Iterator[Point]:
         """Yield points in which each value of each dimension occurs, the others at their first."""
         first: Point = {dimension.name: dimension.values[0] for dimension in self.dimensions}

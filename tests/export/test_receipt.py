@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from litlora.__main__ import main
+from litlora.data.tokenizer import Tokenizer
 from litlora.export.receipt import Receipt, largest_difference
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -320,3 +321,16 @@ def test_a_folder_without_a_receipt_is_refused(tiny, capsys):
 def test_the_prompt_style_is_that_of_the_training(trained):
     written = yaml.safe_load((trained[0] / "prompt_style.yaml").read_text())
     assert Receipt.read(trained[0]).prompt_style == written["prompt_style"]
+
+
+def test_receipt_keeps_the_day_that_the_template_wrote(tiny, data_dir, tmp_path):
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    template = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    adapter = finetune(base, data_dir, tmp_path / "run", "--train.max_steps", 1, "--prompt_style", "chat")
+    receipt, tokenizer = Receipt.read(adapter), Tokenizer(base)
+    assert receipt.date
+    assert all(tokenizer.decode(probe.ids).startswith(receipt.date) for probe in receipt.prompts)
+    assert verify(adapter) == 0
+    edit_json(adapter / "receipt.json", date="2026-01-31")
+    assert verify(adapter) == 1

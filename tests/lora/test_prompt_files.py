@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
 
 from litlora.args.finetune import FinetuneLoraArgs
 from litlora.args.inference import GenerateArgs
@@ -87,6 +88,17 @@ def test_auto_is_chat_for_conversations_and_a_template(tmp_path, row, template, 
     (tmp_path / "train.jsonl").write_text(json.dumps(row), encoding="utf-8")
     assert choose_prompt_style("auto", tmp_path / "train.jsonl", template)[0] == style
     assert choose_prompt_style("none", tmp_path / "train.jsonl", template)[0] == "none"
+
+
+def test_named_special_tokens_reach_the_template_as_in_transformers(base):
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<end>", "unk_token": "<unk>"}
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | named), encoding="utf-8")
+    template = "".join(f"{{{{ {name} }}}}" for name in named) + "{{ messages[0].content }}"
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = AutoTokenizer.from_pretrained(base).apply_chat_template(messages, tokenize=False)
+    assert Tokenizer(base).prompt_style("chat").prompt("Hi").text == expected == "".join(named.values()) + "Hi"
 
 
 def test_date_of_a_template_is_part_of_the_tokens_and_comes_from_the_resumed_run(base, tmp_path):

@@ -35,6 +35,8 @@ def test_a_multiple_follows_its_flag_wherever_it_stands():
         (16, 32),
     ]
     assert all(isinstance(each["lora_alpha"], int) for each in combinations(search))
+    space = Space.of(search)
+    assert [space.shown(point)["lora_alpha"] for point in space.grid()] == [4, 8, 16, 32]
 
 
 def test_alternatives_bring_settings_of_their_own():
