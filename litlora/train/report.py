@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,7 @@ from litlora.lora.layer import count
 from litlora.models.transformer import GPT
 from litlora.report.chart import ticks
 from litlora.report.files import REPORT
+from litlora.report.output import PLOT
 from litlora.report.rows import digests_of
 from litlora.train.metrics import peak_memory_gb
 from litlora.train.train_state import Progress
@@ -66,6 +67,8 @@ class Report:
     """The parts of the peak memory as they were estimated before the run; their sum is the estimate of the peak."""
     plan: dict[str, Any] | None
     """How memory split a step: the settings, and the GB that it needs by estimate and may have; None if it did not."""
+    final: Path | None = field(default=None, compare=False)
+    """The folder of the final adapter, with report.html and loss.png; report.json lacks it."""
 
     @classmethod
     def of(
@@ -115,11 +118,22 @@ class Report:
         """Read the report in the folder of a final adapter; figures that it lacks are None."""
         content = read_json(folder / REPORT)
         figures: dict[str, Any] = {field.name: content.get(field.name) for field in fields(cls)}
-        return cls(**figures)
+        return cls(**(figures | {"final": folder}))
+
+    def figures(self) -> dict[str, Any]:
+        """Return all figures by name, as report.json has them."""
+        figures = asdict(self)
+        del figures["final"]
+        return figures
 
     def write(self, folder: Path) -> None:
         """Write the report into the folder of a final adapter."""
-        (folder / REPORT).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(self.figures(), indent=2) + "\n", encoding="utf-8")
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the plot of the loss, which a notebook shows where a cell ends with the report."""
+        plot = self.final / PLOT if self.final else None
+        return plot.read_bytes() if plot and plot.is_file() else None
 
 
 def counts_of(samples: Samples) -> dict[str, Any]:

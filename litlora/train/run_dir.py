@@ -200,7 +200,7 @@ class RunFolder:
             if receipt is not None:
                 receipt.of_adapter(folder).write(folder)
             self._write_model_card(folder, report)
-            write_report(RunFiles.of(self.path, plain(self.args), dataclasses.asdict(report)), folder)
+            write_report(RunFiles.of(self.path, plain(self.args), report.figures()), folder)
         return self.final
 
     def start_val_loss(self) -> float | None:
@@ -209,7 +209,7 @@ class RunFolder:
 
     def _write_model_card(self, folder: Path, report: Report) -> None:
         base_dir = self.args.checkpoint_dir.resolve()
-        card = model_card(base_dir.name, origin(base_dir), vars(report))
+        card = model_card(base_dir.name, origin(base_dir), report.figures())
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _write_adapter(self, folder: Path, model: GPT) -> None:

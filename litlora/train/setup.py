@@ -213,7 +213,7 @@ def carry_out(
         receipt = find_receipt(run.folder, run.engine, inputs.checkpoint, inputs.tokenizer)
         final = run.folder.save_final(run.engine.gpt, report, receipt)
     log(f"adapter in {final}")
-    return report
+    return replace(report, final=final)
 
 
 def open_loggers(run: Run, step: int) -> Loggers:

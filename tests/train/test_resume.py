@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -335,12 +335,17 @@ def test_resume_auto_starts_resumes_or_leaves_a_finished_run_alone(world, capsys
 
 def test_finetune_returns_its_report(world):
     args = litlora.FinetuneLoraArgs(
-        Path("base"), Path("data"), Path("out"), train=TrainArgs(max_steps=1), precision="32-true", resume="auto"
-    )
+        Path("base"), Path("data"), Path("out"), train=TrainArgs(epochs=9, max_steps=6), precision="32-true",
+        resume="auto",
+    )  # fmt: skip
     made = litlora.finetune(args)
-    assert made.steps == 1
-    assert asdict(made) == report("out/final")
-    assert litlora.finetune(args) == made
+    assert made.steps == 6
+    assert made._repr_png_() == Path("out/final/loss.png").read_bytes()  # what a notebook shows
+    assert made.figures() == report("out/final")
+    assert made.final == Path("out/final")
+    again = litlora.finetune(args)
+    assert again == made
+    assert again.final == made.final
     with pytest.raises(LitLoraError, match="needs a process for each"):
         litlora.finetune(replace(args, devices=2))
     with pytest.raises(LitLoraError, match="dry_run"):
