@@ -29,8 +29,9 @@ from litlora.data.tokenizer_backend import limits
 from litlora.data.tokenizer_backend.special_tokens import SpecialTokens
 from litlora.errors import LitLoraError
 from litlora.export.receipt import RECEIPT, Receipt
-from litlora.hub import download as hub_download
-from litlora.hub.download import Repo, fetch_checkpoint
+from litlora.hub import client
+from litlora.hub.client import Repo
+from litlora.hub.download import fetch_checkpoint
 from litlora.lora.adapter_config import read_settings
 from litlora.utils import resource_limits
 
@@ -93,7 +94,7 @@ def world(tiny, adapter, data_dir, tmp_path_factory) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with reachable_hub(monkeypatch, tmp_path) as server:
-        monkeypatch.setattr(hub_download, "WAITS", ())
+        monkeypatch.setattr(client, "WAITS", ())
         server.add("org/name", {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"weights"})
         yield server
 

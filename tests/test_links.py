@@ -11,7 +11,8 @@ from helpers.hub_server import HubServer, reachable_hub
 
 from litlora.__main__ import main
 from litlora.errors import LitLoraError
-from litlora.hub.download import Repo, fetch_checkpoint
+from litlora.hub.client import Repo
+from litlora.hub.download import fetch_checkpoint
 from litlora.utils.files import PENDING, atomic_directory, complete_transaction, write_atomically, write_transaction
 from litlora.utils.locks import LOCK, locked
 

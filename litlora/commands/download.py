@@ -1,7 +1,8 @@
 """download: a repository of the Hub in, a checkpoint folder out."""
 
 from litlora.args.hub import DownloadArgs
-from litlora.hub.download import Repo, fetch_checkpoint
+from litlora.hub.client import Repo
+from litlora.hub.download import fetch_checkpoint
 from litlora.utils.console import log, output
 
 

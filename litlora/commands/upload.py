@@ -7,7 +7,7 @@ from litlora.export.publication import CARD, kind_of, published
 from litlora.export.receipt import RECEIPT
 from litlora.export.verdict import log_verdict
 from litlora.export.verification import verify_copy
-from litlora.hub.download import Repo
+from litlora.hub.client import Repo
 from litlora.hub.upload import upload as commit
 from litlora.utils.console import log, output
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RevisionNotFoundError
 
 from litlora.errors import LitLoraError
-from litlora.hub.download import Repo, check_commit, refusing_malformed, reporting_errors, with_retries
+from litlora.hub.client import Repo, check_commit, refusing_malformed, reporting_errors, with_retries
 from litlora.utils.console import log
 from litlora.utils.resource_limits import limited_file_size
 

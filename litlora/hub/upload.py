@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from litlora.errors import LitLoraError
-from litlora.hub.download import TOKEN_PAGE, Repo, endpoint, with_retries
+from litlora.hub.client import TOKEN_PAGE, Repo, endpoint, with_retries
 
 MAIN = "main"
 WEIGHT_FILES = (".safetensors", ".gguf", ".index.json", ".bin", "adapter_config.json")

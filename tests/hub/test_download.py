@@ -18,9 +18,10 @@ from hypothesis import settings
 
 from litlora.__main__ import main
 from litlora.errors import LitLoraError
-from litlora.hub import download as hub_download
+from litlora.hub import client
+from litlora.hub.client import REPO_ID, Repo
 from litlora.hub.datasets import fetch_dataset
-from litlora.hub.download import REPO_ID, STAGING, Repo, fetch_checkpoint
+from litlora.hub.download import STAGING, fetch_checkpoint
 from litlora.hub.origin import ORIGIN, origin
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,7 @@ TOKEN = "hf_aBcDeFgHiJ"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with reachable_hub(monkeypatch, tmp_path) as server:
-        monkeypatch.setattr(hub_download, "WAITS", (0.0, 0.0, 0.0))
+        monkeypatch.setattr(client, "WAITS", (0.0, 0.0, 0.0))
         yield server
 
 

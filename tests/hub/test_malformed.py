@@ -12,8 +12,9 @@ from huggingface_hub import constants
 
 from litlora.__main__ import main
 from litlora.errors import LitLoraError
-from litlora.hub import download as hub_download
-from litlora.hub.download import Repo, fetch_checkpoint
+from litlora.hub import client
+from litlora.hub.client import Repo
+from litlora.hub.download import fetch_checkpoint
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"weights"}
 LISTING = "/revision/main"  # where the list of a repository's files is
@@ -22,7 +23,7 @@ LISTING = "/revision/main"  # where the list of a repository's files is
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with reachable_hub(monkeypatch, tmp_path) as server:
-        monkeypatch.setattr(hub_download, "WAITS", ())
+        monkeypatch.setattr(client, "WAITS", ())
         server.add("org/name", FILES)
         yield server
 
@@ -94,7 +95,7 @@ def test_password_of_the_endpoint_is_not_printed(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["long", "compressed"])
 def test_listing_without_end_is_one_sentence(hub, tmp_path, packed, monkeypatch):
-    monkeypatch.setattr(hub_download, "MOST_LISTED", 1_000_000)
+    monkeypatch.setattr(client, "MOST_LISTED", 1_000_000)
     body = b" " * 30_000_000 + listing()
     headers = {"Content-Encoding": "gzip"} if packed else {}
     hub.fail(Fault(LISTING, status=200, headers=headers, body=gzip.compress(body) if packed else body))
@@ -102,13 +103,13 @@ def test_listing_without_end_is_one_sentence(hub, tmp_path, packed, monkeypatch)
 
 
 def test_slow_listing_is_one_sentence(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_download, "LONGEST_LISTING", -1.0)
+    monkeypatch.setattr(client, "LONGEST_LISTING", -1.0)
     assert "the list of its files does not end within " in refusal(tmp_path)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_download, "WINDOW", 0.3)
+    monkeypatch.setattr(client, "WINDOW", 0.3)
 
 
 @pytest.mark.parametrize("path", [LISTING, "config.json", "model.safetensors"])
@@ -123,7 +124,7 @@ def test_trickling_body_is_one_sentence(hub, tmp_path, impatient, path):
 
 
 def test_slow_body_that_arrives_in_time_is_complete(hub, tmp_path, impatient, monkeypatch):
-    monkeypatch.setattr(hub_download, "LEAST_BYTES", 100)
+    monkeypatch.setattr(client, "LEAST_BYTES", 100)
     hub.add("org/name", FILES | {"model.safetensors": b"x" * 2000})
     hub.fail(Fault("model.safetensors", trickle=0.05))
     fetch_checkpoint(Repo("org/name", "model", "main", None), tmp_path / "root", tokenizer_only=False)

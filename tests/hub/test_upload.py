@@ -10,7 +10,7 @@ from helpers.hub_server import Fault, HubServer, reachable_hub
 from huggingface_hub import constants
 
 from litlora.__main__ import main
-from litlora.hub import download as hub_download
+from litlora.hub import client
 
 # huggingface_hub's own, where it sends a file
 pytestmark = pytest.mark.filterwarnings(
@@ -25,7 +25,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[HubServer]:
     """Run a Hub to which the token of the environment may write, in the namespace `me`."""
     with reachable_hub(monkeypatch, tmp_path) as hub:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose protocol the Hub here does not speak
-        monkeypatch.setattr(hub_download, "WAITS", (0.0,))
+        monkeypatch.setattr(client, "WAITS", (0.0,))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         hub.grant(TOKEN)
         hub.writers[TOKEN] = "me"
@@ -150,7 +150,7 @@ def test_access_is_refused_in_one_sentence(hub, adapter, capsys, monkeypatch):
 
 
 def test_a_hub_that_does_not_answer_is_one_sentence(hub, adapter, capsys, monkeypatch):
-    monkeypatch.setattr(hub_download, "WINDOW", 0.3)
+    monkeypatch.setattr(client, "WINDOW", 0.3)
     hub.fail(Fault("/api/repos/create", stall_after=0, times=9))
     assert upload(adapter, *BASE) == 1
     assert f"could not be reached at {hub.url} (timed out)" in capsys.readouterr().err.splitlines()[-1]

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from litlora.errors import LitLoraError
-from litlora.hub.download import Repo, _lock
+from litlora.hub.client import Repo
+from litlora.hub.download import _lock
 from litlora.utils.locks import LOCK, holding, locked, take
 
 

@@ -22,8 +22,8 @@ from litlora.args.data import PrepareArgs
 from litlora.data.readers.parsers import FORMATS, PARSERS
 from litlora.data.readers.raw_files import RawFile, read_chunks, suffix_of
 from litlora.errors import LitLoraError
+from litlora.hub.client import REPO_ID
 from litlora.hub.datasets import fetch_dataset
-from litlora.hub.download import REPO_ID
 from litlora.utils.console import log
 from litlora.utils.files import scratch_file
 
