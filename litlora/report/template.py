@@ -41,6 +41,9 @@ svg .grid { stroke: var(--line); stroke-width: 1; fill: none; }
 polyline { fill: none; stroke: currentColor; stroke-width: 2.25; stroke-linejoin: round; }
 .dot { stroke: currentColor; stroke-width: 7; stroke-linecap: round; fill: none; }
 .bar { fill: var(--c0); }
+.dots { width: 100%; max-width: 38rem; height: auto; } .dots text { fill: var(--soft); font-size: 12px; }
+.dots line { stroke: var(--line); } .dots circle { fill: var(--c0); opacity: .6; }
+.dots .mean { stroke: var(--c0); stroke-width: 2; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
 .c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); } .c7 { color: var(--c7); }
 .smooth { color: var(--c0); } .val { color: var(--c1); } .raw { color: var(--c0); }
