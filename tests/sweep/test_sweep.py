@@ -75,7 +75,7 @@ def test_trials_are_runs_and_the_table_has_their_figures(planned, capsys):
     assert first.split()[:2] == ["0.1", f"{best.loss.value:.4f}"]
     assert second.split()[0] == "0.001"
     page = (plan.args.out_dir / "sweep.html").read_text(encoding="utf-8")
-    assert f"<td>{best.loss.value:.4f}</td>" in page
+    assert f'<td class="number">{best.loss.value:.4f}</td>' in page
     assert page.count("<circle") == 4
     written = json.loads((plan.args.out_dir / "sweep.json").read_text(encoding="utf-8"))
     assert [trial["val_loss"] for trial in written["trials"]] == losses
