@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -30,6 +31,11 @@ ROWS = 64  # of the validation split, the shortest of which are prompts
 PROMPTS = 2  # beside the fixed one
 MAX_TOKENS = 256  # of a prompt with its response
 NEW_TOKENS = 8
+TYPES: dict[str, Any] = {
+    "prompt_style": str, "variables": dict, "date": str | None, "mask_prompt": bool, "stop_ids": list, "dtype": str,
+    "stored_dtype": str, "quantization": str | None, "sensitivity": int | float, "hashes": dict, "versions": dict,
+}  # fmt: skip
+"""Of the fields of a receipt beside its prompts."""
 FIXED = Example.of(Turn("Name three primary colors.", "Red, yellow and blue."))
 
 
@@ -103,7 +109,7 @@ class Receipt:
                 Probe(**{field.name: each[field.name] for field in fields(Probe)}) for each in content["prompts"]
             ]
             others = {field.name: content[field.name] for field in fields(cls) if field.name != "prompts"}
-            return cls(prompts=_checked(prompts), **others)
+            return cls(prompts=_checked(prompts), **_of_their_types(others))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LitLoraError(
                 f"{path} is not as litlora writes it ({error}): train again, or copy it again"
@@ -120,6 +126,16 @@ class Receipt:
     def content(self) -> bytes:
         """Return the receipt as JSON."""
         return (json.dumps(asdict(self)) + "\n").encode()
+
+
+def _of_their_types(content: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a value of another type than the field of its name has, and a number that is none."""
+    for name, kind in TYPES.items():
+        if not isinstance(content[name], kind):
+            raise TypeError(f"{name} is of the wrong type")
+    if not math.isfinite(content["sensitivity"]) or not all(type(token) is int for token in content["stop_ids"]):
+        raise ValueError("sensitivity and stop_ids are numbers")
+    return content
 
 
 def _checked(prompts: list[Probe]) -> list[Probe]:

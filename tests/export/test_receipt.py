@@ -334,3 +334,13 @@ def test_receipt_keeps_the_day_that_the_template_wrote(tiny, data_dir, tmp_path)
     assert verify(adapter) == 0
     edit_json(adapter / "receipt.json", date="2026-01-31")
     assert verify(adapter) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"sensitivity": None}, {"sensitivity": 1e999}, {"stop_ids": ["</s>"]}, {"variables": []}]
+)
+def test_a_receipt_with_other_types_is_refused(change, trained, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained[0], tmp_path / "final"))
+    edit_json(folder / "receipt.json", **change)
+    assert verify(folder) == 1
+    assert "receipt.json is not as litlora writes it" in capsys.readouterr().err
