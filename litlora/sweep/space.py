@@ -133,8 +133,9 @@ class Space:
 
     def shown(self, point: Mapping[str, Value]) -> dict[str, Value]:
         """Return a point with the products of its multiples."""
-        multiples = [multiple.name for multiple in self._of(Multiple)] if point else []
-        return {**point, **{name: self.settings(point)[name] for name in multiples}}
+        settings = self.settings(point) if point else {}
+        multiples = {multiple.name for multiple in self._of(Multiple)}
+        return {name: settings[name] if name in multiples else value for name, value in point.items()}
 
     def values(self) -> Iterator[Point]:
         """Yield points in which each value of each dimension occurs, the others at their first."""

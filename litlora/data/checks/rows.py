@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -82,24 +83,9 @@ def has_one_token_answer(facts: SequenceFacts) -> bool:
     return spans < facts.labels <= 2 * spans
 
 
-def lacks_end(facts: SequenceFacts) -> bool:
-    """Tell a sequence whose answer ends without an end token."""
-    return NO_END in facts.rendered.notes
-
-
-def loses_reasoning(facts: SequenceFacts) -> bool:
-    """Tell a sequence whose reasoning the template leaves out."""
-    return REASONING_LOST in facts.rendered.notes
-
-
-def loses_tools(facts: SequenceFacts) -> bool:
-    """Tell a sequence whose tools the template leaves out."""
-    return TOOLS_LOST in facts.rendered.notes
-
-
-def moves_system(facts: SequenceFacts) -> bool:
-    """Tell a sequence whose system text stands before the first question."""
-    return SYSTEM_MOVED in facts.rendered.notes
+def has_note(note: str, facts: SequenceFacts) -> bool:
+    """Tell a sequence of which the prompt style notes that it left something out, or could not do it."""
+    return note in facts.rendered.notes
 
 
 WARNING, NOTE = Severity.WARNING, Severity.NOTE
@@ -135,20 +121,20 @@ SEQUENCE_CHECKS: tuple[Check[SequenceFacts], ...] = (
     ),
     Check("one_token_answer", NOTE, has_one_token_answer, "with one-token answers", "each teaches one token"),
     Check(
-        "no_end_token", WARNING, lacks_end, "whose answer does not end with a special token",
+        "no_end_token", WARNING, partial(has_note, NO_END), "whose answer does not end with a special token",
         "generation stops only at what the tokenizer knows as an end",
     ),
     Check(
-        "reasoning_lost", WARNING, loses_reasoning, "with reasoning that the chat template leaves out",
-        "it is not learned",
+        "reasoning_lost", WARNING, partial(has_note, REASONING_LOST),
+        "with reasoning that the chat template leaves out", "it is not learned",
     ),
     Check(
-        "tools_lost", WARNING, loses_tools, "with tools that the chat template does not show",
+        "tools_lost", WARNING, partial(has_note, TOOLS_LOST), "with tools that the chat template does not show",
         "the model learns calls of tools that it is not told of",
     ),
     Check(
-        "system_moved", NOTE, moves_system, "with a system message, for which the chat template has no place",
-        "its text stands before the first question",
+        "system_moved", NOTE, partial(has_note, SYSTEM_MOVED),
+        "with a system message, for which the chat template has no place", "its text stands before the first question",
     ),
 )  # fmt: skip
 FLAGGED: tuple[Check[Any], ...] = (*ROW_CHECKS, *SEQUENCE_CHECKS)
