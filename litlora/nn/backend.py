@@ -141,8 +141,8 @@ class Backend(ABC):
         return WorkerThreads(count)
 
     @abstractmethod
-    def prepare_for_training(self) -> None:
-        """Configure the process before the first step."""
+    def prepare_for_training(self, *, tight: bool) -> None:
+        """Configure the process before the first step; where memory is `tight`, to need little at some cost of time."""
 
     @abstractmethod
     def matmul_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -240,8 +240,8 @@ class CPUBackend(Backend):
     def workers(self, requested: int, processes: int = 1) -> int:
         return worker_count(requested, processes)
 
-    def prepare_for_training(self) -> None:
-        configure_for_training()
+    def prepare_for_training(self, *, tight: bool) -> None:
+        configure_for_training(tight=tight)
 
     def matmul_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return onednn.matmul_dtype(dtype)
@@ -331,7 +331,7 @@ class CUDABackend(Backend):
     def workers(self, requested: int, processes: int = 1) -> int:
         return 1
 
-    def prepare_for_training(self) -> None:
+    def prepare_for_training(self, *, tight: bool) -> None:
         disable_cudnn_attention()
 
     def matmul_dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ computes, and of a number of tokens more; a step takes that of its micro-batches
 checkpointing computes the forward pass twice. A plan decides memory and speed, and of the result nothing but rounding.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -100,9 +101,10 @@ class Budget:
         return free if self.given is None else f"--memory ({self.given})"
 
 
-def gigabytes(size: float) -> str:
-    """Return bytes as text."""
-    return f"{size / 1e9:.1f} GB"
+def gigabytes(*sizes: float) -> str:
+    """Return bytes as text: one number, or several as "1.2 of 8.0 GB", with another digit if they are below 1 GB."""
+    digits = 1 if max(sizes) >= 1e9 else 2
+    return " of ".join(f"{size / 1e9:.{digits}f}" for size in sizes) + " GB"
 
 
 def rungs(least: int, most: int) -> list[int]:
@@ -147,6 +149,10 @@ class Planner:
         """Tell whether a plan fits with a margin."""
         added = self.need(plan) - self.budget.used
         return self.budget.used + added * correction / USABLE <= self.budget.total
+
+    def is_limited(self, plan: Plan) -> bool:
+        """Tell whether another plan would be faster by more than a tie."""
+        return self.times.get(plan, math.inf) > TIE * min(self.times.values())
 
     def lower(self, plan: Plan) -> Plan | None:
         """Return the fastest plan that needs clearly less than this one, if there is one."""

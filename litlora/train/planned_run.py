@@ -116,6 +116,11 @@ class PlannedRun:
         """Whether each device holds a shard of the base."""
         return self.network.shards > 1
 
+    @property
+    def is_tight(self) -> bool:
+        """Whether memory keeps the run from a faster plan."""
+        return self.planner is not None and self.plan is not None and self.planner.is_limited(self.plan)
+
     def longest(self, done: int = 0) -> list[Sample]:
         """Return the samples of the longest micro-batch of the steps after those that are done."""
         if done not in self._longest:
@@ -179,8 +184,7 @@ class PlannedRun:
     def __str__(self) -> str:
         """Return the plan as the run prints it."""
         assert self.planner and self.plan
-        needed, total = self.planner.need(self.plan) / 1e9, gigabytes(self.planner.budget.total)
-        return f"plan: {self.plan}, {needed:.1f} of {total}"
+        return f"plan: {self.plan}, {gigabytes(self.planner.need(self.plan), self.planner.budget.total)}"
 
     def record(self) -> dict[str, Any] | None:
         """Return what report.json holds of the plan."""

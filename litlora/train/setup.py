@@ -32,7 +32,6 @@ from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT, evaluating
-from litlora.nn.backend import backend
 from litlora.nn.nf4 import Quantization
 from litlora.train.inputs import Data, Inputs, find_inputs, log_choices, read_data, run_folder
 from litlora.train.loggers import Loggers, Place
@@ -146,6 +145,7 @@ def build_run(
     args, layout = planned.args, planned.layout
     torch.manual_seed(args.seed)
     gpt = build_model(args, inputs.checkpoint, folder.lora, fabric, sharded=planned.is_sharded)
+    layout.network.backend.prepare_for_training(tight=planned.is_tight)
     groups = adapter_groups(lora_layers(gpt).values(), args.lora_plus_ratio)
     optimizer = build_optimizer(args.optimizer, groups, args.train.peak_rate)
     _, wrapped = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
@@ -178,7 +178,9 @@ def under_plan(run: Run, planned: PlannedRun, data: Data) -> Run:
     """Return the same run under another plan."""
     train, engine = planned.args.train, run.engine
     engine.gpt.model.activation_checkpointing = train.recomputes
-    workers = planned.network.backend.worker_pool(planned.layout.workers)
+    backend = planned.network.backend
+    backend.prepare_for_training(tight=planned.is_tight)
+    workers = backend.worker_pool(planned.layout.workers)
     engine, folder = replace(engine, workers=workers), planned_folder(run.folder, planned)
     completer = replace(run.completions.completer, engine=engine)
     samples = replace(run.completions, completer=completer, folder=folder)
@@ -284,7 +286,6 @@ def build_model(
         gpt = checkpoint.load(dtype, fabric.device, quantization)
         add_lora(gpt, lora)
     gpt.model.activation_checkpointing = args.train.recomputes
-    backend(fabric.device).prepare_for_training()
     return gpt
 
 

@@ -54,6 +54,15 @@ print(addresses[-1] in heap())
     assert say(SUITED + code) == ["True", "True"]
 
 
+def test_medium_tensors_have_pages_of_their_own_where_memory_is_tight():
+    code = """
+configure_for_training(tight=True)
+addresses = [library.malloc(20_000_000) for _ in range(8)]  # beyond what the heap has already
+print(any(address in heap() for address in addresses[4:]), library.malloc(1_000_000) in heap())
+"""
+    assert say(SUITED + code) == ["False True"]
+
+
 def test_freed_activations_are_reused():
     code = """
 import ctypes

@@ -19,7 +19,7 @@ from litlora.data.tokens import ABOUT, Tokens
 from litlora.lora.config import LoRAConfig
 from litlora.models.checkpoint import Checkpoint
 from litlora.train.memory_estimate import Network
-from litlora.train.memory_plan import Budget, Plan, Planner, rungs
+from litlora.train.memory_plan import Budget, Plan, Planner, gigabytes, rungs
 from litlora.train.planned_run import Layout, PlannedRun, recorded_plan
 from litlora.utils.memory import available_memory, resident_memory, total_memory
 
@@ -78,6 +78,19 @@ def test_what_the_process_has_counts(planner):
     plan = planner.fastest()
     more = replace(planner, budget=replace(planner.budget, used=2 * GB))
     assert more.need(plan) == planner.need(plan) + GB
+
+
+def test_memory_is_tight_where_it_keeps_a_run_from_a_faster_plan(planner):
+    """The allocator then trades time for memory."""
+    fastest, smallest = planner.fastest(), planner.smallest
+    assert not planner.is_limited(fastest)
+    assert planner.is_limited(smallest)
+    requested = replace(planner.args, train=replace(planner.args.train, activation_checkpointing=True))
+    assert not (same := replace(planner, args=requested)).is_limited(same.fastest())
+
+
+def test_sizes_below_a_gigabyte_have_another_digit():
+    assert (gigabytes(0.6e9, 8e9), gigabytes(0.63e9)) == ("0.6 of 8.0 GB", "0.63 GB")
 
 
 def test_requested_checkpointing_and_examples_bound_the_plan(planner):
