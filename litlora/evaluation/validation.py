@@ -35,16 +35,13 @@ def validate(
     engine: Engine,
     samples: Samples,
     batching: Batching,
-    max_iters: int | None = None,
+    most: int | None = None,
     sources: RowSources = ONE_SOURCE,
 ) -> ValLoss:
-    """Return the mean loss over the supervised tokens of a split, or of as many rows as `max_iters` micro-batches hold.
-
-    A micro-batch counts as one of `micro_batch_size` rows, whatever its tokens: memory decides no result.
-    """
+    """Return the mean loss over the supervised tokens of a split, or of its first rows, `most` of them."""
     ranks = engine.ranks
     sums = torch.zeros(len(sources.names), 2, dtype=torch.float64)
-    rows = len(samples) if max_iters is None else min(len(samples), max_iters * batching.micro_batch_size)
+    rows = len(samples) if most is None else min(len(samples), most)
     batches = _micro_batches(samples, rows, batching, sources)
     with evaluating(engine.gpt), task("validation", rows) as progress:
         rounds = zip_longest(*[batches] * ranks.world_size, fillvalue=(0, DUMMY_MICRO_BATCH))  # one for each rank

@@ -117,6 +117,16 @@ class PlannedRun:
         return self.network.shards > 1
 
     @property
+    def validated_rows(self) -> int | None:
+        """The number of rows of a validation at most: those of --eval.max_iters micro-batches as they were requested.
+
+        Neither tokens nor a smaller number of examples count, which a plan has: memory decides no result.
+        """
+        requested = self.planner.args if self.planner else self.args
+        iterations = requested.eval.max_iters
+        return None if iterations is None else iterations * requested.train.example_limit
+
+    @property
     def is_tight(self) -> bool:
         """Whether memory keeps the run from a faster plan."""
         return self.planner is not None and self.plan is not None and self.planner.is_limited(self.plan)

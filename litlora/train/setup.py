@@ -154,7 +154,7 @@ def build_run(
     engine = Engine(gpt, fabric, args.precision, layout.network.backend.worker_pool(layout.workers), ranks)
     completer = Completer(engine, inputs.tokenizer, inputs.style, args.eval.max_new_tokens)
     samples = SampleRows(completer, data.examples, folder, partial(is_told_to_stop, ranks, stop))
-    show = shower(engine, data, args, samples)
+    show = shower(engine, data, planned, samples)
     run = Run(engine, wrapped, data.train, args.train, args.eval, args.seed, show, folder, samples, Loggers(), stop)
     return run, progress
 
@@ -184,13 +184,14 @@ def under_plan(run: Run, planned: PlannedRun, data: Data) -> Run:
     engine, folder = replace(engine, workers=workers), planned_folder(run.folder, planned)
     completer = replace(run.completions.completer, engine=engine)
     samples = replace(run.completions, completer=completer, folder=folder)
-    show = shower(engine, data, planned.args, samples)
+    show = shower(engine, data, planned, samples)
     return replace(run, engine=engine, train=train, folder=folder, completions=samples, validate=show)
 
 
-def shower(engine: Engine, data: Data, args: FinetuneLoraArgs, samples: SampleRows) -> Callable[[int], ValLoss]:
+def shower(engine: Engine, data: Data, planned: PlannedRun, samples: SampleRows) -> Callable[[int], ValLoss]:
     """Return what validates, and prints what a validation shows."""
-    loss = partial(validate, engine, data.val, Batching.of(args.train), args.eval.max_iters, data.val_sources)
+    batching = Batching.of(planned.args.train)
+    loss = partial(validate, engine, data.val, batching, planned.validated_rows, data.val_sources)
     return partial(validate_and_print, loss, samples)
 
 

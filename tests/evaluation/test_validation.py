@@ -76,9 +76,9 @@ def test_each_source_has_the_loss_of_its_rows(engine, samples, tiny, batching):
     assert str(loss) == f"{loss.mean:.4f} (a {loss.by_source['a']:.4f}, b {loss.by_source['b']:.4f})"
 
 
-def test_max_iters_limits_the_micro_batches(engine, samples, tiny):
+def test_validation_may_be_limited_to_the_first_rows(engine, samples, tiny):
     expected = loss_by_transformers(tiny, samples, range(2))
-    assert validate(engine, samples, Batching(16, 1), max_iters=2).mean == pytest.approx(expected, abs=1e-5)
+    assert validate(engine, samples, Batching(16, 1), most=2).mean == pytest.approx(expected, abs=1e-5)
 
 
 def test_sample_completion_has_the_prompt_and_new_text(engine, tokenizer):

@@ -13,7 +13,7 @@ import yaml
 from helpers.runs import adapter, finetune, report, same_adapter
 
 from litlora.__main__ import main
-from litlora.args.finetune import EXAMPLES, FinetuneLoraArgs, TrainArgs, as_bytes
+from litlora.args.finetune import EXAMPLES, EvalArgs, FinetuneLoraArgs, TrainArgs, as_bytes
 from litlora.data.batching import Samples, pack_into_fewest
 from litlora.data.tokens import ABOUT, Tokens
 from litlora.lora.config import LoRAConfig
@@ -122,6 +122,15 @@ def test_plan_too_bold_is_lowered(planner):
         seen.append(planner.need(planned.plan))
     assert len(seen) > 1
     assert seen == sorted(seen, reverse=True)
+
+
+def test_plan_of_fewer_examples_validates_the_same_rows(planner):
+    train = TrainArgs(micro_batch_size=6, micro_batch_tokens="auto")
+    bound = replace(planner, args=replace(planner.args, train=train, eval=EvalArgs(max_iters=5)))
+    planned = PlannedRun._with(bound, bound.smallest)
+    assert planned.args.train.micro_batch_size == 1
+    assert planned.validated_rows == 30
+    assert PlannedRun(bound.args, Layout(bound.network, 2), bound.samples).validated_rows == 30
 
 
 def test_recorded_plan_is_taken_where_it_is_allowed():
