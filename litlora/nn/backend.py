@@ -40,6 +40,9 @@ SOFTCAP_SCORES = 5
 SATURATING_WORK = 3.3e11
 """Tokens times parameters of a block from which computing takes an H100 longer than launching the block's kernels: with
 Llama 3.2 1B (77 million parameters each), a micro-batch of any size takes 80 ms up to 4,300 tokens."""
+TILE_ROWS = 128
+"""Rows that a GPU's kernels multiply at once. A product of fewer takes as long, and there are few shapes for which
+memory is allocated and a kernel is chosen."""
 LAUNCHED_LOGITS = 2**24
 """Logits that become float32 probabilities at once on a GPU, which launches few kernels for them."""
 
@@ -326,7 +329,7 @@ class CUDABackend(Backend):
         disable_cudnn_attention()  # a GPU reads weights as they are
 
     def pad_multiple(self, rows: int, dtype: torch.dtype) -> int:
-        return 1
+        return TILE_ROWS
 
     def workers(self, requested: int, processes: int = 1) -> int:
         return 1

@@ -14,6 +14,7 @@ from litlora.data.batching import (
     epoch_order,
     longest_micro_batch,
     micro_batches,
+    optimize_layout,
     pack,
     pad,
     sequential_batches,
@@ -25,6 +26,7 @@ from litlora.data.encoding import encode
 from litlora.data.examples import Example, Turn
 from litlora.data.tokenizer import Tokenizer
 from litlora.data.tokens import ABOUT, Tokens
+from litlora.nn.backend import CUDA
 from litlora.nn.loss import IGNORE_INDEX
 
 CONVERSATION = Example.of(Turn("Hi", "Hello 🚪"), Turn("And?", "Bye"))
@@ -110,6 +112,16 @@ def test_packing_concatenates_without_padding():
     micro = pack(of_lengths(1, 2, 3))
     assert micro.tokens.tolist() == [0, 1, 1, 2, 2, 2]
     assert micro.lengths == (1, 2, 3)
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 3), (100, 28), (200, 57)])
+def test_micro_batches_of_a_gpu_have_few_shapes(lengths):
+    micro = pack(of_lengths(*lengths))
+    padded = optimize_layout(micro, CUDA, torch.bfloat16, at_any_length)
+    assert len(padded.tokens) == -(-sum(lengths) // 128) * 128
+    assert padded.lengths[: len(lengths)] == lengths
+    assert torch.equal(padded.labels[: sum(lengths)], micro.labels)
+    assert set(padded.labels[sum(lengths) :].tolist()) <= {IGNORE_INDEX}
 
 
 def masked(tokens: list[int], prompt: int) -> Sample:
