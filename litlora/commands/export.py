@@ -10,6 +10,7 @@ import torch
 from litlora.args.common import Server
 from litlora.args.export import ExportArgs
 from litlora.commands.early_checks import check_export
+from litlora.data.prompts.styles import StyleSettings
 from litlora.data.tokenizer import Tokenizer
 from litlora.errors import LitLoraError
 from litlora.export.gguf.adapter import LowRank, write_adapter
@@ -45,7 +46,9 @@ def export(args: ExportArgs, files: CheckpointFiles | None = None, adapters: Ada
         return
     base, is_alone = Checkpoint.open(files), args.format == "gguf-lora"
     refuse_foreign_links(adapters, base)
-    model, outtype = _model(base, args.checkpoint_dir or args.folder), args.outtype or ("f32" if is_alone else "f16")
+    style = shared_prompt_style(adapters) or read_prompt_style(base.dir)
+    model = _model(base, args.checkpoint_dir or args.folder, style)
+    outtype = args.outtype or ("f32" if is_alone else "f16")
     merge = None if is_alone or not adapters else read_merge(adapters, base, dequantized=args.dequantized_base)
     receipt = _receipt(base, adapters, dequantized=args.dequantized_base)
     with atomic_directory(args.folder) as folder:
@@ -53,7 +56,6 @@ def export(args: ExportArgs, files: CheckpointFiles | None = None, adapters: Ada
             write_adapter(folder / ADAPTER, model, _pairs(base, adapters), outtype)
         else:
             write_model(folder / MODEL, _merged(model, base, merge, outtype), outtype)
-        style = shared_prompt_style(adapters) or read_prompt_style(base.dir)
         text = modelfile(model.tokenizer, style, MODEL, ADAPTER if is_alone else None)
         (folder / MODELFILE).write_text(text, encoding="utf-8")
         source = origin(base.dir)
@@ -77,10 +79,11 @@ def check(args: ExportArgs, files: CheckpointFiles, adapters: Adapters) -> None:
     refuse_faults(args.deploy, [limit for limit in limits if limit.target in args.deploy])
 
 
-def _model(base: Checkpoint, source: Path) -> Model:
+def _model(base: Checkpoint, source: Path, settings: StyleSettings | None) -> Model:
     shapes = {name: tuple(tensor.shape) for name, tensor in base.outline().state_dict().items()}
     tokenizer = Tokenizer(base.dir, base.hub_config)
-    return Model(source.resolve().name, base.hub_config, base.config, shapes, base.read, tokenizer)
+    style = tokenizer.prompt_style(settings or StyleSettings("none"))
+    return Model(source.resolve().name, base.hub_config, base.config, shapes, base.read, tokenizer, style)
 
 
 def _merged(model: Model, base: Checkpoint, merge: Merge | None, outtype: str) -> Model:

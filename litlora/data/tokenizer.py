@@ -16,6 +16,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken
 
+from litlora.data.examples import Message
+from litlora.data.prompts.chat_template import ChatTemplateError
 from litlora.data.prompts.rendered import Rendered
 from litlora.data.prompts.styles import AUTO, PromptStyle, StyleSettings, StyleTokens, build_prompt_style
 from litlora.data.tokenizer_backend.files import (
@@ -148,6 +150,15 @@ class Tokenizer:
         """Return the ids at which a generation stops: those of the checkpoint, and the end token of the style."""
         end = style.end_token and self._backend.token_to_id(style.end_token)
         return self.stop_ids | ({end} if end is not None and isinstance(end, int) else set())
+
+    def adds_bos_to(self, style: PromptStyle) -> bool:
+        """Whether a prompt of this style starts with the BOS that the tokenizer adds, or the style writes itself."""
+        if style.add_special_tokens or not self.adds_bos:
+            return self.adds_bos
+        try:
+            return style.conversation([Message("user", "x")]).text.startswith(self.bos_token or "")
+        except ChatTemplateError:
+            return True
 
     def encode_prompt(self, style: PromptStyle, prompt: Rendered) -> list[int]:
         """Return the ids of a prompt, as generation feeds them to the model."""

@@ -120,7 +120,7 @@ def of_template_style(style: TemplateStyle) -> str:
 
 def of_chat_style(style: ChatStyle, tokenizer: Tokenizer) -> tuple[str, str] | None:
     """Return template and default system message of a chat template of a well-known form; None for another form."""
-    start = tokenizer.bos_token if tokenizer.adds_bos else ""  # which Ollama adds, as the tokenizer does
+    start = tokenizer.bos_token if tokenizer.adds_bos_to(style) else ""  # which Ollama adds, as the tokenizer does
     for form in FORMS:
         if (system := _default_system(style, form, start or "")) is not None:
             return form.template, system

@@ -8,10 +8,13 @@ from pathlib import Path
 import gguf
 import pytest
 import sentencepiece
+from helpers.copies import add_bos, edit_json, edit_tokenizer, export, verify
+from helpers.runs import finetune
 
 from litlora.__main__ import main
 from litlora.data.tokenizer import Tokenizer
 from litlora.export.engines.llama_cpp import LlamaCppEngine
+from litlora.export.receipt import Receipt
 
 SENTENCES = [
     "Name a fruit that is green.",
@@ -57,3 +60,31 @@ def test_scores_and_kinds_are_those_of_the_model(base, tmp_path):
     assert kinds[0] == gguf.TokenType.UNKNOWN
     assert {gguf.TokenType(kinds[token]) for token in (1, 2)} == {gguf.TokenType.CONTROL}
     assert [model.is_byte(token) for token in range(len(model))] == [kind == gguf.TokenType.BYTE for kind in kinds]
+
+
+@pytest.mark.parametrize("writes_bos", [True, False])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_llama_cpp_starts_a_conversation_as_training_does(writes_bos, adds_bos, tiny, data_dir, tmp_path, capfd):
+    """A template that writes no BOS was trained without one, although the tokenizer adds it to a text."""
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    if adds_bos:
+        edit_tokenizer(base, add_bos)
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    template = f"{{% for m in messages %}}{turn}{{% endfor %}}<|im_start|>assistant\n"
+    (base / "chat_template.jinja").write_text("{{ bos_token }}" * writes_bos + template, encoding="utf-8")
+    adapter = finetune(base, data_dir, tmp_path / "run", "--train.max_steps", 1, "--prompt_style", "chat")
+    ids = {probe.ids[0] == 0 for probe in Receipt.read(adapter).prompts}
+    assert ids == {writes_bos}
+    assert verify(export(adapter, tmp_path / "out", "--outtype", "f32")) == 0
+    file = gguf.GGUFReader(tmp_path / "out/model.gguf")
+    assert file.fields["tokenizer.ggml.add_bos_token"].contents() == (adds_bos and writes_bos)
+
+
+def test_llama_cpp_adds_no_bos_where_there_is_none(tiny, data_dir, tmp_path):
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    edit_json(base / "tokenizer_config.json", bos_token=None)
+    edit_json(base / "config.json", bos_token_id=None)
+    adapter = finetune(base, data_dir, tmp_path / "run", "--train.max_steps", 1)
+    assert verify(export(adapter, tmp_path / "out", "--outtype", "f32")) == 0
+    (engine := LlamaCppEngine(tmp_path / "out/model.gguf", None, ("Name a fruit.",)))([], [])
+    assert engine.tokens == [Tokenizer(base).encode("Name a fruit.").ids]

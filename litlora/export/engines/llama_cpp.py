@@ -31,14 +31,19 @@ class LlamaCppEngine:
     """What is tokenized beside."""
     tokens: list[list[int]] = field(default_factory=list)
     """Of the texts, once something has been scored."""
+    stops: tuple[int, ...] = ()
+    """Tokens at which a generation should end."""
+    ends: list[int] = field(default_factory=list)
+    """Those of them at which llama.cpp ends one, once something has been scored."""
 
     def __post_init__(self) -> None:
         if find_spec("xllamacpp") is None:
             raise LitLoraError("--engine llama.cpp needs the xllamacpp package: pip install 'litlora[llama-cpp]'")
 
     def __call__(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[Scores]:
-        answer = self._ask({"sequences": list(zip(sequences, starts, strict=True)), "texts": self.texts})
-        self.tokens = answer["tokens"]
+        scored = list(zip(sequences, starts, strict=True))
+        answer = self._ask({"sequences": scored, "texts": self.texts, "stops": self.stops})
+        self.tokens, self.ends = answer["tokens"], answer["ends"]
         scores: list[Scores] = answer["log_probs"]
         return scores
 

@@ -1,8 +1,9 @@
 """The process in which llama.cpp computes: a request as JSON on standard input, the answer as the last line of output.
 
 A request has "model", "adapter" (or null), "threads", "sequences": pairs of token ids and the number of the first one
-that is to be scored, and "texts", which are to be tokenized. The answer has "log_probs" of all tokens but the first of
-each sequence, null where llama.cpp gives none, and "tokens" of each text.
+that is to be scored, "texts", which are to be tokenized, and "stops": tokens at which a generation should end. The
+answer has "log_probs" of all tokens but the first of each sequence, null where llama.cpp gives none, "tokens" of each
+text, and "ends": those of the stops at which a generation ends.
 """
 
 import json
@@ -33,15 +34,26 @@ def serve(model: str, adapter: str | None, length: int, threads: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def log_prob(server: Any, prefix: list[int], token: int) -> float | None:
-    """Return the log-probability of a token after others."""
+def chosen(server: Any, prefix: list[int], token: int) -> dict[str, Any]:
+    """Have a generation after some tokens begin with a token, and return what llama.cpp says of it."""
     request = {"prompt": prefix, "n_predict": 1, "n_probs": 1, "temperature": 0, "samplers": ["temperature"]}
     answer = server.handle_completions(request | {"logit_bias": [[token, FORCED]], "cache_prompt": True})
     answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
     if "choices" not in answer:
         raise SystemExit(str(answer.get("error", answer)))
-    entries = (answer["choices"][0].get("logprobs") or {}).get("content", ())
+    choice: dict[str, Any] = answer["choices"][0]
+    return choice
+
+
+def log_prob(server: Any, prefix: list[int], token: int) -> float | None:
+    """Return the log-probability of a token after others."""
+    entries = (chosen(server, prefix, token).get("logprobs") or {}).get("content", ())
     return next((entry["logprob"] for entry in entries if entry["id"] == token), None)
+
+
+def ends(server: Any, token: int) -> bool:
+    """Tell whether a generation ends at a token."""
+    return bool(chosen(server, [0], token)["finish_reason"] == "stop")
 
 
 def scored(server: Any, ids: list[int], start: int) -> list[float | None]:
@@ -62,12 +74,13 @@ def tokenized(server: Any, text: str) -> list[int]:
 def main() -> None:
     """Answer the request."""
     request = json.load(sys.stdin)
-    sequences, texts = request.get("sequences", []), request.get("texts", [])
+    sequences, texts, stops = (request.get(name, []) for name in ("sequences", "texts", "stops"))
     length = max((len(ids) + 8 for ids, _ in sequences), default=0)
     server = serve(request["model"], request["adapter"], length, request["threads"])
     answer = {
         "log_probs": [scored(server, ids, start) for ids, start in sequences],
         "tokens": [tokenized(server, text) for text in texts],
+        "ends": [token for token in stops if ends(server, token)],
     }
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
     sys.stdout.flush()

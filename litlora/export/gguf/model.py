@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from litlora.data.prompts.styles import PromptStyle
 from litlora.data.tokenizer import Tokenizer
 from litlora.export.gguf.tokenizer import add_tokenizer
 from litlora.export.gguf.writer import write_file
@@ -30,6 +31,8 @@ class Model:
     read: Callable[[str], Tensor]
     """Returns a tensor by the model's name."""
     tokenizer: Tokenizer
+    style: PromptStyle
+    """Of the prompts that it was trained on."""
 
     def reading(self, read: Callable[[str], Tensor], *, untied: bool) -> "Model":
         """Return the model with other tensors, and with an output head of its own if it is untied."""
@@ -51,6 +54,6 @@ def write_model(path: Path, model: Model, outtype: str) -> None:
         writer.add_type("model")
         writer.add_name(model.name)
         add_metadata(writer, own, model.config)
-        add_tokenizer(writer, model.tokenizer, model.config.vocab_size)
+        add_tokenizer(writer, model.tokenizer, model.config.vocab_size, model.style)
 
     write_file(path, name_of(own), outtype, tensors, describe)

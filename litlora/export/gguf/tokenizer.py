@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
+from litlora.data.prompts.styles import PromptStyle
 from litlora.data.tokenizer import Tokenizer
 from litlora.data.tokenizer_backend.sentencepiece_model import SPACE, SentencePieceModel
 from litlora.errors import LitLoraError
@@ -21,14 +22,14 @@ PROBE = (
 )
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Write a checkpoint's tokenizer, completed to as many tokens as the embedding has rows."""
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int, style: PromptStyle) -> None:
+    """Write a checkpoint's tokenizer, completed to as many tokens as the embedding has rows, for prompts of a style."""
     backend = tokenizer.backend
     if isinstance(backend, SentencePieceModel):
         _add_sentencepiece(writer, tokenizer, vocab_size, _own_scores(backend), backend.has_prefix)
     else:
         _add_bpe(writer, tokenizer, json.loads(backend.to_str()), vocab_size)
-    _add_special_tokens(writer, tokenizer)
+    _add_special_tokens(writer, tokenizer, style)
 
 
 def _add_bpe(writer: gguf.GGUFWriter, tokenizer: Tokenizer, content: dict[str, Any], vocab_size: int) -> None:
@@ -118,13 +119,14 @@ def _add_tokens(
     return tokens
 
 
-def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Tokenizer, style: PromptStyle) -> None:
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
-    for other in sorted(tokenizer.stop_ids - {tokenizer.eos_id})[:1]:
-        writer.add_eot_token_id(other)
-    writer.add_add_bos_token(tokenizer.adds_bos)
-    writer.add_add_eos_token(tokenizer.added_ids[1] == [tokenizer.eos_id])
+    others = sorted(tokenizer.stop_ids_of(style) - {tokenizer.eos_id})  # beyond two, llama.cpp has no name for them
+    for add, other in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add(other)
+    writer.add_add_bos_token(tokenizer.adds_bos_to(style))
+    writer.add_add_eos_token(False)  # nor has training anything after a prompt
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)

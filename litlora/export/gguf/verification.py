@@ -1,6 +1,6 @@
 """Whether llama.cpp computes from a GGUF file what the training's receipt has."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ COARSEST = 40.0  # for the types that litlora does not write
 LEFT = {"f32": 0.0, "f16": 0.05, "bf16": 0.5}
 """What is left of it beside the rounding that litlora computes: an input between two steps goes to either."""
 MOST_LEFT = 1.0
+ENDS = 3  # tokens at which a generation ends that the metadata of a file can name: eos, eot and eom
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,21 @@ def verify_gguf(path: Path, base: Path | None = None) -> Verdict:
     model = GGUFFile.read(_file_in(base)) if own.is_adapter and base is not None else own
     probes = [probe for probe in receipt.prompts if probe.text]
     texts = tuple(_without_bos(probe, model) for probe in probes)
-    engine = LlamaCppEngine(model.path, own.path if own.is_adapter else None, texts)
-    rounding, faults = _rounding(receipt, own, model), _faults(receipt, model, own.path.parent)
+    stops = tuple(receipt.stop_ids)
+    engine = LlamaCppEngine(model.path, own.path if own.is_adapter else None, texts, stops=stops)
+    modelfile = own.path.parent / MODELFILE
+    rounding, faults = _rounding(receipt, own, model), _template_faults(receipt, model, modelfile)
     if own.is_adapter and GGUF in receipt.hashes and rounding != GGUF:
         faults.append(f"{model.path} is not the GGUF file over which it was trained")
     share = _share(model.outtype, rounding) + base_share(receipt)
     verdict = compare(receipt, engine, TOLERANCE, share, model.outtype, faults, rounding=rounding)
+    missing = [model.text(token) for token in stops if token not in engine.ends]
+    is_named = not own.is_adapter and len(stops) <= ENDS
+    faults, notes = _stop_faults(missing, set() if is_named else stops_of(modelfile))
     found = [fault for probe, ids in zip(probes, engine.tokens, strict=True) if (fault := _token_fault(probe, ids))]
     if found and model.values.get(OTHER_SPLITTING):
-        return replace(verdict, notes=[f"{found[0]}, as its export said: give it token ids"])
-    return replace(verdict, faults=[*verdict.faults, *found[:1]])
+        notes, found = [*notes, f"{found[0]}, as its export said: give it token ids"], []
+    return replace(verdict, faults=[*verdict.faults, *faults, *found[:1]], notes=notes)
 
 
 def _rounding(receipt: Receipt, own: GGUFFile, model: GGUFFile) -> str | None:
@@ -105,12 +111,14 @@ def _file_in(path: Path) -> Path:
     return found[0]
 
 
-def _faults(receipt: Receipt, model: GGUFFile, folder: Path) -> list[str]:
-    """Return what of template and stop tokens differs from the receipt."""
-    faults = _template_faults(receipt, model, folder / MODELFILE)
-    stops = {model.text(model.token(name)) for name in ("eos", "eot", "eom")} | stops_of(folder / MODELFILE)
-    missing = [text for text in map(model.text, receipt.stop_ids) if text not in stops]
-    return faults + ([f"generation does not stop at {missing[0]}"] if missing else [])
+def _stop_faults(missing: Sequence[str], elsewhere: set[str]) -> tuple[list[str], list[str]]:
+    """Return faults and notes about stop tokens at which llama.cpp does not end a generation.
+
+    Those that only a Modelfile can name are none: the base's own file has others, or there are more than it can have.
+    """
+    faults = [f"generation does not stop at {text or 'a token'}" for text in missing if text not in elsewhere]
+    notes = [f"llama.cpp stops at {text} only if told to, as {MODELFILE} does" for text in missing if text in elsewhere]
+    return faults[:1], notes
 
 
 def _template_faults(receipt: Receipt, model: GGUFFile, modelfile: Path) -> list[str]:
