@@ -26,7 +26,7 @@ class Verdict:
     def refuse_faults(self, folder: Path) -> None:
         """Raise a LitLoraError if anything is wrong."""
         if self.faults:
-            hint = "export it again from the adapter"
+            hint = "copy or export it again from the run that trained it"
             raise LitLoraError(f"{folder} is not the network that was trained: {'; '.join(self.faults)}; {hint}")
 
     def __str__(self) -> str:

@@ -89,22 +89,28 @@ def test_export_verifies_what_it_wrote(trained, tmp_path, capsys):
     assert main(["export", str(adapter), "--out_dir", str(tmp_path / "faulty")]) == 1
 
 
-def test_what_is_no_copy_is_refused_in_one_sentence(tiny, trained, tmp_path, capsys):
+def test_what_is_no_copy_is_refused_in_one_sentence(tiny, trained, checkpoints, tmp_path, capfd):
     alone = export(trained[0], tmp_path / "alone", "--format", "gguf-lora")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/model.gguf").write_bytes((alone / "adapter.gguf").read_bytes()[:100])
     other = Path(shutil.copytree(trained[0], tmp_path / "final"))
     edit_weights(other / WEIGHTS, one_layer_zero)
-    capsys.readouterr()
-    for folder, engine, sentence in (
-        (alone, "llama.cpp", "is an adapter: name the GGUF file of its base with --base_dir"),
-        (alone, "peft", "is a GGUF file: leave --engine out"),
-        (tiny, "llama.cpp", "no GGUF file: write one with litlora export"),
-        (tmp_path / "cut", "llama.cpp", "is truncated or corrupt"),
-        (other, "litlora", "receipt.json is of another adapter"),
+    cut, base = ["--base_dir", tmp_path / "cut"], export(checkpoints("llama-mqa-wide-heads"), tmp_path / "base")
+    capfd.readouterr()
+    for folder, flags, sentence in (
+        (alone, [], "is an adapter: name the GGUF file of its base with --base_dir"),
+        (alone, ["--base_dir", alone], "is an adapter: name the GGUF file of its base with --base_dir"),
+        (alone, ["--base_dir", base], "has incorrect shape (hint: maybe wrong base model?)): name the GGUF file"),
+        (alone, cut, "is truncated or corrupt"),
+        (alone, ["--engine", "peft"], "is a GGUF file: leave --engine out"),
+        (tiny, ["--engine", "llama.cpp"], "no GGUF file: write one with litlora export"),
+        (tmp_path / "cut", ["--engine", "llama.cpp"], "is truncated or corrupt"),
+        (other, [], "receipt.json is of another adapter"),
     ):
-        assert verify(folder, "--engine", engine) == 1
-        assert sentence in capsys.readouterr().err.splitlines()[-1]
+        assert verify(folder, *flags) == 1
+        [sentence_of_it] = capfd.readouterr().err.splitlines()
+        assert sentence_of_it.startswith("litlora: ")
+        assert sentence in sentence_of_it
 
 
 def test_a_folder_without_a_receipt_is_refused(tiny, capsys):

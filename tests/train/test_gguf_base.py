@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -210,12 +211,47 @@ def test_a_file_of_another_model_is_refused(name, base, q4, data_dir, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_file_is_refused(base, q4, data_dir, tmp_path, capfd):
-    (short := tmp_path / "short.gguf").write_bytes(q4.read_bytes()[:-100])
-    assert run(*training(base, data_dir, tmp_path / "out", short)) == 1
-    err = capfd.readouterr().err.strip()
-    assert f"{short} is truncated or corrupt:" in err
-    assert "replace it with an intact copy" in err
+def retyped(file: bytes, number: int) -> bytes:
+    """Return a file in which a tensor has another of GGML's types."""
+    name = b"blk.0.ffn_up.weight"
+    start = file.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 2 * 8
+    return file[:start] + struct.pack("<I", number) + file[start + 4 :]
+
+
+WRONG_FILES = {
+    "truncated": (lambda file: file[:-100], "is truncated or corrupt:", "replace it with an intact copy"),
+    "cut in its header": (lambda file: file[:3000], "is truncated or corrupt:", "replace it with an intact copy"),
+    "a text": (lambda file: b"model", "is not a GGUF file: it does not start with GGUF", ""),
+    "a type that is not dequantized": (lambda file: retyped(file, 20), "is stored as IQ4_NL, but only", "quantize it"),
+    "a type of later times": (lambda file: retyped(file, 4096), "is stored as type 4096", "quantize it again"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_FILES)
+def test_a_wrong_file_is_refused_in_one_sentence(fault, base, q4, data_dir, trained, tmp_path, capfd):
+    change, sentence, hint = WRONG_FILES[fault]
+    (wrong := tmp_path / "wrong.gguf").write_bytes(change(q4.read_bytes()))
+    out = ["--out_dir", tmp_path / "out"]
+    for command in (
+        training(base, data_dir, tmp_path / "out", wrong),
+        ["export", base, "--quantize", wrong, *out],
+        ["export", trained / "final", "--quantize", wrong, "--format", "gguf-lora", *out],
+        ["merge_lora", trained / "final", "--quantize", wrong, *out],
+        ["generate", trained / "final", "--quantize", wrong, "--prompt", "a"],
+    ):
+        capfd.readouterr()
+        assert run(*command) == 1
+        [err] = capfd.readouterr().err.splitlines()
+        assert err.startswith(f"litlora: {wrong}")
+        assert sentence in err
+        assert hint in err
+        assert [*tmp_path.iterdir()] == [wrong]
+
+
+def test_an_adapter_in_place_of_a_base_is_refused(base, trained, data_dir, tmp_path, capfd):
+    assert run("export", trained / "final", "--format", "gguf-lora", "--out_dir", tmp_path / "alone") == 0
+    assert run(*training(base, data_dir, tmp_path / "out", tmp_path / "alone/adapter.gguf")) == 1
+    assert "adapter.gguf is an adapter: name the GGUF file of its base" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("start", ["fisher", "pissa"])

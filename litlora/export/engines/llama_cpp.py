@@ -4,6 +4,7 @@ llama.cpp prints, and ends its process where it does not like a file: it has a p
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from litlora.export.scoring import Scores
 
 WORKER = "llama_cpp_worker.py"
 TIMEOUT = 1800  # seconds
+ERROR = re.compile(r"^[\d.]+ E (?:\w+ +)?\w+ *: +(.*)$", re.MULTILINE)
+"""An error in llama.cpp's log: those after the first one follow from it."""
 
 
 @dataclass
@@ -56,7 +59,14 @@ class LlamaCppEngine:
             worker, input=json.dumps(setup | request), capture_output=True, text=True, errors="replace", timeout=TIMEOUT
         )
         if child.returncode:
-            fault = (child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"])[-1]
-            raise LitLoraError(f"llama.cpp does not load {self.adapter or self.model}: {fault}")
+            hint = "name the GGUF file of its base with --base_dir" if self.adapter else "export it again"
+            fault = _first_error(child.stdout + child.stderr) or f"it ended with {child.returncode}"
+            raise LitLoraError(f"llama.cpp does not load {self.adapter or self.model} ({fault}): {hint}")
         answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
         return answer
+
+
+def _first_error(log: str) -> str:
+    """Return what llama.cpp gives as its reason, or the last line of an exception."""
+    found = ERROR.search(log)
+    return found[1] if found else next(reversed(log.strip().splitlines()), "")

@@ -12,7 +12,7 @@ from litlora.export.gguf.writer import FILE_TYPES
 from litlora.export.ollama import MODELFILE, stops_of, template_hash
 from litlora.export.receipt import TEMPLATE, Probe, Receipt, text_hash
 from litlora.export.verdict import Verdict, compare
-from litlora.models.gguf.reader import read_gguf
+from litlora.models.gguf.reader import ADAPTER, KIND, read_gguf
 from litlora.models.gguf.splittings import OTHER_SPLITTING
 from litlora.models.weights import fingerprint
 
@@ -41,7 +41,7 @@ class GGUFFile:
 
     @property
     def is_adapter(self) -> bool:
-        return self.values.get("general.type") == "adapter"
+        return self.values.get(KIND) == ADAPTER
 
     @property
     def outtype(self) -> str:
@@ -64,9 +64,9 @@ def verify_gguf(path: Path, base: Path | None = None) -> Verdict:
     """Compare what llama.cpp computes from a GGUF file with the receipt in its folder."""
     own = GGUFFile.read(_file_in(path))
     receipt = Receipt.read(own.path.parent)
-    if own.is_adapter and base is None:
-        raise LitLoraError(f"{own.path} is an adapter: name the GGUF file of its base with --base_dir")
     model = GGUFFile.read(_file_in(base)) if own.is_adapter and base is not None else own
+    if model.is_adapter:
+        raise LitLoraError(f"{model.path} is an adapter: name the GGUF file of its base with --base_dir")
     probes = [probe for probe in receipt.prompts if probe.text]
     texts = tuple(_without_bos(probe, model) for probe in probes)
     stops = tuple(receipt.stop_ids)

@@ -28,6 +28,7 @@ MAX_ITEMS = 2**22
 """Entries of an array; vocabularies have less than 2**19, and lists of merges less than 2**20."""
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 2**16
+KIND, ADAPTER = "general.type", "adapter"
 ARCHITECTURE, ALIGNMENT, SPLITS = "general.architecture", "general.alignment", "split.count"
 
 
@@ -61,12 +62,14 @@ class GGUFHeader:
         return str(self.metadata.get(ARCHITECTURE))
 
     def require_trainable(self) -> Self:
-        """Refuse a file with tensors of a type that litlora cannot dequantize."""
+        """Refuse a file that is no model, or has tensors of a type that litlora cannot dequantize."""
+        if self.metadata.get(KIND) == ADAPTER:
+            raise LitLoraError(f"{self.path} is an adapter: name the GGUF file of its base")
         known = {kind.name for kind in BLOCK_TYPES.values()}
         for name, info in self.tensors.items():
             if info.type.name not in known:
                 fault = f"{name} is stored as {info.type.name}, but only {', '.join(sorted(known))} can be trained over"
-                raise LitLoraError(f"{self.path}: {fault}")
+                raise LitLoraError(f"{self.path}: {fault}; choose a file of other types, or quantize it again")
         return self
 
 
