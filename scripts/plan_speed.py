@@ -1,20 +1,20 @@
 """Measure the speed of the plan that memory decides against a grid of fixed micro-batches, on this CPU.
 
-Each run is a process of its own: litlora finetune_lora for a few steps, the first of which does not count. The runs
-of a model take turns, and the fastest of each setting counts: what else the machine does only makes a run slower.
+One process trains a model over a base, and takes the same step under each plan in turn, so that a machine whose pace
+changes slows all of them down. The first round, in which kernels are made, does not count; the share is the median of
+the ratios of the others.
 """
 
 import argparse
-import csv
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Literal
 
 from litlora.cpu.environment import allocator_settings, let_threads_sleep
 
@@ -22,30 +22,31 @@ if __name__ == "__main__" and (settings := allocator_settings()):  # which the C
     let_threads_sleep()
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
 
-import torch
-from memory_accuracy import SHORT, SMOLLM2, TOKENIZER, in_process, train
+from memory_accuracy import SMOLLM2, TOKENIZER
 from memory_table import print_table
 
-COLUMNS = ("model", "base", "plan, tokens x concurrent", "tokens/s", "best fixed, tokens", "tokens/s", "share")
-AUTO = "auto"
+from litlora.args.finetune import FinetuneLoraArgs
+from litlora.data.batching import Sample
+from litlora.train.inputs import find_inputs, read_data, run_folder
+from litlora.train.loop import Run, train_step
+from litlora.train.memory_estimate import Network
+from litlora.train.memory_plan import Plan
+from litlora.train.planned_run import PlannedRun
+from litlora.train.schedule import steps
+from litlora.train.setup import build_run, joined, under_plan
+from litlora.utils.signals import StopRequest
+
+COLUMNS = ("model", "base", "plan", "tokens/s", "best of the grid", "tokens/s", "share")
 PICO = "pico"
-BASES = {"bfloat16": "", "NF4": "--quantize bnb.nf4"}
-GRID = {SMOLLM2: ("256", "512", "1024", "2048", "4096"), PICO: ("128", "256", "512", "1024", "2048")}
-"""Tokens of a fixed micro-batch."""
-STEPS = {SMOLLM2: 3, PICO: 30}
+BASES: dict[str, Literal["bnb.nf4"] | None] = {"bfloat16": None, "NF4": "bnb.nf4"}
+GRID = {SMOLLM2: (256, 512, 1024, 2048, 4096), PICO: (128, 256, 512, 1024, 2048)}
+"""Tokens of a fixed micro-batch, of which two are concurrent; without checkpointing."""
+RATE = 1e-5
 WORDS = (15, 25, 35, 45, 60, 75, 90, 100, 40, 30, 55, 20, 85, 65, 50, 70)
 """Lengths of the rows, in turn."""
 TEXT = (
     "In the morning the old harbour fills with small boats, and people carry baskets of fish up the steep street while "
 )
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of a run: how it was split, and how fast it was."""
-
-    plan: str
-    tokens_per_second: float
 
 
 def write_data(folder: Path) -> None:
@@ -59,70 +60,81 @@ def write_data(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(chosen), encoding="utf-8")
 
 
-def measure(model: str, base: str, tokens: str, folder: Path, checkpoint: Path) -> Speed:
-    """Train for a few steps, and return the speed of those after the first."""
-    data, out = folder / "rows", folder / "speed"
-    if not data.is_dir():
-        write_data(data)
-    shutil.rmtree(out, ignore_errors=True)
-    folders = {"checkpoint_dir": checkpoint, "data_dir": data, "out_dir": out, "train.micro_batch_tokens": tokens}
-    command = ["finetune_lora", *(text for name, value in folders.items() for text in (f"--{name}", str(value)))]
-    command += [*SHORT.split(), *BASES[base].split(), "--train.max_steps", str(STEPS[model]), "--train.epochs", "100"]
-    command += ["--eval.final_validation", "false", "--eval.max_new_tokens", "0"]
-    in_process(partial(train, command, torch.get_num_threads()))
-    report = json.loads((out / "final/report.json").read_text(encoding="utf-8"))
-    plan = report["plan"] and "{micro_batch_tokens} x {parallel_micro_batches}".format(**report["plan"])
-    return Speed(plan or tokens, speed_of(out / "metrics.csv"))
+@dataclass(frozen=True)
+class Times:
+    """What the same steps take under several plans."""
+
+    plans: list[str]
+    """Memory's plan first."""
+    seconds: list[list[float]]
+    """Of each round, by plan."""
+    tokens: float
+    """Of a step."""
 
 
-def speed_of(metrics: Path) -> float:
-    """Return tokens per second of the steps after the first."""
-    with metrics.open(encoding="utf-8", newline="") as file:
-        steps = [row for row in csv.DictReader(file) if row["tokens_per_second"]]
-    counted = [(int(row["tokens"]) - int(before["tokens"]), float(row["tokens_per_second"]))
-               for before, row in pairwise(steps)]  # fmt: skip
-    return sum(tokens for tokens, _ in counted) / sum(tokens / speed for tokens, speed in counted)
+def measure(args: FinetuneLoraArgs, grid: Sequence[int], rounds: int) -> Times:
+    """Take a step of each round under every plan; each round begins with another one."""
+    with joined(args) as (fabric, ranks):
+        inputs = find_inputs(args, None, fabric.device, ranks)
+        folder, data = run_folder(inputs.args, inputs, ranks), read_data(inputs.args, inputs, ranks)
+        network = Network.of(inputs.args, inputs.checkpoint, folder.lora, fabric.device)
+        planned = PlannedRun.of(inputs.args, network, data.train, ranks)
+        assert planned.plan
+        assert planned.planner
+        plans = [planned.plan, *(Plan(tokens, False, planned.planner.workers, False) for tokens in grid)]
+        run, _ = build_run(planned, inputs, data, folder, fabric, ranks, StopRequest(None), None)
+        runs = [under_plan(run, PlannedRun._with(planned.planner, plan), data) for plan in plans]
+        size = args.train.global_batch_size
+        batches = [batch for *_, batch in steps(data.train, size, args.seed, after=0, total=rounds + 1)]
+        seconds = [seconds_of(runs, batch, first=number % len(runs)) for number, batch in enumerate(batches)]
+    return Times([str(plan) for plan in plans], seconds[1:], float(data.train.lengths.mean()) * size)
+
+
+def seconds_of(runs: Sequence[Run], batch: list[Sample], first: int) -> list[float]:
+    """Return the seconds that a step takes under each plan."""
+    found = {}
+    for index in (*range(first, len(runs)), *range(first)):
+        start = perf_counter()
+        train_step(runs[index], batch, RATE, 1)
+        found[index] = perf_counter() - start
+    return [found[index] for index in range(len(runs))]
 
 
 def compare(model: str, base: str, folder: Path, checkpoint: Path, rounds: int) -> tuple[str, ...]:
     """Return the row of a model over a base."""
-    best: dict[str, Speed] = {}
-    for _ in range(rounds):
-        for tokens in (AUTO, *GRID[model]):
-            speed = measure(model, base, tokens, folder, checkpoint)
-            print(f"{model}, {base}, {tokens}: {speed.tokens_per_second:.0f} tokens/s", file=sys.stderr, flush=True)
-            if tokens not in best or speed.tokens_per_second > best[tokens].tokens_per_second:
-                best[tokens] = speed
-    planned = best.pop(AUTO)
-    fixed = max(best.values(), key=lambda speed: speed.tokens_per_second)
-    share = f"{planned.tokens_per_second / fixed.tokens_per_second:.0%}"
-    return (
-        model,
-        base,
-        planned.plan,
-        f"{planned.tokens_per_second:.0f}",
-        fixed.plan,
-        f"{fixed.tokens_per_second:.0f}",
-        share,
+    args = FinetuneLoraArgs(
+        checkpoint, folder / "rows", folder / "run", quantize=BASES[base], prompt_style="alpaca", quiet=True
     )
-
-
-def rows(checkpoints: dict[str, Path], only: Sequence[str], folder: Path, rounds: int) -> Iterator[tuple[str, ...]]:
-    for model, checkpoint in checkpoints.items():
-        for base in BASES:
-            if any(text in f"{model}, {base}" for text in only):
-                yield compare(model, base, folder, checkpoint, rounds)
+    times = measure(args, GRID[model], rounds)
+    typical = [median(column) for column in zip(*times.seconds, strict=True)]
+    speeds = [f"{times.tokens / seconds:.0f}" for seconds in typical]
+    for plan, speed in zip(times.plans, speeds, strict=True):
+        print(f"{model}, {base}, {plan}: {speed} tokens/s", file=sys.stderr, flush=True)
+    best = min(range(1, len(speeds)), key=typical.__getitem__)
+    share = f"{median(row[best] / row[0] for row in times.seconds):.1%}"
+    same = " (the same plan)" if times.plans[best] == times.plans[0] else ""
+    return model, base, times.plans[0], speeds[0], times.plans[best], speeds[best], share + same
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smollm2", type=Path, help="folder with SmolLM2-135M, if it shall be measured")
-    parser.add_argument("--folder", type=Path, required=True, help="folder for rows and runs")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for rows")
     parser.add_argument("--only", default=[""], nargs="+", help="texts in the names of what shall be measured")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each setting")
+    parser.add_argument("--rounds", type=int, default=5, help="steps under each plan")
     args = parser.parse_args()
+    if not (args.folder / "rows").is_dir():
+        write_data(args.folder / "rows")
     checkpoints = {PICO: TOKENIZER} | ({SMOLLM2: args.smollm2} if args.smollm2 else {})
     print_table(COLUMNS, rows(checkpoints, args.only, args.folder, args.rounds))
+
+
+def rows(checkpoints: dict[str, Path], only: Sequence[str], folder: Path, rounds: int) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each model and base."""
+    for model, checkpoint in checkpoints.items():
+        for base in BASES:
+            if any(text in f"{model}, {base}" for text in only):
+                yield compare(model, base, folder, checkpoint, rounds)
 
 
 if __name__ == "__main__":
