@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.families import WHOLE_BLOCKS, Family
+import sentencepiece
+import torch
+from helpers.families import LINEAR, LONGROPE, ORIGINAL, WHOLE_BLOCKS, YARN, Case, Family, rope
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, SmolLM3Config
@@ -15,7 +17,9 @@ from litlora.__main__ import main
 from litlora.data.tokenizer import Tokenizer as LitLoraTokenizer
 from litlora.errors import LitLoraError
 from litlora.export.engines.llama_cpp import LlamaCppEngine
+from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles, read_config
+from litlora.models.gguf.comparison import differences
 from litlora.models.gguf.folder import complete_folder
 from litlora.models.gguf.reader import GGUFHeader, read_gguf
 
@@ -182,6 +186,7 @@ CONFIG = {
     "another architecture": ({"general.architecture": "bert"}, "its architecture is bert, and only llama, qwen2"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count is 8, which is not known"),
     "a rotary scaling": ({"llama.rope.scaling.type": "linear"}, "its rotary scaling is linear"),
+    "a factor alone": ({"llama.rope.scaling.factor": 4.0}, "its rotary scaling is linear"),
     "heads of layers": ({"llama.attention.head_count": [4, 4]}, "its llama.attention.head_count is [4, 4]"),
     "no layers": ({"llama.block_count": 0}, "its llama.block_count is 0"),
     "half a rotary embedding": ({"llama.rope.dimension_count": 8}, "heads of keys, values and rotary embedding differ"),
@@ -198,3 +203,67 @@ def test_what_could_differ_is_refused(name, header, tmp_path):
     assert str(refused.value).startswith(f"{what} {header.path}")
     assert "to the folder of --checkpoint_dir" in str(refused.value)
     assert not [*tmp_path.iterdir()]
+
+
+SCALINGS = {"linear": LINEAR, "yarn": YARN, "longrope": LONGROPE}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_file_with_a_rotary_scaling_needs_the_config_of_its_model(kind, tokenizer_files, tmp_path, capfd):
+    """The file alone is refused; with config.json beside it, the network is that of the checkpoint."""
+    Case(kind, "llama", SCALINGS[kind]).write(tmp_path / "base", tokenizer_files)
+    path = export(tmp_path / "base", tmp_path / "out")
+    (folder := tmp_path / "folder").mkdir()
+    assert main(["finetune_lora", str(folder), "--quantize", str(path), "--data_dir", str(folder)]) == 1
+    refusal = (
+        f"litlora: config.json cannot be rebuilt exactly from {path} (its rotary scaling is {kind}): add the model's"
+    )
+    assert capfd.readouterr().err.splitlines()[-1].startswith(refusal)
+    assert not [*folder.iterdir()]
+    shutil.copy(tmp_path / "base/config.json", folder)
+    checkpoint, tokens = Checkpoint.open(CheckpointFiles.find(folder, path)), torch.arange(3, 60)
+    models = [
+        each.load(torch.float32, torch.device("cpu")) for each in (Checkpoint.open(tmp_path / "base"), checkpoint)
+    ]
+    with torch.no_grad():
+        expected, actual = (model.logits(model(tokens, [len(tokens)])) for model in models)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_keys_that_a_file_lacks_are_those_of_llama_cpp(tokenizer_files, tmp_path):
+    """Without its key, llama.cpp takes a base of 10000 and no factor of YaRN's attention."""
+    keys = rope("yarn", factor=4.0, attention_factor=2.0, beta_fast=30.0, beta_slow=2.0, **ORIGINAL)
+    Case("yarn", "llama", keys).write(tmp_path / "base", tokenizer_files)
+    header = read_gguf(export(tmp_path / "base", tmp_path / "out"))
+    hub_config, config = read_config(tmp_path / "base")
+    assert not [*differences(header, hub_config, config)]
+    names = "freq_base", "scaling.attn_factor", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.type"
+    for name in names:
+        metadata = {key: value for key, value in header.metadata.items() if key != f"llama.rope.{name}"}
+        [fault] = differences(replace(header, metadata=metadata), hub_config, config)
+        assert fault.startswith(f"its llama.rope.{name} is ")
+
+
+def test_a_file_with_a_sentencepiece_tokenizer_needs_that_of_its_model(make_checkpoint, tmp_path, capfd):
+    base = Path(shutil.copytree(make_checkpoint(WHOLE_BLOCKS), tmp_path / "base"))
+    (base / "tokenizer.json").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:2]), model_prefix=str(base / "tokenizer"), model_type="bpe", vocab_size=300,
+        hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    path = export(base, tmp_path / "out")
+    (folder := tmp_path / "folder").mkdir()
+    assert main(["finetune_lora", str(folder), "--quantize", str(path), "--data_dir", str(folder)]) == 1
+    refusal = (
+        f"litlora: the tokenizer in {path} cannot be rebuilt exactly (it is of the type llama, and only gpt2 can be): "
+    )
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"{refusal}add tokenizer.json or tokenizer.model")
+    assert not [*folder.iterdir()]
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(base / name, folder)
+    CheckpointFiles.find(folder, path)
+    assert [LitLoraTokenizer(folder).encode(text).ids for text in TEXTS] == [
+        LitLoraTokenizer(base).encode(text).ids for text in TEXTS
+    ]

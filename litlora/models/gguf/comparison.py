@@ -8,6 +8,7 @@ import torch
 
 from litlora.models.config import GPTConfig
 from litlora.models.gguf.architectures import Architecture, architecture_of_checkpoint, name_of
+from litlora.models.gguf.hub_config import NO_SCALING, SCALING, scaling_of
 from litlora.models.gguf.library import gguf
 from litlora.models.gguf.metadata import add_computation
 from litlora.models.gguf.reader import GGUFHeader
@@ -15,7 +16,13 @@ from litlora.models.gguf.stored import StoredInGGUF
 from litlora.models.gguf.tensors import ROPE_FACTORS, rope_factors
 from litlora.models.mapped_file import map_file
 
-SCALING, NO_SCALING = "rope.scaling.type", "none"
+DEFAULTS = {
+    "rope.freq_base": 10000.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}
+"""What llama.cpp computes with where a file has none of these keys."""
 NOT_COMPARED = "vocab_size", "sliding_window_pattern"
 """Keys whose meaning is in the shapes already, or that converters write in different forms."""
 CLOSE = 1e-4
@@ -38,9 +45,10 @@ def _different_keys(header: GGUFHeader, own: Architecture, config: GPTConfig) ->
     add_computation(writer, own, config)
     expected: dict[str, Any] = {key: value.value for key, value in writer.kv_data[0].items()}
     scaling = f"{arch}.{SCALING}"
+    defaults = {f"{arch}.{name}": value for name, value in DEFAULTS.items()} | {scaling: scaling_of(header)}
     for key in dict.fromkeys([*expected, scaling]):
-        absent = NO_SCALING if key == scaling else None
-        theirs, ours = header.metadata.get(key, absent), expected.get(key, absent)
+        ours = expected.get(key, NO_SCALING if key == scaling else None)
+        theirs = header.metadata.get(key, defaults.get(key))
         compared = key.removeprefix(f"{arch}.") not in NOT_COMPARED and key.startswith(f"{arch}.")
         if compared and theirs is not None and not _agree(theirs, ours):
             yield f"its {key} is {theirs}, and config.json implies {ours}"

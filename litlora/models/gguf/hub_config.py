@@ -23,7 +23,7 @@ SIZES = {
 }
 EPS, THETA, KV_HEADS = "attention.layer_norm_rms_epsilon", "rope.freq_base", "attention.head_count_kv"
 HEAD_SIZES = "attention.key_length", "attention.value_length", "rope.dimension_count"
-SCALING = "rope.scaling.type"
+SCALING, SCALING_FACTOR, NO_SCALING = "rope.scaling.type", "rope.scaling.factor", "none"
 KNOWN = {*SIZES.values(), EPS, THETA, KV_HEADS, *HEAD_SIZES, SCALING, "vocab_size"}
 EMBEDDING, HEAD, FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -33,6 +33,12 @@ LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 def config_of(header: GGUFHeader) -> dict[str, Any]:
     """Return the content of config.json; LitLoraError where metadata and names do not tell it."""
     return _Rebuilt(header).config()
+
+
+def scaling_of(header: GGUFHeader) -> Any:
+    """Return the rotary scaling of a file: a factor without a type is one of linear scaling to llama.cpp."""
+    factor = header.metadata.get(f"{header.architecture}.{SCALING_FACTOR}")
+    return header.metadata.get(f"{header.architecture}.{SCALING}", "linear" if factor else NO_SCALING)
 
 
 def shortest(value: float) -> float:
@@ -54,6 +60,8 @@ class _Rebuilt:
         self.header, self.arch = header, header.architecture
         if self.arch not in CLASSES:
             self.refuse(f"its architecture is {self.arch}, and only {', '.join(CLASSES)} can be")
+        if (kind := scaling_of(header)) != NO_SCALING:  # the context's length may be the base's or the extended one
+            self.refuse(f"its rotary scaling is {kind}")
         for key, value in header.metadata.items():
             name = key.removeprefix(f"{self.arch}.")
             if name != key and name not in KNOWN and value:
@@ -105,10 +113,7 @@ class _Rebuilt:
 
     def rope(self) -> dict[str, Any]:
         """Return the rotary embedding; that of Llama 3 by the divisors of its frequencies, which are compared later."""
-        kind = self.header.metadata.get(f"{self.arch}.{SCALING}", "none")
         theta = {"rope_theta": self.number(THETA, 10000.0)}
-        if kind != "none":  # for which the length of the context is that of the base or the extended one
-            self.refuse(f"its rotary scaling is {kind}")
         if FACTORS in self.header.tensors:
             return {"rope_type": "llama3", **theta, "factor": self.largest_divisor(), **LLAMA_3}
         return {"rope_type": "default", **theta}

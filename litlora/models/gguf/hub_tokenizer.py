@@ -44,7 +44,8 @@ class _Rebuilt:
         return files | ({GENERATION_CONFIG: {"eos_token_id": stops}} if len(set(stops)) > 1 else {})
 
     def refuse(self, fault: str) -> NoReturn:
-        hint = "add tokenizer.json (litlora download --tokenizer_only true) to the folder of --checkpoint_dir"
+        files = "tokenizer.json or tokenizer.model (litlora download --tokenizer_only true)"
+        hint = f"add {files} to the folder of --checkpoint_dir"
         raise LitLoraError(f"the tokenizer in {self.header.path} cannot be rebuilt exactly ({fault}): {hint}")
 
     def _get(self, name: str) -> Any:
