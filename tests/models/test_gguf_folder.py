@@ -76,7 +76,7 @@ def bpe(split: pre_tokenizers.PreTokenizer, folder: Path, *, ignores_merges: boo
     """Write a small tokenizer with special tokens at the start of its vocabulary, and one that is plain text."""
     alphabet = sorted(ByteLevel.alphabet())
     pairs = [("Ġ", "t"), ("i", "n"), ("Ġ", "a"), ("r", "e"), ("1", "2"), ("Ġa", "n"), ("Ġan", "d"), ("Ċ", "Ċ")]
-    texts = ["<s>", "</s>", "<|user|>", *alphabet, *map("".join, pairs)]
+    texts = ["<s>", "</s>", "<|user|>", *alphabet, *map("".join, pairs), "Ġgreen"]  # which no merge makes
     vocabulary = {text: number for number, text in enumerate(texts)}
     backend = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignores_merges))
     backend.pre_tokenizer, backend.decoder = split, decoders.ByteLevel()
@@ -101,6 +101,7 @@ def test_tokenizer_is_that_of_the_checkpoint_and_of_llama_cpp(name, make_checkpo
     ids = [expected.encode(text).ids for text in TEXTS]
     assert [actual.encode(text).ids for text in TEXTS] == ids
     assert [actual.encode(text).spans for text in TEXTS] == [expected.encode(text).spans for text in TEXTS]
+    assert [*map(actual.decode, ids)] == [*map(expected.decode, ids)]
     for attribute in ("bos_id", "eos_id", "stop_ids", "chat_template", "added_ids"):
         assert getattr(actual, attribute) == getattr(expected, attribute)
     (engine := LlamaCppEngine(path, None, tuple(TEXTS)))([], [])
