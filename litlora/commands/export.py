@@ -67,7 +67,8 @@ def export(args: ExportArgs, files: CheckpointFiles | None = None, adapters: Ada
     if merge is not None and outtype in ROUNDED:
         log(str(merge.changes))
     if receipt is not None and args.verify:
-        _verify(args.folder, is_alone=is_alone)
+        over = base.weights.files[0] if base.weights.is_quantized else None
+        _verify(args.folder, over, is_alone=is_alone)
 
 
 def check(args: ExportArgs, files: CheckpointFiles, adapters: Adapters) -> None:
@@ -112,10 +113,11 @@ def _receipt(base: Checkpoint, adapters: Adapters, *, dequantized: bool) -> Rece
     return Receipt.read(base.dir) if (base.dir / RECEIPT).is_file() else None
 
 
-def _verify(out_dir: Path, *, is_alone: bool) -> None:
-    if is_alone:
+def _verify(out_dir: Path, over: Path | None, *, is_alone: bool) -> None:
+    """Verify what was written, an adapter alone with the GGUF file over which it was trained, if there is one."""
+    if is_alone and over is None:
         log(f"verify it with the GGUF file of its base: litlora verify {out_dir} --base_dir BASE.gguf")
     elif find_spec("xllamacpp") is None:
         log("it is not verified without llama.cpp: pip install 'litlora[llama-cpp]'")
     else:
-        log_verdict(verify_gguf(out_dir), out_dir)
+        log_verdict(verify_gguf(out_dir, over if is_alone else None), out_dir)
