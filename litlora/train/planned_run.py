@@ -169,12 +169,10 @@ class PlannedRun:
         concurrent = concurrent_micro_batches(longest, train, self.layout.devices, self.layout.workers)
         return load_of(longest, self.network, train.recomputes, concurrent)
 
-    def estimate(self) -> dict[str, int]:
-        """Return the parts of the peak memory in bytes; called before a weight is loaded."""
+    def estimate(self, process: int) -> dict[str, int]:
+        """Return the parts of the peak memory in bytes; `process` are those in use before a weight is loaded."""
         parts = breakdown(self.network, self._load(), self.args.optimizer)
-        if self.network.backend.counts_process_memory:
-            parts[PROCESS] = self.network.backend.memory_in_use()
-        return parts
+        return parts | ({PROCESS: process} if self.network.backend.counts_process_memory else {})
 
     def table(self) -> str:
         """Return what the run computes and the parts of its peak memory, as a table."""
@@ -189,7 +187,7 @@ class PlannedRun:
             "tokens": sum(int(samples.lengths[order].sum()) for _, order in epochs),
             "tokens in the longest micro-batch": sum(len(sample.tokens) for sample in self.longest()),
         }
-        return table(counts, self.estimate())
+        return table(counts, self.estimate(self.network.backend.memory_in_use()))
 
     def __str__(self) -> str:
         """Return the plan as the run prints it."""
@@ -241,8 +239,10 @@ def _peak_from_now_on(backend: Backend) -> int:
     return backend.peak_memory()
 
 
-def with_memory_checked(run: Run, planned: PlannedRun, done: int, under: Callable[[Run, PlannedRun], Run]) -> Run:
-    """Return the run under a plan whose longest micro-batch was computed within its memory; refuse a run without.
+def with_memory_checked(
+    run: Run, planned: PlannedRun, done: int, under: Callable[[Run, PlannedRun], Run]
+) -> tuple[Run, PlannedRun]:
+    """Return the run, and its plan, whose longest micro-batch was computed within its memory; refuse a run without.
 
     `done` steps are behind it, and `under` gives the same run under another plan.
     """
@@ -252,18 +252,18 @@ def with_memory_checked(run: Run, planned: PlannedRun, done: int, under: Callabl
         ranks, network, longest = run.engine.ranks, planned.network, planned.longest(done)
         if planned.planner is None or planned.is_sharded:
             check_memory(run.engine, network, train, optimizer, longest)
-            return run
+            return run, planned
         budget = planned.planner.budget
         factor = memory_factor(run.engine, network, train, optimizer, longest, budget.used, before)
         factor = ranks.all_reduce_max(round(min(factor, MOST_FACTOR) * 1000)) / 1000
         if factor < MOST_FACTOR and planned.fits(factor):
-            return run
+            return run, planned
         lowered = planned.lowered(factor)
         if lowered is None:
             if factor == MOST_FACTOR:
                 check_memory(run.engine, network, train, optimizer, longest)
             warn(f"the longest micro-batch takes {factor:.1f} times its estimate, beyond {budget.name}")
-            return run
+            return run, planned
         planned = lowered
         log(f"{planned}: the one before took more than its estimate")
         run, before = under(run, planned), _peak_from_now_on(network.backend)

@@ -84,7 +84,7 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
         recorded = ranks.broadcast_result(partial(plan_of, start, args.train))
         planned = PlannedRun.of(args, network, data.train, ranks, recorded)
         folder = planned_folder(folder.with_details(data.digests), planned)
-        estimated = planned.estimate()
+        process = network.backend.memory_in_use()
         run, progress = build_run(planned, inputs, data, folder, fabric, ranks, stop, start)
         log_choices(inputs)
         log_plan(run)
@@ -92,8 +92,8 @@ def finetune(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> Rep
             log(str(planned))
         if progress.step < total_steps(len(data.train), args.train):
             with task("checking memory"):
-                run = with_memory_checked(run, planned, progress.step, partial(under_plan, data=data))
-        return carry_out(run, progress, start, inputs, data, estimated)
+                run, planned = with_memory_checked(run, planned, progress.step, partial(under_plan, data=data))
+        return carry_out(run, progress, start, inputs, data, planned.estimate(process))
 
 
 def forecast(args: FinetuneLoraArgs, base: CheckpointFiles | None = None) -> str:

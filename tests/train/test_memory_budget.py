@@ -77,6 +77,8 @@ def test_plan_too_bold_is_lowered_to_the_same_result(runs, command, tmp_path):
         lowered = "GB: the one before took more than its estimate" in runs.stderr.read_text()
         assert lowered is (name == "bold"), runs.stderr.read_text()
         adapters[name] = adapter(tmp_path / name / "final")
+        done = report(tmp_path / name / "final")
+        assert sum(done["estimated_memory_gb"].values()) == pytest.approx(done["plan"]["needed_gb"], rel=0.05)
     assert report(tmp_path / "bold/final")["plan"]["activation_checkpointing"]
     assert not report(tmp_path / "right/final")["plan"]["activation_checkpointing"]
     for name, matrix in adapters["right"].items():
