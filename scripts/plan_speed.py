@@ -40,7 +40,7 @@ COLUMNS = ("model", "base", "plan", "tokens/s", "best of the grid", "tokens/s", 
 PICO = "pico"
 BASES: dict[str, Literal["bnb.nf4"] | None] = {"bfloat16": None, "NF4": "bnb.nf4"}
 GRID = {SMOLLM2: (256, 512, 1024, 2048, 4096), PICO: (128, 256, 512, 1024, 2048)}
-"""Tokens of a fixed micro-batch, of which two are concurrent; without checkpointing."""
+"""Tokens of a fixed micro-batch. As many are concurrent as the cores allow, without checkpointing."""
 RATE = 1e-5
 WORDS = (15, 25, 35, 45, 60, 75, 90, 100, 40, 30, 55, 20, 85, 65, 50, 70)
 """Lengths of the rows, in turn."""
