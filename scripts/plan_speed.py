@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -25,22 +25,21 @@ if __name__ == "__main__" and (settings := allocator_settings()):  # which the C
 from memory_accuracy import SMOLLM2, TOKENIZER
 from memory_table import print_table
 
-from litlora.args.finetune import FinetuneLoraArgs
+from litlora.args.finetune import FinetuneLoraArgs, TrainArgs
 from litlora.data.batching import Sample
 from litlora.train.inputs import find_inputs, read_data, run_folder
 from litlora.train.loop import Run, train_step
 from litlora.train.memory_estimate import Network
-from litlora.train.memory_plan import Plan
 from litlora.train.planned_run import PlannedRun
 from litlora.train.schedule import steps
-from litlora.train.setup import build_run, joined, under_plan
+from litlora.train.setup import build_run, follow_plan, joined, under_plan
 from litlora.utils.signals import StopRequest
 
 COLUMNS = ("model", "base", "plan", "tokens/s", "best of the grid", "tokens/s", "share")
 PICO = "pico"
 BASES: dict[str, Literal["bnb.nf4"] | None] = {"bfloat16": None, "NF4": "bnb.nf4"}
 GRID = {SMOLLM2: (256, 512, 1024, 2048, 4096), PICO: (128, 256, 512, 1024, 2048)}
-"""Tokens of a fixed micro-batch. As many are concurrent as the cores allow, without checkpointing."""
+"""Tokens of a fixed micro-batch."""
 RATE = 1e-5
 WORDS = (15, 25, 35, 45, 60, 75, 90, 100, 40, 30, 55, 20, 85, 65, 50, 70)
 """Lengths of the rows, in turn."""
@@ -79,23 +78,30 @@ def measure(args: FinetuneLoraArgs, grid: Sequence[int], rounds: int) -> Times:
         folder, data = run_folder(inputs.args, inputs, ranks), read_data(inputs.args, inputs, ranks)
         network = Network.of(inputs.args, inputs.checkpoint, folder.lora, fabric.device)
         planned = PlannedRun.of(inputs.args, network, data.train, ranks)
-        assert planned.plan
-        assert planned.planner
-        plans = [planned.plan, *(Plan(tokens, False, planned.planner.workers, False) for tokens in grid)]
+        settings = [replace(inputs.args, train=replace(args.train, micro_batch_tokens=tokens)) for tokens in grid]
+        plans = [planned, *(PlannedRun.of(fixed, network, data.train, ranks) for fixed in settings)]
         run, _ = build_run(planned, inputs, data, folder, fabric, ranks, StopRequest(None), None)
-        runs = [under_plan(run, PlannedRun._with(planned.planner, plan), data) for plan in plans]
+        runs = [(plan, under_plan(run, plan, data)) for plan in plans]
         size = args.train.global_batch_size
         batches = [batch for *_, batch in steps(data.train, size, args.seed, after=0, total=rounds + 1)]
         seconds = [seconds_of(runs, batch, first=number % len(runs)) for number, batch in enumerate(batches)]
-    return Times([str(plan) for plan in plans], seconds[1:], float(data.train.lengths.mean()) * size)
+    return Times([named(plan.args.train) for plan in plans], seconds[1:], float(data.train.lengths.mean()) * size)
 
 
-def seconds_of(runs: Sequence[Run], batch: list[Sample], first: int) -> list[float]:
+def named(train: TrainArgs) -> str:
+    """Return how a step is split, in words."""
+    checkpointing = ", checkpointing" if train.recomputes else ""
+    return f"{train.micro_batch_tokens:,} tokens x {train.parallel_micro_batches}{checkpointing}"
+
+
+def seconds_of(runs: Sequence[tuple[PlannedRun, Run]], batch: list[Sample], first: int) -> list[float]:
     """Return the seconds that a step takes under each plan."""
     found = {}
     for index in (*range(first, len(runs)), *range(first)):
+        planned, run = runs[index]
+        follow_plan(run.engine.gpt, planned)  # the model is the same for all
         start = perf_counter()
-        train_step(runs[index], batch, RATE, 1)
+        train_step(run, batch, RATE, 1)
         found[index] = perf_counter() - start
     return [found[index] for index in range(len(runs))]
 

@@ -145,7 +145,7 @@ def build_run(
     args, layout = planned.args, planned.layout
     torch.manual_seed(args.seed)
     gpt = build_model(args, inputs.checkpoint, folder.lora, fabric, sharded=planned.is_sharded)
-    layout.network.backend.prepare_for_training(tight=planned.is_tight)
+    follow_plan(gpt, planned)
     groups = adapter_groups(lora_layers(gpt).values(), args.lora_plus_ratio)
     optimizer = build_optimizer(args.optimizer, groups, args.train.peak_rate)
     _, wrapped = fabric.setup(gpt, optimizer)  # the model as it is: what Fabric wraps is for one thread alone
@@ -174,13 +174,17 @@ def planned_folder(folder: RunFolder, planned: PlannedRun) -> RunFolder:
     return replace(folder, args=planned.args, plan=planned.record())
 
 
+def follow_plan(gpt: GPT, planned: PlannedRun) -> None:
+    """Have the model save activations, and the process allocate memory, as a plan says."""
+    gpt.model.activation_checkpointing = planned.args.train.recomputes
+    planned.network.backend.prepare_for_training(tight=planned.is_tight)
+
+
 def under_plan(run: Run, planned: PlannedRun, data: Data) -> Run:
     """Return the same run under another plan."""
     train, engine = planned.args.train, run.engine
-    engine.gpt.model.activation_checkpointing = train.recomputes
-    backend = planned.network.backend
-    backend.prepare_for_training(tight=planned.is_tight)
-    workers = backend.worker_pool(planned.layout.workers)
+    follow_plan(engine.gpt, planned)
+    workers = planned.network.backend.worker_pool(planned.layout.workers)
     engine, folder = replace(engine, workers=workers), planned_folder(run.folder, planned)
     completer = replace(run.completions.completer, engine=engine)
     samples = replace(run.completions, completer=completer, folder=folder)
@@ -286,7 +290,6 @@ def build_model(
     else:
         gpt = checkpoint.load(dtype, fabric.device, quantization)
         add_lora(gpt, lora)
-    gpt.model.activation_checkpointing = args.train.recomputes
     return gpt
 
 
