@@ -242,9 +242,10 @@ def forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
+        sent = signal.SIGKILL if received else number
+        received.append(number)  # first: a process may answer, and a second signal come, before all have been told
         for process in processes:
-            process.send_signal(signal.SIGKILL if received else number)
-        received.append(number)
+            process.send_signal(sent)
 
     def suspend(_number: int, _: FrameType | None) -> None:
         for process in processes:

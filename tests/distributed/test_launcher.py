@@ -4,8 +4,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from helpers.processes import children, state, wait_until_handled
 
 from litlora.cpu.environment import TUNABLES, allocator_settings, has_gpu
 from litlora.distributed import launcher
@@ -195,7 +197,7 @@ import signal, sys, time
 if sys.argv[1] == "ignores":
     signal.signal(signal.SIGTERM, lambda *_: print("ignored", flush=True))
 print("ready", flush=True)
-time.sleep(600)
+time.sleep(60)
 """
 LAUNCHER = """
 import sys
@@ -213,7 +215,8 @@ def test_second_signal_ends_a_launched_process_at_once(reaction, signals):
     command = [sys.executable, "-c", LAUNCHER, WAITS, reaction]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "ready\n"
-        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        wait_until_handled(signal.SIGTERM, parent.pid)
+        (child,) = children(parent.pid)
         for sent in range(signals):
             assert sent == 0 or parent.stdout.readline() == "ignored\n"
             parent.send_signal(signal.SIGTERM)
@@ -221,20 +224,34 @@ def test_second_signal_ends_a_launched_process_at_once(reaction, signals):
     assert not Path(f"/proc/{child}").exists()
 
 
+def test_second_signal_ends_processes_though_it_comes_while_the_first_is_forwarded():
+    class Answering:
+        """A process that has answered before the signal's handler goes on, and been sent the next one for that."""
+
+        sent: ClassVar[list[int]] = []
+
+        def send_signal(self, number: int) -> None:
+            self.sent.append(number)
+            if len(self.sent) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with launcher.forwarding_signals([Answering()]) as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert Answering.sent == [signal.SIGTERM, signal.SIGKILL]
+    assert received == [signal.SIGTERM, signal.SIGTERM]
+
+
 def test_suspending_the_launcher_suspends_what_it_launched():
     with subprocess.Popen([sys.executable, "-c", LAUNCHER, WAITS, "ends"], stdout=subprocess.PIPE) as parent:
         assert parent.stdout.readline() == b"ready\n"
-        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        wait_until_handled(signal.SIGTSTP, parent.pid)
+        (child,) = children(parent.pid)
         for number, states in ((signal.SIGTSTP, "T"), (signal.SIGCONT, "SR")):
             parent.send_signal(number)
             while not all(state(process) in states for process in (parent.pid, child)):
                 time.sleep(0.01)
         parent.kill()
-        os.kill(int(child), signal.SIGKILL)  # it is no litlora process, which would end with its launcher
-
-
-def state(process: int | str) -> str:
-    return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+        os.kill(child, signal.SIGKILL)  # it is no litlora process, which would end with its launcher
 
 
 @pytest.mark.skipif(has_gpu() or not allocator_settings(), reason="trains in the process itself")

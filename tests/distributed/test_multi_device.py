@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import children, is_running, wait_until_received
 from helpers.runs import QUERY_VALUE
 from safetensors.torch import load_file
 
@@ -306,25 +307,11 @@ def test_launched_ranks_leave_the_report_to_the_launcher(runs, few, tmp_path, hu
     assert report(runs) == ""
 
 
-def is_running(process: int) -> bool:
-    """Tell whether a process has not ended, though its exit code may not have been read yet."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # gone before its file was opened, or before it was read
-        return False
-
-
-def ranks_of(parent: int) -> dict[int, int]:
-    """Return the process ids of the ranks that a process has started, by rank."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return dict(enumerate(sorted(map(int, children))))
-
-
 # The launcher does not know the strategy, and a resumed run does not know whether the launcher had stalled.
 @pytest.mark.parametrize(("strategy", "stalled"), [("ddp", True), ("fsdp", False)])
 def test_launcher_names_a_killed_rank_and_the_run_resumes(runs, alone, few, tmp_path, strategy, stalled):
     parent = start(tmp_path, few, "--strategy", strategy)
-    ranks = ranks_of(parent.pid)
+    ranks = children(parent.pid)
     if stalled:
         parent.send_signal(signal.SIGSTOP)
     os.kill(ranks[1], signal.SIGKILL)
@@ -339,7 +326,7 @@ def test_launcher_names_a_killed_rank_and_the_run_resumes(runs, alone, few, tmp_
         "Resume with the same command and --resume true"
     ]
     assert "Traceback" not in stderr
-    assert not any(Path(f"/proc/{child}").exists() for child in ranks.values())
+    assert not any(Path(f"/proc/{child}").exists() for child in ranks)
     resume(runs, tmp_path / "out", few, alone, 2 if strategy == "fsdp" else 1, "--strategy", strategy)
 
 
@@ -364,7 +351,7 @@ def resume(runs, out_dir: Path, few: Path, alone, devices: int, *flags: object) 
 def test_signal_to_launcher_stops_all_and_its_end_ends_them(runs, alone, few, tmp_path):
     parent = start(tmp_path, few)
     parent.send_signal(signal.SIGTERM)
-    wait_for_signal(ranks_of(parent.pid)[0], signal.SIGTERM)
+    wait_until_received(signal.SIGTERM, children(parent.pid)[0])
     (tmp_path / "go").touch()
     stderr = parent.communicate(timeout=HUNG)[1]
     assert parent.returncode == 128 + signal.SIGTERM
@@ -372,18 +359,12 @@ def test_signal_to_launcher_stops_all_and_its_end_ends_them(runs, alone, few, tm
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "go").unlink()
     parent = start(tmp_path, few)
-    ranks = ranks_of(parent.pid).values()
+    ranks = children(parent.pid)
     parent.kill()
     parent.communicate(timeout=HUNG)
     while any(map(is_running, ranks)):
         time.sleep(0.01)
     resume(runs, tmp_path / "out", few, alone, 1)
-
-
-def wait_for_signal(process: int, number: int) -> None:
-    """Return when a process has received its first signal."""
-    while int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process}/status").read_text())[1], 16) >> (number - 1) & 1:
-        time.sleep(0.005)
 
 
 def test_torchrun_ends_all_when_one_rank_is_killed(few, tmp_path):
@@ -392,8 +373,7 @@ def test_torchrun_ends_all_when_one_rank_is_killed(few, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GATE": str(tmp_path / "go")}
     torchrun = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
     wait_for(tmp_path / "out/step-000003", torchrun.pid)
-    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    variables = {int(child): Path(f"/proc/{child}/environ").read_text().split("\0") for child in children}
+    variables = {rank: Path(f"/proc/{rank}/environ").read_text().split("\0") for rank in children(torchrun.pid)}
     os.kill(next(child for child, given in variables.items() if "RANK=1" in given), signal.SIGKILL)
     (tmp_path / "go").touch()
     stderr = torchrun.communicate(timeout=HUNG)[1]

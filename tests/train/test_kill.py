@@ -14,6 +14,7 @@ from random import Random
 
 import pytest
 import torch
+from helpers.processes import children, wait_until_received
 from helpers.runs import QUERY_VALUE
 from safetensors.torch import load_file
 
@@ -109,7 +110,10 @@ def test_killed_process_can_be_resumed(runs, unbroken, few, tmp_path, number):
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
     while not (out_dir / "step-000003").exists() and process.poll() is None:
         time.sleep(0.001)
+    (training,) = children(process.pid) or [process.pid]
     process.send_signal(number)
+    if number != signal.SIGKILL:
+        wait_until_received(number, training)
     (tmp_path / "go").touch()
     _, stderr = process.communicate()
     if number == signal.SIGKILL:
