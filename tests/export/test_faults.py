@@ -12,23 +12,22 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.copies import (
-    CONFIG,
+    ADAPTER_FAULTS,
+    DIFFERENT,
     SETTINGS,
     STORED,
     TOKENIZER,
-    WEIGHTS,
+    Fault,
     add_bos,
+    changed,
+    edit_each,
     edit_json,
     edit_number,
     edit_tokenizer,
     edit_weights,
     export,
     merge,
-    one_layer_zero,
     other_merges,
-    renamed,
-    swapped_layers,
-    swapped_matrices,
     verify,
 )
 from helpers.runs import finetune
@@ -36,7 +35,6 @@ from safetensors.torch import load_file
 
 from litlora.export.receipt import Receipt, largest_difference
 
-DIFFERENT = "log-probabilities differ by"
 TRAINING = ["--train.max_steps", 8, "--train.global_batch_size", 5, "--train.learning_rate", 0.02, "--lora_mlp", "true"]
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
@@ -106,46 +104,16 @@ def test_a_sound_file_in_4_bits_is_within_a_small_tolerance(networks, tmp_path, 
     assert tolerance < rounding / 3
 
 
-class Fault(NamedTuple):
-    """What is wrong with an adapter, and what the verdict says."""
-
-    change: Callable[[Path], object]
-    verdict: str
-
-
-ADAPTER_FAULTS = {
-    "scale ignored": Fault(lambda f: edit_json(f / CONFIG, lora_alpha=8), DIFFERENT),
-    "alpha not divided by r": Fault(lambda f: edit_json(f / CONFIG, lora_alpha=16 * 8), DIFFERENT),
-    "rsLoRA": Fault(lambda f: edit_json(f / CONFIG, use_rslora=True), DIFFERENT),
-    "A of another layer": Fault(lambda f: edit_weights(f / WEIGHTS, swapped_layers), DIFFERENT),
-    "one layer zero": Fault(lambda f: edit_weights(f / WEIGHTS, one_layer_zero), DIFFERENT),
-    "adapter left out": Fault(lambda f: edit_weights(f / WEIGHTS, zero), DIFFERENT),
-    "one layer missing": Fault(lambda f: edit_weights(f / WEIGHTS, lambda t: dict([*t.items()][2:])), "lacks"),
-    "keys that do not match": Fault(lambda f: edit_weights(f / WEIGHTS, renamed), "(without base_model.model.)"),
-    "A and B swapped": Fault(lambda f: edit_weights(f / WEIGHTS, swapped_matrices), "lora_A.weight is (8, 48), not"),
-    "wrong template": Fault(
-        lambda f: (f / "prompt_style.yaml").write_text("prompt_style: none\n"), "gives the prompts other tokens"
-    ),
-    "changed tokenizer": Fault(lambda f: edit_tokenizer(f, other_merges), "gives the prompts other tokens"),
-    "second BOS": Fault(lambda f: edit_tokenizer(f, add_bos), "gives the prompts other tokens"),
-}
-
-
-def zero(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: 0 * each for name, each in tensors.items()}
-
-
 @pytest.mark.parametrize("fault", ADAPTER_FAULTS)
 def test_a_fault_of_an_adapter_is_found(fault, networks, tmp_path, capfd):
-    folder = Path(shutil.copytree(networks("LoRA").adapter, tmp_path / "final"))
-    ADAPTER_FAULTS[fault].change(folder)
-    assert verify(folder) == 1
-    assert ADAPTER_FAULTS[fault].verdict in capfd.readouterr().err
+    change, verdict = ADAPTER_FAULTS[fault]
+    assert verify(changed(networks("LoRA").adapter, tmp_path / "final", change)) == 1
+    assert verdict in capfd.readouterr().err
 
 
 def test_another_base_of_an_adapter_is_found(networks, tmp_path, capfd):
     base = Path(shutil.copytree(networks("LoRA").base, tmp_path / "base"))
-    edit_weights(base / STORED, lambda t: {name: 1.001 * each for name, each in t.items()})
+    edit_each(base / STORED, lambda weight: 1.001 * weight)
     assert verify(networks("LoRA").adapter, "--base_dir", base) == 1
     assert f"trained on a base other than {base}" in capfd.readouterr().err
 
@@ -156,18 +124,16 @@ def without_stop_token(folder: Path) -> None:
         edit_json(folder / name, eos_token_id=0)
 
 
-MERGED_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "base weights rounded": (
-        lambda f, _: edit_weights(f / STORED, lambda t: {n: each.bfloat16().float() for n, each in t.items()}),
-        DIFFERENT,
+MERGED_FAULTS: dict[str, Fault] = {
+    "base weights rounded": Fault(
+        lambda f, _: edit_each(f / STORED, lambda weight: weight.bfloat16().float()), DIFFERENT
     ),
-    "wrong dtype": (
-        lambda f, _: edit_weights(f / STORED, lambda t: {n: each.half() for n, each in t.items()}),
-        "the weights are stored as float16, not as float32",
+    "wrong dtype": Fault(
+        lambda f, _: edit_each(f / STORED, torch.Tensor.half), "the weights are stored as float16, not as float32"
     ),
-    "missing stop token": (lambda f, _: without_stop_token(f), "generation does not stop at the token 1"),
-    "adapter left out": (lambda f, base: shutil.copy(base / STORED, f / STORED), DIFFERENT),
-    "merged twice": (
+    "missing stop token": Fault(lambda f, _: without_stop_token(f), "generation does not stop at the token 1"),
+    "adapter left out": Fault(lambda f, base: shutil.copy(base / STORED, f / STORED), DIFFERENT),
+    "merged twice": Fault(
         lambda f, base: edit_weights(
             f / STORED, lambda t: {n: 2 * t[n] - each for n, each in load_file(base / STORED).items()}
         ),
@@ -178,11 +144,8 @@ MERGED_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 @pytest.mark.parametrize("fault", MERGED_FAULTS)
 def test_a_fault_of_a_merged_checkpoint_is_found(fault, networks, tmp_path, capfd):
-    trained = networks("LoRA")
-    folder = Path(shutil.copytree(trained.merged, tmp_path / "merged"))
-    change, verdict = MERGED_FAULTS[fault]
-    change(folder, trained.base)
-    assert verify(folder) == 1
+    trained, (change, verdict) = networks("LoRA"), MERGED_FAULTS[fault]
+    assert verify(changed(trained.merged, tmp_path / "merged", change, trained.base)) == 1
     assert verdict in capfd.readouterr().err
 
 
@@ -196,20 +159,18 @@ IN_GGUF = {
 
 @pytest.mark.parametrize(("outtype", "fault"), [(kind, fault) for kind, faults in IN_GGUF.items() for fault in faults])
 def test_a_fault_of_an_adapter_is_found_in_a_gguf_file(outtype, fault, networks, tmp_path, capfd):
-    adapter = Path(shutil.copytree(networks("LoRA").adapter, tmp_path / "final"))
-    ADAPTER_FAULTS[fault].change(adapter)
+    adapter = changed(networks("LoRA").adapter, tmp_path / "final", ADAPTER_FAULTS[fault].change)
     assert verify(export(adapter, tmp_path / "out", "--outtype", outtype)) == 1
     assert DIFFERENT in capfd.readouterr().err
 
 
-BEFORE_EXPORT: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+BEFORE_EXPORT: dict[str, Fault] = {
     "merged twice": MERGED_FAULTS["merged twice"],
-    "base weights rounded to 4 bits": (
-        lambda f, _: edit_weights(f / STORED, lambda t: {name: in_4_bits(each) for name, each in t.items()}),
-        DIFFERENT,
+    "base weights rounded to 4 bits": Fault(lambda f, _: edit_each(f / STORED, in_4_bits), DIFFERENT),
+    "changed tokenizer": Fault(
+        lambda f, _: edit_tokenizer(f, other_merges), "llama.cpp makes other tokens of a prompt"
     ),
-    "changed tokenizer": (lambda f, _: edit_tokenizer(f, other_merges), "llama.cpp makes other tokens of a prompt"),
-    "second BOS": (
+    "second BOS": Fault(
         lambda f, _: edit_tokenizer(f, add_bos),
         "llama.cpp puts the token 0 before a prompt, which training did not",
     ),
@@ -223,10 +184,8 @@ def in_4_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("fault", BEFORE_EXPORT)
 def test_a_fault_of_what_is_exported_is_found(fault, networks, tmp_path, capfd):
-    trained = networks("LoRA")
-    merged = Path(shutil.copytree(trained.merged, tmp_path / "merged"))
-    change, verdict = BEFORE_EXPORT[fault]
-    change(merged, trained.base)
+    trained, (change, verdict) = networks("LoRA"), BEFORE_EXPORT[fault]
+    merged = changed(trained.merged, tmp_path / "merged", change, trained.base)
     assert verify(export(merged, tmp_path / "out", "--outtype", "q8_0")) == 1
     assert verdict in capfd.readouterr().err
 
@@ -244,10 +203,10 @@ AFTER_EXPORT = {
 
 @pytest.mark.parametrize("fault", AFTER_EXPORT)
 def test_a_fault_of_a_file_in_4_bits_is_found(fault, networks, tmp_path, capfd):
-    folder = gguf_file(networks("LoRA"), "q4_0", tmp_path / "out")
-    AFTER_EXPORT[fault].change(folder)
+    change, verdict = AFTER_EXPORT[fault]
+    change(folder := gguf_file(networks("LoRA"), "q4_0", tmp_path / "out"))
     assert verify(folder) == 1
-    assert AFTER_EXPORT[fault].verdict in capfd.readouterr().err
+    assert verdict in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("outtype", ["q8_0", "q4_0"])
@@ -277,13 +236,12 @@ def test_a_stop_token_that_only_the_modelfile_of_an_adapter_names_is_noted(netwo
 @pytest.mark.parametrize(("dtype", "outtype"), [(torch.float16, "f32"), (torch.bfloat16, "f16")])
 def test_weights_cast_on_the_way_to_a_file_are_found(dtype, outtype, networks, tmp_path, capfd):
     merged = Path(shutil.copytree(networks("LoRA").merged, tmp_path / "merged"))
-    edit_weights(merged / STORED, lambda t: {name: each.to(dtype).float() for name, each in t.items()})
+    edit_each(merged / STORED, lambda weight: weight.to(dtype).float())
     assert verify(export(merged, tmp_path / "out", "--outtype", outtype)) == 1
     assert DIFFERENT in capfd.readouterr().err
 
 
 def test_peft_finds_a_fault(networks, tmp_path, capfd):
-    folder = Path(shutil.copytree(networks("LoRA").adapter, tmp_path / "final"))
-    ADAPTER_FAULTS["rsLoRA"].change(folder)
-    assert verify(folder, "--engine", "peft") == 1
+    adapter = changed(networks("LoRA").adapter, tmp_path / "final", ADAPTER_FAULTS["rsLoRA"].change)
+    assert verify(adapter, "--engine", "peft") == 1
     assert DIFFERENT in capfd.readouterr().err

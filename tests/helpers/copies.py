@@ -1,9 +1,11 @@
 """Copies of a trained network, what can be wrong with them, and their verification."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -13,7 +15,16 @@ from litlora.__main__ import main
 
 WEIGHTS, CONFIG, STORED = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+DIFFERENT = "log-probabilities differ by"
 Tensors = dict[str, torch.Tensor]
+
+
+class Fault(NamedTuple):
+    """What is wrong with a copy, and what the verdict says."""
+
+    change: Callable[..., object]
+    """Takes the folder, and that of the base where it needs one."""
+    verdict: str
 
 
 def verify(folder: Path, *flags: object) -> int:
@@ -33,6 +44,13 @@ def merge(adapter: Path, out_dir: Path) -> Path:
     return out_dir
 
 
+def changed(folder: Path, out_dir: Path, change: Callable[..., object], *others: Path) -> Path:
+    """Copy a folder, and apply a change to the copy."""
+    shutil.copytree(folder, out_dir)
+    change(out_dir, *others)
+    return out_dir
+
+
 def edit_json(path: Path, **values: object) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps(content | values), encoding="utf-8")
@@ -42,6 +60,10 @@ def edit_weights(path: Path, change: Callable[[Tensors], Tensors]) -> None:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file({name: t.contiguous() for name, t in change(load_file(path)).items()}, path, metadata)
+
+
+def edit_each(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    edit_weights(path, lambda tensors: {name: change(each) for name, each in tensors.items()})
 
 
 def edit_tokenizer(folder: Path, change: Callable[[dict], object]) -> None:
@@ -87,3 +109,21 @@ def add_bos(content: dict) -> None:
 
 def other_merges(content: dict) -> None:
     content["model"]["merges"].pop(0)
+
+
+ADAPTER_FAULTS = {
+    "scale ignored": Fault(lambda f: edit_json(f / CONFIG, lora_alpha=8), DIFFERENT),
+    "alpha not divided by r": Fault(lambda f: edit_json(f / CONFIG, lora_alpha=16 * 8), DIFFERENT),
+    "rsLoRA": Fault(lambda f: edit_json(f / CONFIG, use_rslora=True), DIFFERENT),
+    "A of another layer": Fault(lambda f: edit_weights(f / WEIGHTS, swapped_layers), DIFFERENT),
+    "one layer zero": Fault(lambda f: edit_weights(f / WEIGHTS, one_layer_zero), DIFFERENT),
+    "adapter left out": Fault(lambda f: edit_each(f / WEIGHTS, lambda weight: 0 * weight), DIFFERENT),
+    "one layer missing": Fault(lambda f: edit_weights(f / WEIGHTS, lambda t: dict([*t.items()][2:])), "lacks"),
+    "keys that do not match": Fault(lambda f: edit_weights(f / WEIGHTS, renamed), "(without base_model.model.)"),
+    "A and B swapped": Fault(lambda f: edit_weights(f / WEIGHTS, swapped_matrices), "lora_A.weight is (8, 48), not"),
+    "wrong template": Fault(
+        lambda f: (f / "prompt_style.yaml").write_text("prompt_style: none\n"), "gives the prompts other tokens"
+    ),
+    "changed tokenizer": Fault(lambda f: edit_tokenizer(f, other_merges), "gives the prompts other tokens"),
+    "second BOS": Fault(lambda f: edit_tokenizer(f, add_bos), "gives the prompts other tokens"),
+}
