@@ -54,6 +54,11 @@ def require_token(token: SecretStr | None) -> None:
         raise LitLoraError(f"--access_token ({MASK}) {fault}", exit_code=2)
 
 
+def revealed(token: SecretStr | None) -> str | None:
+    """Return a token itself, if one is given."""
+    return None if token is None else token.get_secret_value()
+
+
 def plain(value: Any) -> Any:
     """Turn nested dataclasses and paths into what YAML holds."""
     if is_dataclass(value):

@@ -1,5 +1,6 @@
 """download: a repository of the Hub in, a checkpoint folder out."""
 
+from litlora.args.common import revealed
 from litlora.args.hub import DownloadArgs
 from litlora.hub.client import Repo
 from litlora.hub.download import fetch_checkpoint
@@ -8,8 +9,7 @@ from litlora.utils.console import log, output
 
 def download(args: DownloadArgs) -> None:
     """Fetch the files that litlora reads into CHECKPOINT_ROOT/ORG/NAME, and print that folder."""
-    token = args.access_token.get_secret_value() if args.access_token else None
-    repo = Repo(args.repo_id, "model", args.revision, token)
+    repo = Repo(args.repo_id, "model", args.revision, revealed(args.access_token))
     fetched = fetch_checkpoint(repo, args.checkpoint_root, args.tokenizer_only)
     log(f"{repo} at commit {fetched.commit}: {len(fetched.names)} files fetched")
     output(str(fetched.folder))

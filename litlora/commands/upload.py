@@ -1,5 +1,6 @@
 """upload: a verified adapter, merged checkpoint or GGUF file in, a repository of the Hub out."""
 
+from litlora.args.common import revealed
 from litlora.args.hub import UploadArgs
 from litlora.errors import LitLoraError
 from litlora.export.model_card import copy_card
@@ -15,8 +16,7 @@ from litlora.utils.console import log, output
 def upload(args: UploadArgs) -> None:
     """Upload a folder once it is verified, and print the page of the repository."""
     folder = args.checkpoint_dir
-    token = args.access_token.get_secret_value() if args.access_token else None
-    repo = Repo(args.repo_id, "model", args.revision, token)
+    repo = Repo(args.repo_id, "model", args.revision, revealed(args.access_token))
     files = published(folder, args.repo_id, args.base_repo_id)
     if CARD not in files:
         files[CARD] = copy_card(kind_of(files), args.base_repo_id).encode()

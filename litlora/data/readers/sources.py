@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litlora import __version__
+from litlora.args.common import revealed
 from litlora.args.data import PrepareArgs
 from litlora.data.readers.parsers import FORMATS, PARSERS
 from litlora.data.readers.raw_files import RawFile, read_chunks, suffix_of
@@ -90,8 +91,7 @@ def open_source(text: str, args: PrepareArgs, fetched: ExitStack, flag: str = "-
 
 
 def _fetch_dataset(repo_id: str, args: PrepareArgs) -> list[RawFile]:
-    token = args.access_token.get_secret_value() if args.access_token else None
-    files = fetch_dataset(repo_id, args.split, args.subset, tuple(FORMATS), token)
+    files = fetch_dataset(repo_id, args.split, args.subset, tuple(FORMATS), revealed(args.access_token))
     return [replace(RawFile.from_path(path, f"no {path}"), name=f"{repo_id}/{name}") for name, path in files.items()]
 
 
