@@ -9,8 +9,8 @@ from typing import Any, Self
 from litlora.errors import LitLoraError
 from litlora.hub.filenames import CONFIG, INDEX, PICKLES, WEIGHTS
 from litlora.models.config import GPTConfig
-from litlora.models.gguf.folder import complete_folder
 from litlora.models.gguf.reader import SUFFIX, read_gguf
+from litlora.models.gguf.rebuilt.folder import complete_folder
 from litlora.utils.files import read_json
 
 DOWNLOADS = "checkpoints"  # download's --checkpoint_root

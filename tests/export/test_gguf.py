@@ -126,6 +126,21 @@ def exported(tmp_path_factory, ascii_tokenizer) -> dict[str, Exported]:
     return files
 
 
+REBUILT = {"llama", "mistral", "mistral3", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3", "gemma3_text"}
+REBUILT |= {"phi3", "granite", "olmo2", "glm4", "seed_oss"}
+
+
+@pytest.mark.parametrize("name", [name for name in (*NAMES, *MORE) if changed(name).model_type in REBUILT])
+def test_model_of_the_file_alone_is_that_of_the_checkpoint(name, exported, tmp_path):
+    """What it lacks of a config.json is in the file: llama.cpp has the same network, as other tests show."""
+    files = CheckpointFiles.find(tmp_path, exported[name].plain)
+    models = [Checkpoint.open(each).load(torch.float32, CPU) for each in (exported[name].base, files)]
+    tokens = torch.tensor([token for prompt in PROMPTS for token in prompt])
+    with torch.no_grad():
+        expected, actual = (model.logits(model(tokens, [len(tokens)])) for model in models)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def answered(exported) -> dict[str, list]:
     """Return what llama.cpp answers: with the merged file, and with the adapter on the base's."""

@@ -20,8 +20,8 @@ from litlora.export.engines.llama_cpp import LlamaCppEngine
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.checkpoint_files import CheckpointFiles, read_config
 from litlora.models.gguf.comparison import differences
-from litlora.models.gguf.folder import complete_folder
 from litlora.models.gguf.reader import GGUFHeader, read_gguf
+from litlora.models.gguf.rebuilt.folder import complete_folder
 
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -166,7 +166,8 @@ def test_training_over_a_file_alone_is_that_with_its_checkpoint(header, make_che
 
 
 TOKENIZER = {
-    "sentencepiece": ({"tokenizer.ggml.model": "llama"}, "it is of the type llama, and only gpt2 can be"),
+    "another type": ({"tokenizer.ggml.model": "bert"}, "it is of the type bert, and only gpt2 and llama can be"),
+    "no scores": ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores is missing or of another type"),
     "unknown": ({"tokenizer.ggml.pre": "viking"}, "its way to split a text is viking"),
     "not llama.cpp's": ({"litlora.tokenizer.other_splitting": True}, "llama.cpp has nothing that splits a text as it"),
     "a merge of no token": ({"tokenizer.ggml.merges": ["a qq"]}, "its merge 'a qq' is not of its tokens"),
@@ -186,9 +187,11 @@ TOKENIZER = {
 CONFIG = {
     "another architecture": ({"general.architecture": "bert"}, "its architecture is bert, and only llama, qwen2"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count is 8, which is not known"),
-    "a rotary scaling": ({"llama.rope.scaling.type": "linear"}, "its rotary scaling is linear"),
-    "a factor alone": ({"llama.rope.scaling.factor": 4.0}, "its rotary scaling is linear"),
+    "a rotary scaling": ({"llama.rope.scaling.type": "dynamic"}, "its rotary scaling is dynamic"),
+    "no rotary divisors": ({"llama.rope.scaling.type": "longrope"}, "it has no rope_factors_long.weight"),
+    "no factor": ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": -1.0}, "scaling.factor is -1.0"),
     "heads of layers": ({"llama.attention.head_count": [4, 4]}, "its llama.attention.head_count is [4, 4]"),
+    "more layers than tensors": ({"llama.block_count": 10**12}, "its llama.block_count is 1000000000000"),
     "no layers": ({"llama.block_count": 0}, "its llama.block_count is 0"),
     "half a rotary embedding": ({"llama.rope.dimension_count": 8}, "heads of keys, values and rotary embedding differ"),
 }
@@ -206,29 +209,40 @@ def test_what_could_differ_is_refused(name, header, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-SCALINGS = {"linear": LINEAR, "yarn": YARN, "longrope": LONGROPE}
+SCALINGS = {
+    "linear": LINEAR,
+    "yarn": YARN,
+    "yarn of its own": rope("yarn", factor=4.0, attention_factor=1.5, beta_fast=30.0, beta_slow=2.0, **ORIGINAL),
+    "longrope": LONGROPE,
+}
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
-def test_a_file_with_a_rotary_scaling_needs_the_config_of_its_model(kind, tokenizer_files, tmp_path, capfd):
-    """The file alone is refused; with config.json beside it, the network is that of the checkpoint."""
+def test_rotary_scaling_of_a_file_alone_is_that_of_the_checkpoint(kind, tokenizer_files, tmp_path):
     Case(kind, "llama", SCALINGS[kind]).write(tmp_path / "base", tokenizer_files)
     path = export(tmp_path / "base", tmp_path / "out")
     (folder := tmp_path / "folder").mkdir()
-    assert main(["finetune_lora", str(folder), "--quantize", str(path), "--data_dir", str(folder)]) == 1
-    refusal = (
-        f"litlora: config.json cannot be rebuilt exactly from {path} (its rotary scaling is {kind}): add the model's"
-    )
-    assert capfd.readouterr().err.splitlines()[-1].startswith(refusal)
-    assert not [*folder.iterdir()]
-    shutil.copy(tmp_path / "base/config.json", folder)
-    checkpoint, tokens = Checkpoint.open(CheckpointFiles.find(folder, path)), torch.arange(3, 60)
-    models = [
-        each.load(torch.float32, torch.device("cpu")) for each in (Checkpoint.open(tmp_path / "base"), checkpoint)
-    ]
+    files = CheckpointFiles.find(folder, path)
+    assert files.config.positions == read_config(tmp_path / "base")[1].positions
+    checkpoints, tokens = map(Checkpoint.open, (tmp_path / "base", files)), torch.arange(3, 60)
+    models = [checkpoint.load(torch.float32, torch.device("cpu")) for checkpoint in checkpoints]
     with torch.no_grad():
         expected, actual = (model.logits(model(tokens, [len(tokens)])) for model in models)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "longrope"])
+def test_scaling_without_a_type_is_known_by_its_factor_or_divisors(kind, tokenizer_files, tmp_path):
+    Case(kind, "llama", SCALINGS[kind]).write(tmp_path / "base", tokenizer_files)
+    header = read_gguf(export(tmp_path / "base", tmp_path / "out"))
+    silent = {key: value for key, value in header.metadata.items() if key != "llama.rope.scaling.type"}
+    (folder := tmp_path / "folder").mkdir()
+    complete_folder(folder, replace(header, metadata=silent))
+    hub_config, config = read_config(tmp_path / "base")
+    assert not [*differences(replace(header, metadata=silent), hub_config, config)]
+    actual, expected = (each.ropes[0] for each in (read_config(folder)[1], config))
+    assert type(actual.scaling) is type(expected.scaling)
+    assert actual.attention_factor == pytest.approx(expected.attention_factor)
 
 
 def test_keys_that_a_file_lacks_are_those_of_llama_cpp(tokenizer_files, tmp_path):
@@ -245,26 +259,69 @@ def test_keys_that_a_file_lacks_are_those_of_llama_cpp(tokenizer_files, tmp_path
         assert fault.startswith(f"its llama.rope.{name} is ")
 
 
-def test_a_file_with_a_sentencepiece_tokenizer_needs_that_of_its_model(make_checkpoint, tmp_path, capfd):
-    base = Path(shutil.copytree(make_checkpoint(WHOLE_BLOCKS), tmp_path / "base"))
+@pytest.fixture(scope="module")
+def pieces(make_checkpoint, tmp_path_factory) -> GGUFHeader:
+    """Return a file with a sentencepiece tokenizer, of which a special and a user-defined token have no piece."""
+    base = Path(shutil.copytree(make_checkpoint(WHOLE_BLOCKS), tmp_path_factory.mktemp("pieces") / "base"))
     (base / "tokenizer.json").unlink()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS[:2]), model_prefix=str(base / "tokenizer"), model_type="bpe", vocab_size=300,
-        hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
-        remove_extra_whitespaces=False,
+        sentence_iterator=iter([*TEXTS[:2], "aaaa  aaa    a\n\n\n"] * 3), model_prefix=str(base / "tokenizer"),
+        model_type="bpe", vocab_size=297, hard_vocab_limit=False, byte_fallback=True, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
-    path = export(base, tmp_path / "out")
-    (folder := tmp_path / "folder").mkdir()
-    assert main(["finetune_lora", str(folder), "--quantize", str(path), "--data_dir", str(folder)]) == 1
-    refusal = (
-        f"litlora: the tokenizer in {path} cannot be rebuilt exactly (it is of the type llama, and only gpt2 can be): "
-    )
-    error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"{refusal}add tokenizer.json or tokenizer.model")
-    assert not [*folder.iterdir()]
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(base / name, folder)
-    CheckpointFiles.find(folder, path)
-    assert [LitLoraTokenizer(folder).encode(text).ids for text in TEXTS] == [
-        LitLoraTokenizer(base).encode(text).ids for text in TEXTS
-    ]
+    size = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model")).get_piece_size()
+    added = {"<|user|>": True, "<think>": False}
+    tokens = {size + n: {"content": text, "special": special} for n, (text, special) in enumerate(added.items())}
+    settings = {"add_bos_token": True, "legacy": True, "added_tokens_decoder": tokens}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return read_gguf(export(base, base / "out"))
+
+
+def test_sentencepiece_of_a_file_alone_is_that_of_the_checkpoint_and_of_llama_cpp(pieces, tmp_path):
+    texts = [*TEXTS, "aaaaa a    aaa\n\n", "<|user|>green<think> green</s>  "]
+    complete_folder(tmp_path, pieces)
+    expected, actual = LitLoraTokenizer(pieces.path.parents[1]), LitLoraTokenizer(tmp_path)
+    ids = [expected.encode(text).ids for text in texts]
+    assert [actual.encode(text).ids for text in texts] == ids
+    assert [actual.encode(text).spans for text in texts] == [expected.encode(text).spans for text in texts]
+    assert [*map(actual.decode, ids)] == [*map(expected.decode, ids)]
+    for attribute in ("bos_id", "eos_id", "stop_ids", "adds_bos"):
+        assert getattr(actual, attribute) == getattr(expected, attribute)
+    (engine := LlamaCppEngine(pieces.path, None, tuple(texts)))([], [])
+    assert engine.tokens == ids
+
+
+def test_keys_that_a_sentencepiece_tokenizer_lacks_are_those_of_llama_cpp(pieces, tmp_path):
+    names = "add_bos_token", "add_space_prefix", "bos_token_id", "eos_token_id", "unknown_token_id"
+    silent = {f"tokenizer.ggml.{name}" for name in names}
+    metadata = {key: value for key, value in pieces.metadata.items() if key not in silent}
+    complete_folder(tmp_path, replace(pieces, metadata=metadata))
+    expected, actual = LitLoraTokenizer(pieces.path.parents[1]), LitLoraTokenizer(tmp_path)
+    assert [actual.encode(text).ids for text in TEXTS] == [expected.encode(text).ids for text in TEXTS]
+    assert (actual.bos_id, actual.eos_id) == (expected.bos_id, expected.eos_id)
+
+
+def test_blanks_behind_special_tokens_of_phi_3_are_dropped(pieces, tmp_path):
+    """As llama.cpp does by the model's name alone."""
+    complete_folder(tmp_path, replace(pieces, metadata={**pieces.metadata, "general.name": "Phi-3 mini"}))
+    tokenizer = LitLoraTokenizer(tmp_path)
+    assert tokenizer.encode("<|user|>  green").ids == tokenizer.encode("<|user|>green").ids
+    assert tokenizer.encode("<s>  green").ids != tokenizer.encode("<s>green").ids
+
+
+PIECES = {
+    "a score that is none": ("scores", lambda scores: [float("nan"), *scores[1:]], "not a finite score for each token"),
+    "scores that lack": ("scores", lambda scores: scores[1:], "it has not a finite score for each token"),
+    "a byte that lacks": ("token_type", lambda kinds: [1 if kind == 6 else kind for kind in kinds], "for each byte"),
+    "no token for what is unknown": ("token_type", lambda kinds: [1, *kinds[1:]], "its unknown token is an ordinary"),
+    "an empty token": ("tokens", lambda tokens: [*tokens[:-1], ""], "it has an empty token"),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_sentencepiece_tokenizer_that_could_differ_is_refused(name, pieces, tmp_path):
+    key, change, fault = PIECES[name]
+    key = f"tokenizer.ggml.{key}"
+    with pytest.raises(LitLoraError, match=f"cannot be rebuilt exactly .*{fault}"):
+        complete_folder(tmp_path, replace(pieces, metadata={**pieces.metadata, key: change(pieces.metadata[key])}))
+    assert not [*tmp_path.iterdir()]

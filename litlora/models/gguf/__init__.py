@@ -1,1 +1,1 @@
-"""GGUF files: reading them, and what llama.cpp calls and computes for each family. Writes no file."""
+"""GGUF files: reading them, what llama.cpp calls and computes for each family, and what a folder lacks beside one."""

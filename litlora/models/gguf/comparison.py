@@ -8,10 +8,10 @@ import torch
 
 from litlora.models.config import GPTConfig
 from litlora.models.gguf.architectures import Architecture, architecture_of_checkpoint, name_of
-from litlora.models.gguf.hub_config import NO_SCALING, SCALING, scaling_of
 from litlora.models.gguf.library import gguf
 from litlora.models.gguf.metadata import add_computation
 from litlora.models.gguf.reader import GGUFHeader
+from litlora.models.gguf.rebuilt.rope import NO_SCALING, SCALING, scaling_of
 from litlora.models.gguf.stored import StoredInGGUF
 from litlora.models.gguf.tensors import ROPE_FACTORS, rope_factors
 from litlora.models.mapped_file import map_file

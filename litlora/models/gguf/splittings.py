@@ -47,5 +47,15 @@ SPLITTINGS = (
     Splitting("gpt-4o", (GPT_4O,)),
     Splitting("seed-coder", (SEED,)),
 )
+ALIASES = {
+    **dict.fromkeys(("phi-2", "olmo", "exaone4", "mellum", "a.x-4.0", "gigachat", "granite-docling"), "gpt-2"),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), "smollm"),
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral"), "llama-bpe"),
+    "dbrx": "smaug-bpe",
+    **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez"), "qwen2"),
+    **dict.fromkeys(("glm4", "chatglm-bpe"), "smaug-bpe"),
+    "llama4": "gpt-4o",
+}
+"""Other names of the same."""
 OTHER_SPLITTING = "litlora.tokenizer.other_splitting"
 """The key of a file in which llama.cpp splits a text otherwise than the checkpoint's tokenizer."""

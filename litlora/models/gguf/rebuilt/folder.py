@@ -1,30 +1,40 @@
 """The folder of a checkpoint whose weights are in a GGUF file: config.json and tokenizer, from the file if need be."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from litlora.hub.filenames import CONFIG, TOKENIZERS
 from litlora.models.config import GPTConfig
-from litlora.models.gguf.hub_config import config_of, not_rebuilt
-from litlora.models.gguf.hub_tokenizer import tokenizer_files
 from litlora.models.gguf.reader import GGUFHeader
+from litlora.models.gguf.rebuilt import tokenizer
+from litlora.models.gguf.rebuilt.byte_level import HubBPE
+from litlora.models.gguf.rebuilt.config import config_of
+from litlora.models.gguf.rebuilt.metadata import not_rebuilt
+from litlora.models.gguf.rebuilt.sentencepiece_model import HubSentencePiece
 from litlora.utils.console import log
 from litlora.utils.files import write_atomically
+
+REBUILT: dict[str, type[tokenizer.HubTokenizer]] = {"gpt2": HubBPE, "llama": HubSentencePiece}
+"""What rebuilds a tokenizer, by llama.cpp's name of its kind."""
 
 
 def complete_folder(folder: Path, header: GGUFHeader) -> None:
     """Write the config and the tokenizer that a folder lacks; a file that is there stays as it is."""
-    contents: dict[str, dict[str, Any]] = {}
+    contents: dict[str, bytes] = {}
     if not (folder / CONFIG).is_file():
-        contents[CONFIG] = _checked_config(header)
+        contents[CONFIG] = tokenizer.to_json(_checked_config(header))
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        contents |= tokenizer_files(header)
-    missing = {folder / name: content for name, content in contents.items() if not (folder / name).exists()}
-    if missing:
-        texts = {path: json.dumps(content, indent=2, ensure_ascii=False) for path, content in missing.items()}
-        write_atomically({path: text.encode() for path, text in texts.items()})
+        contents |= _tokenizer_files(header)
+    if missing := {folder / name: content for name, content in contents.items() if not (folder / name).exists()}:
+        write_atomically(missing)
         log(f"{', '.join(path.name for path in missing)} in {folder}: written from {header.path}")
+
+
+def _tokenizer_files(header: GGUFHeader) -> dict[str, bytes]:
+    kind = header.metadata.get(f"{tokenizer.PREFIX}model")
+    if kind not in REBUILT:
+        raise tokenizer.not_rebuilt(header, f"it is of the type {kind}, and only {' and '.join(REBUILT)} can be")
+    return REBUILT[kind](header).files()
 
 
 def _checked_config(header: GGUFHeader) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What a checkpoint's folder lacks beside a GGUF file: config.json and the tokenizer, exact or refused."""
