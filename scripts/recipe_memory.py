@@ -1,7 +1,7 @@
-"""Print the peak memory of each recipe in config_hub on a GPU, as --dry_run true estimates it there.
+"""Print the memory that each recipe in config_hub needs on a GPU, as --dry_run true estimates it there.
 
-The longest micro-batch has max_seq_length tokens in each example, all supervised. No weight is read: a model is its
-config.json; MODELS has the keys that decide shapes.
+A micro-batch has one example of max_seq_length tokens, all supervised: with more memory, the plan of a run takes larger
+ones. No weight is read: a model is its config.json; MODELS has the keys that decide shapes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from litlora.train.memory_estimate import Load, Network, breakdown
 RECIPES = Path(__file__).parent.parent / "config_hub/finetune_lora"
 LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}  # the values have no effect here
-GPUS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 80)
+GPUS = (4, 6, 8, 12, 16, 24, 32, 48, 80)
 """Sizes of GPUs in GB."""
 KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -91,13 +91,13 @@ def hub_config(model: str) -> dict[str, Any]:
 
 
 def peak_gigabytes(path: Path) -> float:
-    """Return the peak memory of a recipe on each of its GPUs."""
+    """Return the peak memory of a recipe on each of its GPUs, with the smallest micro-batches."""
     args, checkpoint = read(path), outline(path.parent.name)
     shards = args.devices if args.strategy == "fsdp" else 1
     lora = new_adapter(args, checkpoint.config)
     network = Network(checkpoint.config, lora, args.precision, args.quantize, torch.device("cuda"), shards)
-    lengths = (args.train.max_seq_length or 0,) * args.train.example_limit
-    load = Load(lengths, sum(lengths), args.train.recomputes)
+    longest = args.train.max_seq_length or 0
+    load = Load((longest,), longest, args.train.recomputes)
     return sum(breakdown(network, load, args.optimizer).values()) / 1e9
 
 
@@ -105,7 +105,7 @@ def statement(path: Path) -> str:
     """Return what a recipe states of its memory."""
     peak = round(peak_gigabytes(path), 1)
     size = next(size for size in GPUS if peak <= USABLE * size)
-    return f"Peak memory: {peak} GB on {'each' if read(path).devices > 1 else 'a'} GPU, so {size} GB are enough."
+    return f"Needs {peak} GB on {'each' if read(path).devices > 1 else 'a'} GPU, so {size} GB are enough."
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def main() -> None:
         print(f"{path.parent.name}/{path.name}: {stated}")
         if write:
             text = path.read_text(encoding="utf-8")
-            path.write_text(re.sub(r"Peak memory: .*", stated, text, count=1), encoding="utf-8")
+            path.write_text(re.sub(r"Needs .*", stated, text, count=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
