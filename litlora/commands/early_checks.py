@@ -106,7 +106,7 @@ def check_training(args: FinetuneLoraArgs) -> CheckpointFiles:
     lora = new_adapter(args, base.config) if args.init_adapter is None else read_settings(args.init_adapter)
     if args.strategy == "fsdp" and args.devices * args.num_nodes > 1:
         refuse_parted_head(lora, base.config)
-    refuse_faults(args.deploy, server_limits(args, lora, base.hub_config))
+    refuse_faults(args.deploy, server_limits(args, lora, base.hub_config, base.config))
     if start is not None:
         style, _ = choose_prompt_style(args.prompt_style, args.data_dir / "train.jsonl", template)
         Identity.of(replace(args, prompt_style=style), {}).check(start)

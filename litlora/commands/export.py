@@ -19,7 +19,7 @@ from litlora.export.gguf.verification import verify_gguf
 from litlora.export.model_card import copy_card
 from litlora.export.ollama import MODELFILE, modelfile, template_hash
 from litlora.export.receipt import RECEIPT, Receipt
-from litlora.export.server_limits import limits_of, refuse_faults
+from litlora.export.server_limits import limits_of, limits_of_network, refuse_faults
 from litlora.export.verdict import log_verdict
 from litlora.export.verification import passes_receipt_on
 from litlora.hub.origin import origin
@@ -76,6 +76,7 @@ def check(args: ExportArgs, files: CheckpointFiles, adapters: Adapters) -> None:
     configs = [read_json(adapter.folder / CONFIG) for adapter in adapters]
     targets = args.deploy or get_args(Server)
     limits = [limit for config in configs for limit in limits_of(config, files.hub_config, targets)]
+    limits += limits_of_network(files.hub_config, files.config, targets)
     output("\n".join(f"{limit.weight}: {limit}" for limit in limits) or f"{', '.join(targets)}: no limits")
     refuse_faults(args.deploy, [limit for limit in limits if limit.target in args.deploy])
 

@@ -1,6 +1,6 @@
 """What servers cannot load of an adapter, or would compute otherwise: a table of rules, which imports no torch."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from litlora.errors import LitLoraError
 from litlora.lora.adapter_config import ALL_LINEAR, INIT, of_base, settings_as_keys
 from litlora.lora.adapter_folder import BASE, QUANTIZATION
 from litlora.lora.config import LoRAConfig
+from litlora.models.config import GPTConfig
+from litlora.models.gguf.architectures import architecture_of_checkpoint
 from litlora.models.layer_names import HEAD_LAYER
 from litlora.utils.console import log
 
@@ -219,11 +221,24 @@ def _rank_setting(facts: Facts) -> Limit | None:
     )
 
 
-def server_limits(args: FinetuneLoraArgs, lora: LoRAConfig, model_config: Mapping[str, Any]) -> list[Limit]:
+def limits_of_network(model_config: Mapping[str, Any], config: GPTConfig, targets: Iterable[Server]) -> Iterator[Limit]:
+    """Yield the servers that have no implementation of the network that a config.json describes."""
+    try:
+        architecture_of_checkpoint(model_config, config)
+    except LitLoraError as error:
+        reason = str(error).rpartition(": ")[0]
+        for target in [target for target in GGML if target in targets]:
+            yield Limit(target, f"does not compute this network ({reason})", "serve it with vLLM", "fault")
+
+
+def server_limits(
+    args: FinetuneLoraArgs, lora: LoRAConfig, model_config: Mapping[str, Any], config: GPTConfig
+) -> list[Limit]:
     """Return what the servers of --deploy cannot do with the adapter that a run will save."""
     how = {"quant_method": GGUF} if args.gguf else args.quantize
     quantized = {INIT: lora.init, QUANTIZATION: how} if how else None
-    return limits_of(settings_as_keys(lora.saved) | {BASE: quantized}, model_config, args.deploy)
+    adapter = settings_as_keys(lora.saved) | {BASE: quantized}
+    return [*limits_of(adapter, model_config, args.deploy), *limits_of_network(model_config, config, args.deploy)]
 
 
 def refuse_faults(targets: Iterable[Server], limits: Iterable[Limit]) -> None:

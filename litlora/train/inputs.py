@@ -118,7 +118,7 @@ def find_inputs(args: FinetuneLoraArgs, base: CheckpointFiles | None, device: to
     args = settle(args, checkpoint.config.hidden_size, began, choices.append)
     limit = args.check_model(checkpoint.config.hidden_size, checkpoint.config.positions)
     lora = _lora_config(args, checkpoint)
-    limits = server_limits(args, lora, checkpoint.hub_config)
+    limits = server_limits(args, lora, checkpoint.hub_config, checkpoint.config)
     refuse_faults(args.deploy, limits)
     log_notes(limits)
     check_optimizer(args.optimizer, args.train.peak_rate, device, args.lora_plus_ratio)

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.copies import edit_json
 from peft import LoraConfig
 
 from litlora.__main__ import main
@@ -91,6 +92,17 @@ def test_deploy_refuses_without_torch(tiny, data_dir, tmp_path, litlora):
     result = litlora("finetune_lora", *folders, "--deploy", "vllm", "--lora_alpha_pattern", "{q_proj: 4}")
     assert result.returncode == 1
     assert "vllm ignores alpha_pattern" in result.stderr
+
+
+def test_deploy_refuses_a_network_that_llama_cpp_does_not_compute(tiny, data_dir, tmp_path, capsys):
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}
+    edit_json(base / "config.json", rope_parameters=yarn)
+    assert run(base, data_dir, tmp_path / "out", "--deploy", "vllm") == 0
+    assert run(base, data_dir, tmp_path / "out", "--deploy", "vllm,llama.cpp") == 1
+    reason = "llama.cpp's llama does not implement yarn without truncation"
+    sentence = f"--deploy (vllm,llama.cpp): llama.cpp does not compute this network ({reason}): serve it with vLLM; or"
+    assert sentence in capsys.readouterr().err
 
 
 def test_deploy_prints_what_must_be_set(tiny, data_dir, tmp_path, capsys):

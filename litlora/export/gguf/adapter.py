@@ -9,7 +9,6 @@ from torch import Tensor
 from litlora.errors import LitLoraError
 from litlora.export.gguf.model import Model
 from litlora.export.gguf.writer import write_file
-from litlora.models.gguf.architectures import name_of
 from litlora.models.gguf.library import gguf
 from litlora.models.gguf.tensors import HEAD, GGUFTensor, TensorNames
 
@@ -45,7 +44,7 @@ def write_adapter(path: Path, model: Model, pairs: Sequence[LowRank], outtype: s
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
 
-    write_file(path, name_of(own), outtype, tensors, describe)
+    write_file(path, own.name, outtype, tensors, describe)
 
 
 def _tensors(names: TensorNames, pair: LowRank, alpha: float) -> Iterator[GGUFTensor]:

@@ -12,7 +12,7 @@ from litlora.data.tokenizer import Tokenizer
 from litlora.export.gguf.tokenizer import add_tokenizer
 from litlora.export.gguf.writer import write_file
 from litlora.models.config import GPTConfig
-from litlora.models.gguf.architectures import Architecture, architecture_of_checkpoint, name_of
+from litlora.models.gguf.architectures import Architecture, architecture_of_checkpoint
 from litlora.models.gguf.library import gguf
 from litlora.models.gguf.metadata import add_metadata
 from litlora.models.gguf.tensors import model_tensors
@@ -56,4 +56,4 @@ def write_model(path: Path, model: Model, outtype: str) -> None:
         add_metadata(writer, own, model.config)
         add_tokenizer(writer, model.tokenizer, model.config.vocab_size, model.style)
 
-    write_file(path, name_of(own), outtype, tensors, describe)
+    write_file(path, own.name, outtype, tensors, describe)

@@ -11,18 +11,16 @@ from typing import Any
 from litlora.errors import LitLoraError
 from litlora.models.config import GPTConfig
 from litlora.models.families import MULTI_MODAL
-from litlora.models.gguf.library import gguf
 from litlora.models.layer_ropes import listed_layers
 from litlora.models.rope_config import Llama3Scaling, LongRopeScaling, YarnScaling
-
-Arch = gguf.MODEL_ARCH
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What llama.cpp's implementation of an architecture takes."""
 
-    arch: gguf.MODEL_ARCH
+    name: str
+    """In a GGUF file."""
     interleaved: bool = False
     """Whether neighbouring dimensions are rotated together; the rows of queries and keys follow from it."""
     biases: tuple[str, ...] = ("qkv_bias",)
@@ -83,31 +81,31 @@ def _exaone_window(config: GPTConfig) -> str | None:
     return None if has_window == (config.num_hidden_layers == 64) else "this number of layers with this sliding window"
 
 
-LLAMA = Architecture(Arch.LLAMA, True, ALL_BIASES, rope_factors=True, long_factors=True)
+LLAMA = Architecture("llama", True, ALL_BIASES, rope_factors=True, long_factors=True)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
-    "qwen2": Architecture(Arch.QWEN2),
-    "qwen3": Architecture(Arch.QWEN3),
-    "gemma": Architecture(Arch.GEMMA, own_head=False),
-    "gemma2": Architecture(Arch.GEMMA2, windows=2, own_head=False, check=_gemma_2),
-    "gemma3_text": Architecture(Arch.GEMMA3, windows=6, check=_gemma_3),
-    "olmo": Architecture(Arch.OLMO, True),
-    "olmo2": Architecture(Arch.OLMO2, own_head=True),
-    "olmo3": Architecture(Arch.OLMO2, windows=4, own_head=True, check=_olmo_3),
-    "granite": Architecture(Arch.GRANITE, True, ALL_BIASES, rope_factors=True, long_factors=True, attention_scale=True),
-    "stablelm": Architecture(Arch.STABLELM, own_head=True),
-    "starcoder2": Architecture(Arch.STARCODER2, biases=ALL_BIASES),
-    "phi": Architecture(Arch.PHI2, biases=(*ALL_BIASES, "head_bias"), own_head=True, check=_no_norms_of_heads),
-    "phi3": Architecture(Arch.PHI3, biases=(), long_factors=True),
-    "gpt_neox": Architecture(Arch.GPTNEOX, biases=ALL_BIASES, own_head=True),
-    "ministral3": Architecture(Arch.MISTRAL3, True, ALL_BIASES),
-    "smollm3": Architecture(Arch.SMOLLM3, True, check=_every_fourth_without_rope),
-    "glm": Architecture(Arch.CHATGLM, True),
-    "glm4": Architecture(Arch.GLM4, True),
-    "cohere2": Architecture(Arch.COHERE2, True, windows=4, own_head=False),
-    "exaone4": Architecture(Arch.EXAONE4, windows=4, rope_factors=True, check=_exaone_window),
-    "seed_oss": Architecture(Arch.SEED_OSS),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma": Architecture("gemma", own_head=False),
+    "gemma2": Architecture("gemma2", windows=2, own_head=False, check=_gemma_2),
+    "gemma3_text": Architecture("gemma3", windows=6, check=_gemma_3),
+    "olmo": Architecture("olmo", True),
+    "olmo2": Architecture("olmo2", own_head=True),
+    "olmo3": Architecture("olmo2", windows=4, own_head=True, check=_olmo_3),
+    "granite": Architecture("granite", True, ALL_BIASES, rope_factors=True, long_factors=True, attention_scale=True),
+    "stablelm": Architecture("stablelm", own_head=True),
+    "starcoder2": Architecture("starcoder2", biases=ALL_BIASES),
+    "phi": Architecture("phi2", biases=(*ALL_BIASES, "head_bias"), own_head=True, check=_no_norms_of_heads),
+    "phi3": Architecture("phi3", biases=(), long_factors=True),
+    "gpt_neox": Architecture("gptneox", biases=ALL_BIASES, own_head=True),
+    "ministral3": Architecture("mistral3", True, ALL_BIASES),
+    "smollm3": Architecture("smollm3", True, check=_every_fourth_without_rope),
+    "glm": Architecture("chatglm", True),
+    "glm4": Architecture("glm4", True),
+    "cohere2": Architecture("cohere2", True, windows=4, own_head=False),
+    "exaone4": Architecture("exaone4", windows=4, rope_factors=True, check=_exaone_window),
+    "seed_oss": Architecture("seed_oss"),
 }
 
 
@@ -117,7 +115,7 @@ def architecture_of(model_type: str, config: GPTConfig) -> Architecture:
         raise LitLoraError(f"llama.cpp has no architecture for a model of the type {model_type}: use another format")
     own = ARCHITECTURES[model_type]
     if fault := _fault(own, config):
-        raise LitLoraError(f"llama.cpp's {name_of(own)} does not implement {fault}: use another format")
+        raise LitLoraError(f"llama.cpp's {own.name} does not implement {fault}: use another format")
     return own
 
 
@@ -128,11 +126,6 @@ def architecture_of_checkpoint(hub_config: Mapping[str, Any], config: GPTConfig)
         nested = hub_config.get("text_config", {}).get("model_type")
         model_type = nested or MULTI_MODAL[model_type].text_type
     return architecture_of(model_type, config)
-
-
-def name_of(architecture: Architecture) -> str:
-    """Return the name that a GGUF file has for an architecture."""
-    return gguf.MODEL_ARCH_NAMES[architecture.arch]
 
 
 def _fault(own: Architecture, config: GPTConfig) -> str | None:

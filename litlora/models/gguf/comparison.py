@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from litlora.models.config import GPTConfig
-from litlora.models.gguf.architectures import Architecture, architecture_of_checkpoint, name_of
+from litlora.models.gguf.architectures import Architecture, architecture_of_checkpoint
 from litlora.models.gguf.library import gguf
 from litlora.models.gguf.metadata import add_computation
 from litlora.models.gguf.reader import GGUFHeader
@@ -32,7 +32,7 @@ CLOSE = 1e-4
 def differences(header: GGUFHeader, hub_config: Mapping[str, Any], config: GPTConfig) -> Iterator[str]:
     """Yield in what a file's metadata is of another model than that of a config.json."""
     own = architecture_of_checkpoint(hub_config, config)
-    if (expected := name_of(own)) != header.architecture:
+    if (expected := own.name) != header.architecture:
         yield f"it is for llama.cpp's {header.architecture}, not {expected}"
         return
     yield from _different_keys(header, own, config)
@@ -41,7 +41,7 @@ def differences(header: GGUFHeader, hub_config: Mapping[str, Any], config: GPTCo
 
 def _different_keys(header: GGUFHeader, own: Architecture, config: GPTConfig) -> Iterator[str]:
     """Yield how the file's metadata differs from that which the config would be exported with."""
-    writer, arch = gguf.GGUFWriter(None, name_of(own)), header.architecture
+    writer, arch = gguf.GGUFWriter(None, own.name), header.architecture
     add_computation(writer, own, config)
     expected: dict[str, Any] = {key: value.value for key, value in writer.kv_data[0].items()}
     scaling = f"{arch}.{SCALING}"

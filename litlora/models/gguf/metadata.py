@@ -59,9 +59,9 @@ def _add_norms_and_scales(writer: gguf.GGUFWriter, own: Architecture, config: GP
         writer.add_attn_logit_softcapping(config.attention_softcap)
     if config.logit_softcap is not None:
         writer.add_final_logit_softcapping(config.logit_softcap)
-    if own.arch is gguf.MODEL_ARCH.GPTNEOX:
+    if own.name == "gptneox":
         writer.add_parallel_residual(config.parallel_residual)
-    if own.arch is gguf.MODEL_ARCH.COHERE2:
+    if own.name == "cohere2":
         writer.add_logit_scale(config.logit_scale)
     if own.attention_scale:  # Granite, which divides by the scale of logits
         writer.add_logit_scale(1 / config.logit_scale)

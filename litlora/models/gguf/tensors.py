@@ -15,6 +15,7 @@ from litlora.models.rope_config import Llama3Scaling, LongRopeScaling
 from litlora.models.rope_scaling import llama3_frequencies
 
 EMBEDDING, HEAD, OUTPUT = "model.embed_tokens.weight", "lm_head.weight", "output.weight"
+ARCHITECTURES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 ROPE_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 
@@ -32,15 +33,14 @@ class TensorNames:
 
     def __init__(self, own: Architecture, config: GPTConfig) -> None:
         self.own, self.config = own, config
-        self._map = gguf.TensorNameMap(own.arch, config.num_hidden_layers)
+        self._map = gguf.TensorNameMap(ARCHITECTURES[own.name], config.num_hidden_layers)
 
     def of(self, name: str) -> str:
         """Return llama.cpp's name of a tensor, given the model's."""
         hub_name = self.config.hub_name(name).replace("model.language_model.", "model.")
         found = self._map.get_name(hub_name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            architecture = gguf.MODEL_ARCH_NAMES[self.own.arch]
-            raise LitLoraError(f"llama.cpp's {architecture} has no {hub_name}: use another format")
+            raise LitLoraError(f"llama.cpp's {self.own.name} has no {hub_name}: use another format")
         return str(found)
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
