@@ -1,6 +1,7 @@
 """The flags and YAML keys of every command: type, default, help (the attribute docstrings) and validation.
 
-A module holds the commands of one kind, and imports no torch. What a flag does stands in the packages, not here.
+A module holds the commands of one kind, but for `common` and `values`, which these share. None imports torch. What a
+flag does stands in the packages, not here.
 """
 
 from litlora.args.common import CommandArgs

@@ -6,7 +6,8 @@ Nothing here imports torch: these flags are refused before.
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
-from litlora.args.finetune import FinetuneLoraArgs, as_blocks
+from litlora.args.finetune import FinetuneLoraArgs
+from litlora.args.values import as_blocks
 from litlora.errors import LitLoraError
 from litlora.lora.config import LoRAConfig, first_match
 from litlora.lora.targets import excluded_modules, switch_targets

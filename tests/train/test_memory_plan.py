@@ -13,7 +13,8 @@ import yaml
 from helpers.runs import adapter, finetune, report, same_adapter
 
 from litlora.__main__ import main
-from litlora.args.finetune import EXAMPLES, EvalArgs, FinetuneLoraArgs, TrainArgs, as_bytes
+from litlora.args.finetune import EXAMPLES, EvalArgs, FinetuneLoraArgs, TrainArgs
+from litlora.args.values import as_bytes
 from litlora.data.batching import Samples, pack_into_fewest
 from litlora.data.tokens import ABOUT, Tokens
 from litlora.lora.config import LoRAConfig
