@@ -35,8 +35,7 @@ def _receipts(adapters: Adapters, base: Checkpoint, *, dequantized: bool) -> dic
     as_trained = dequantized or base.weights.is_quantized  # a GGUF file is the base of the training as it is
     if not passes_receipt_on(adapters, as_trained):
         return {}
-    folder = adapters[0].folder
-    if base.merged_dtype is None:
-        return {RECEIPT: (folder / RECEIPT).read_bytes()}
-    stored = str(base.merged_dtype).removeprefix("torch.")
-    return {RECEIPT: replace(Receipt.read(folder), stored_dtype=stored).content()}
+    receipt = Receipt.read(adapters[0].folder)
+    if base.merged_dtype is not None:
+        receipt = replace(receipt, stored_dtype=str(base.merged_dtype).removeprefix("torch."))
+    return {RECEIPT: receipt.content()}

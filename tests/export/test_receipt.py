@@ -143,4 +143,8 @@ def test_a_receipt_with_other_types_is_refused(change, trained, tmp_path, capsys
     folder = Path(shutil.copytree(trained[0], tmp_path / "final"))
     edit_json(folder / "receipt.json", **change)
     assert verify(folder) == 1
-    assert "receipt.json is not as litlora writes it" in capsys.readouterr().err
+    assert f"{folder}/receipt.json is not as litlora writes it" in capsys.readouterr().err
+    for command in (["merge_lora"], ["export"], ["export", "--format", "gguf-lora"]):
+        assert main([*command, str(folder), "--out_dir", str(tmp_path / "out")]) == 1
+        assert f"{folder}/receipt.json is not as litlora writes it" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
