@@ -6,7 +6,8 @@ import torch
 
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.models.config import GPTConfig
-from litlora.train.memory_estimate import Load, Network, breakdown
+from litlora.train.memory_estimate import breakdown
+from litlora.train.network_shape import Load, Network
 
 KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

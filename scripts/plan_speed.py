@@ -29,7 +29,7 @@ from litlora.args.finetune import FinetuneLoraArgs, TrainArgs
 from litlora.data.batching import Sample
 from litlora.train.inputs import find_inputs, read_data, run_folder
 from litlora.train.loop import Run, train_step
-from litlora.train.memory_estimate import Network
+from litlora.train.network_shape import Network
 from litlora.train.planned_run import PlannedRun
 from litlora.train.schedule import steps
 from litlora.train.setup import build_run, follow_plan, joined, under_plan

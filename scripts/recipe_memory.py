@@ -18,7 +18,8 @@ from litlora.models.config import GPTConfig
 from litlora.models.weights import Weights
 from litlora.train.lora_flags import new_adapter
 from litlora.train.memory_check import USABLE
-from litlora.train.memory_estimate import Load, Network, breakdown
+from litlora.train.memory_estimate import breakdown
+from litlora.train.network_shape import Load, Network
 
 RECIPES = Path(__file__).parent.parent / "config_hub/finetune_lora"
 LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}

@@ -15,7 +15,8 @@ from memory_table import BASES, config, print_table
 from litlora.lora.config import TARGET_MODULES, LoRAConfig
 from litlora.lora.layer import count
 from litlora.models.transformer import GPT
-from litlora.train.memory_estimate import Network, weight_bytes
+from litlora.train.memory_estimate import weight_bytes
+from litlora.train.network_shape import Network
 
 TOKENS = 200  # per example
 FLOPS = 400e12  # per second, sustained by a GPU in bfloat16

@@ -16,7 +16,8 @@ from litlora.evaluation.engine import Engine
 from litlora.lora.layer import lora_parameters
 from litlora.nn.backend import compute_dtype
 from litlora.train.loop import loss_and_gradients
-from litlora.train.memory_estimate import Load, Network, breakdown
+from litlora.train.memory_estimate import breakdown
+from litlora.train.network_shape import Load, Network
 from litlora.train.schedule import orders, total_steps
 from litlora.train.train_state import Progress
 

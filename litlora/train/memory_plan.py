@@ -18,7 +18,8 @@ from litlora.errors import LitLoraError
 from litlora.lora.layer import LoRALinear
 from litlora.nn.linear import Linear
 from litlora.train.memory_check import USABLE, concurrent_micro_batches, half, load_of, longest_ahead
-from litlora.train.memory_estimate import Network, breakdown, weight_bytes
+from litlora.train.memory_estimate import breakdown, weight_bytes
+from litlora.train.network_shape import Network
 from litlora.train.schedule import orders, total_steps
 from litlora.utils.console import warn
 

@@ -23,8 +23,9 @@ from litlora.train.memory_check import (
     longest_ahead,
     memory_factor,
 )
-from litlora.train.memory_estimate import PROCESS, Load, Network, breakdown, table
+from litlora.train.memory_estimate import PROCESS, breakdown, table
 from litlora.train.memory_plan import Budget, Plan, Planner, gigabytes
+from litlora.train.network_shape import Load, Network
 from litlora.train.schedule import orders, total_steps
 from litlora.utils.console import log, warn
 

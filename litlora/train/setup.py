@@ -39,7 +39,7 @@ from litlora.train.loop import Run, fit, loss_and_gradients
 from litlora.train.memory_check import (
     reporting_shortage,
 )
-from litlora.train.memory_estimate import Network
+from litlora.train.network_shape import Network
 from litlora.train.optimizers import adapter_groups, build_optimizer
 from litlora.train.planned_run import PlannedRun, plan_of, with_memory_checked
 from litlora.train.receipts import find_receipt

@@ -20,16 +20,10 @@ from litlora.models.rope_config import QueryScaling, RopeConfig
 from litlora.models.transformer import GPT
 from litlora.nn.loss import supervised_loss
 from litlora.nn.nf4 import NF4Linear, Quantization
+from litlora.train.activation_memory import activation_bytes
 from litlora.train.memory_check import has_room
-from litlora.train.memory_estimate import (
-    Load,
-    Network,
-    activation_bytes,
-    breakdown,
-    nf4_bytes,
-    optimizer_bytes,
-    weight_bytes,
-)
+from litlora.train.memory_estimate import breakdown, nf4_bytes, optimizer_bytes, weight_bytes
+from litlora.train.network_shape import Load, Network
 from litlora.train.optimizers import build_optimizer
 
 SHAPE = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "head_dim": 8}

@@ -19,8 +19,8 @@ from litlora.data.batching import Samples, pack_into_fewest
 from litlora.data.tokens import ABOUT, Tokens
 from litlora.lora.config import LoRAConfig
 from litlora.models.checkpoint import Checkpoint
-from litlora.train.memory_estimate import Network
 from litlora.train.memory_plan import Budget, Plan, Planner, gigabytes, rungs
+from litlora.train.network_shape import Network
 from litlora.train.planned_run import Layout, PlannedRun, recorded_plan
 from litlora.utils.memory import available_memory, resident_memory, total_memory
 
