@@ -38,10 +38,11 @@ from litlora.lora.layer import add_lora, lora_parameters
 from litlora.models import transformer
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
-from litlora.nn import backend
+from litlora.nn import cpu_backend
 from litlora.nn.attention import sdpa_per_sequence
 from litlora.nn.attention_spec import AttentionSpec
-from litlora.nn.backend import CPUBackend, WorkerThreads
+from litlora.nn.backend_interface import WorkerThreads
+from litlora.nn.cpu_backend import CPUBackend
 from litlora.nn.loss import IGNORE_INDEX, supervised_loss
 from litlora.nn.norm import RMSNorm
 
@@ -226,7 +227,7 @@ def measure_decoding(name: str, dtype: torch.dtype, pairs: int) -> None:
     compare(task, "all preparation", pairs, repacked, decoder(dtype, lambda _: None))
     for path, target, attribute, value in (
         ("repacked weights", weight_layouts, "repacked", lambda weight: weight),
-        ("huge pages", backend, "move_to_huge_pages", lambda _: None),
+        ("huge pages", cpu_backend, "move_to_huge_pages", lambda _: None),
         ("joint products", compilation, "join", lambda _: None),
     ):
         prepare = patched(prepare_for_decoding, target, attribute, value)
@@ -240,7 +241,7 @@ def measure_compiled(name: str, dtype: torch.dtype, pairs: int) -> None:
     compare(task, "compile", pairs, compiled, decoder(dtype, prepare_for_decoding))
     for path, target, attribute, value in (
         ("bfloat16 storage", weight_layouts, "in_bfloat16", lambda weight: weight),
-        ("huge pages", backend, "move_to_huge_pages", lambda _: None),
+        ("huge pages", cpu_backend, "move_to_huge_pages", lambda _: None),
         ("joint products", compilation, "join", lambda _: None),
         ("interleaved sums", matmul, "COMPILED_SUMS", 1),
     ):

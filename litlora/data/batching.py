@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litlora.args.finetune import TrainArgs
 from litlora.data.tokens import Tokens
-from litlora.nn.backend import Backend
+from litlora.nn.backend_interface import Backend
 from litlora.nn.loss import IGNORE_INDEX
 
 T = TypeVar("T")

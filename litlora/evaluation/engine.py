@@ -10,7 +10,8 @@ from litlora.args.finetune import Precision
 from litlora.data.batching import MicroBatch, optimize_layout
 from litlora.distributed.process_group import Ranks
 from litlora.models.transformer import GPT
-from litlora.nn.backend import WorkerThreads, backend, compute_dtype
+from litlora.nn.backend import backend, compute_dtype
+from litlora.nn.backend_interface import WorkerThreads
 from litlora.nn.dropout import drawing_from
 from litlora.nn.loss import supervised_loss
 

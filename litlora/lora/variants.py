@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from litlora.lora.config import LoRAConfig
 from litlora.lora.low_rank import add_low_rank
-from litlora.nn.backend import FLOAT32, FrozenWeight, without_autocast
+from litlora.nn.backend import without_autocast
+from litlora.nn.backend_interface import FLOAT32, FrozenWeight
 from litlora.nn.dropout import Dropout, apply_dropout
 from litlora.nn.linear import frozen_linear
 

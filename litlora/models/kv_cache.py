@@ -10,7 +10,8 @@ from torch import Tensor
 from litlora.models.config import GPTConfig
 from litlora.nn.attention import attend_each
 from litlora.nn.attention_spec import AttentionSpec
-from litlora.nn.backend import Span, backend
+from litlora.nn.backend import backend
+from litlora.nn.backend_interface import Span
 
 
 class Cache(Protocol):

@@ -16,7 +16,8 @@ from litlora.models.rope_config import (
     RopeConfig,
     YarnScaling,
 )
-from litlora.nn.backend import Span, backend
+from litlora.nn.backend import backend
+from litlora.nn.backend_interface import Span
 from litlora.nn.rope import Rope, turns
 
 

@@ -17,7 +17,8 @@ from litlora.models.kv_cache import Cache, Slots
 from litlora.models.rope_scaling import RopeTables
 from litlora.nn.activation import ACTIVATIONS, gated, softcap
 from litlora.nn.attention import attend
-from litlora.nn.backend import Span, backend
+from litlora.nn.backend import backend
+from litlora.nn.backend_interface import Span
 from litlora.nn.dropout import drawn_again
 from litlora.nn.linear import Joint, Linear
 from litlora.nn.norm import LayerNorm, NormOfEachHead, RMSNorm

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litlora.nn.backend import FrozenWeight, backend
+from litlora.nn.backend import backend
+from litlora.nn.backend_interface import FrozenWeight
 
 
 def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from litlora.lora.layer import LoRALinear
 from litlora.models.config import GPTConfig
 from litlora.models.layer_names import HEAD_LAYER
 from litlora.nn.attention_spec import AttentionSpec
-from litlora.nn.backend import FLOAT32
+from litlora.nn.backend_interface import FLOAT32
 from litlora.nn.loss import CHUNK
 from litlora.train.network_shape import BFLOAT16, Load, Network
 

@@ -11,7 +11,7 @@ from litlora.lora.config import PISSA
 from litlora.lora.layer import LoRALinear, lora_parameters
 from litlora.lora.svd import decomposition_bytes
 from litlora.models.transformer import GPT
-from litlora.nn.backend import FLOAT32
+from litlora.nn.backend_interface import FLOAT32
 from litlora.nn.linear import Linear
 from litlora.nn.nf4 import BLOCK as NF4_BLOCK
 from litlora.nn.nf4 import OUTER_BLOCK

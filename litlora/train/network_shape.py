@@ -14,7 +14,8 @@ from litlora.models.checkpoint import Checkpoint
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
 from litlora.nn.attention_spec import AttentionSpec
-from litlora.nn.backend import FLOAT32, AttentionShape, Backend, Span, backend, compute_dtype
+from litlora.nn.backend import backend, compute_dtype
+from litlora.nn.backend_interface import FLOAT32, AttentionShape, Backend, Span
 
 BFLOAT16 = 2  # bytes
 

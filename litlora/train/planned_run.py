@@ -12,7 +12,7 @@ from litlora.data.batching import Sample, Samples
 from litlora.distributed.process_group import Ranks
 from litlora.errors import LitLoraError
 from litlora.lora.layer import count
-from litlora.nn.backend import Backend
+from litlora.nn.backend_interface import Backend
 from litlora.report.files import HYPERPARAMETERS, read_settings
 from litlora.train.loop import Run
 from litlora.train.memory_check import (

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from litlora.cpu.onednn import HAS_BFLOAT16_PRODUCTS
-from litlora.nn.backend import disable_cudnn_attention
+from litlora.nn.cuda_backend import disable_cudnn_attention
 
 TRAINING = """
 import random, sys

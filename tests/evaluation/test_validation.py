@@ -20,7 +20,7 @@ from litlora.evaluation.engine import Engine
 from litlora.evaluation.samples import Completer
 from litlora.evaluation.validation import validate
 from litlora.models.checkpoint import Checkpoint
-from litlora.nn.backend import WorkerThreads
+from litlora.nn.backend_interface import WorkerThreads
 
 CPU = torch.device("cpu")
 

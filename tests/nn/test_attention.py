@@ -5,10 +5,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from litlora.cpu import attention, onednn
 from litlora.cpu.attention import BLOCK, RETAINED_KEYS
 from litlora.nn import attention as nn_attention
-from litlora.nn import backend as nn_backend
+from litlora.nn import cuda_backend
 from litlora.nn.attention import attend, sdpa_per_sequence, varlen_flash_attention
 from litlora.nn.attention_spec import AttentionSpec
-from litlora.nn.backend import CPU, CUDA, AttentionShape, backend
+from litlora.nn.backend import CPU, CUDA, backend
+from litlora.nn.backend_interface import AttentionShape
 from litlora.nn.rope import rotate, turns
 
 LENGTHS = [BLOCK + 37, 1, 2 * BLOCK, 20]
@@ -169,7 +170,7 @@ def test_sdpa_per_sequence_equals_float64(n_head, n_kv, spec):
 @pytest.mark.parametrize("window", [None, 50])
 def test_varlen_attention_is_torch_s_public_one(window, monkeypatch):
     """Run torch's own function on tensors without data, which checks arguments, output and the backward pass."""
-    monkeypatch.setattr(nn_backend, "_has_flash_attention", lambda *_: True)
+    monkeypatch.setattr(cuda_backend, "_has_flash_attention", lambda *_: True)
     monkeypatch.setattr(nn_attention, "_bounds", nn_attention._bounds.__wrapped__)  # a cache of tensors without data
     calls, public = [], nn_attention.public_varlen_attention()
     if public is None:
@@ -214,7 +215,7 @@ def test_varlen_attention_has_the_arguments_of_the_sequences(window, public, mon
 
 def test_softcap_on_cuda_does_without_flash_attention(monkeypatch):
     """FlashAttention would leave the softcap out."""
-    monkeypatch.setattr(nn_backend, "_has_flash_attention", lambda *_: True)
+    monkeypatch.setattr(cuda_backend, "_has_flash_attention", lambda *_: True)
     tensors = problem(6, 2)
     exact = outcome(plain, [t.double() for t in tensors], spec(50, 2.0))
     for ours, reference in zip(outcome(CUDA.varlen_attention, tensors, spec(50, 2.0)), exact, strict=True):

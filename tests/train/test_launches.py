@@ -24,7 +24,8 @@ from litlora.lora.layer import add_lora, lora_layers
 from litlora.models.checkpoint import block_linears
 from litlora.models.config import GPTConfig
 from litlora.models.transformer import GPT
-from litlora.nn import attention, backend, transfer
+from litlora.nn import attention, cuda_backend, transfer
+from litlora.nn.backend import CUDA
 from litlora.nn.nf4 import NF4Linear, Quantization
 from litlora.train.loggers import Loggers
 from litlora.train.loop import Run, fit
@@ -68,7 +69,7 @@ def samples(tiny, data_dir) -> Samples:
 @pytest.fixture
 def train(tiny, data_dir, samples, tmp_path, monkeypatch):
     """Return a function that trains on the meta device as on a GPU with FlashAttention, and counts the launches."""
-    monkeypatch.setattr(backend, "_has_flash_attention", lambda *_: True)
+    monkeypatch.setattr(cuda_backend, "_has_flash_attention", lambda *_: True)
     monkeypatch.setattr(low_rank, "without_autocast", lambda _: nullcontext())  # which the meta device does not have
 
     def run(layers: int, micro_batch_size: int, quantization: Quantization | None = None) -> Launches:
@@ -78,7 +79,7 @@ def train(tiny, data_dir, samples, tmp_path, monkeypatch):
         fabric = Fabric(strategy=SingleDeviceStrategy(META, MetaAccelerator()), devices=1)
         adam = {"class_path": "AdamW", "init_args": {"foreach": True}}  # as it is on a GPU, if not fused
         _, optimizer = fabric.setup(gpt, build_optimizer(adam, adapter_groups(lora_layers(gpt).values(), 1), 1e-3))
-        engine = Engine(gpt, fabric, "bf16-true", backend.CUDA.worker_pool(1), Ranks(0, 1, META))
+        engine = Engine(gpt, fabric, "bf16-true", CUDA.worker_pool(1), Ranks(0, 1, META))
         args = FinetuneLoraArgs(checkpoint_dir=tiny, data_dir=data_dir, out_dir=tmp_path / "run", train=settings)
         folder = ReadOnlyRunFolder(args, LORA, (), Identity({}, {}), StyleSettings("alpaca"))
         never = EvalArgs(initial_validation=False, final_validation=False)
@@ -109,7 +110,7 @@ def test_copies_of_a_micro_batch_do_not_wait(train, monkeypatch):
 
     attention._bounds.cache_clear()
     monkeypatch.setattr(torch, "tensor", recorded_tensor)
-    for module in (backend, attention):
+    for module in (cuda_backend, attention):
         monkeypatch.setattr(module, "copy_ahead", recorded_copy)
     launches = train(2, 4)
     assert len(sent) == 5 * 2
