@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.copies import edit_each, edit_json
 from helpers.families import FAMILIES, Family
 from helpers.runs import QUERY_VALUE
 from hypothesis import HealthCheck, settings
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
@@ -122,10 +122,8 @@ def checkpoints(make_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the checkpoint that ships, in float32, so that what is stored is not rounded."""
     folder = Path(shutil.copytree(PICO, tmp_path_factory.mktemp("pico") / "pico"))
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: weight.float() for name, weight in weights.items()}, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}), encoding="utf-8")
+    edit_each(folder / "model.safetensors", torch.Tensor.float)
+    edit_json(folder / "config.json", torch_dtype="float32")
     return folder
 
 

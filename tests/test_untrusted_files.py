@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from helpers.copies import edit_json
 from helpers.families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -426,8 +427,7 @@ def change_adapter(folder: Path, tensors: Callable[[dict[str, Tensor]], dict[str
     """Change the tensors of an adapter, and keys of its adapter_config.json."""
     stored = load_file(folder / "adapter_model.safetensors")
     save_file(tensors(stored), folder / "adapter_model.safetensors")
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(json.dumps(settings | config), encoding="utf-8")
+    edit_json(folder / "adapter_config.json", **config)
 
 
 @pytest.mark.parametrize(

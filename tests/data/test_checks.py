@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.copies import edit_json
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
@@ -195,8 +196,7 @@ def test_rows_that_transformers_tokenizes_otherwise_are_found(tiny, tmp_path):
         [pre_tokenizers.Split("green", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.save(str(base / "tokenizer.json"))
-    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
-    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
+    edit_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     rows = [*GOOD[:4], {"instruction": "Which colour?", "output": "That is green."}, *GOOD[4:]]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.copies import edit_json
 from helpers.hub_server import Fault, HubServer, reachable_hub
 from huggingface_hub import constants
 
@@ -100,8 +101,7 @@ def test_secrets_and_paths_are_refused_before_a_request(hub, copied, capsys, nam
 def test_only_verified_copies_of_a_known_base_are_uploaded(hub, copied, capsys):
     assert upload(copied) == 1
     assert "name its repository on the Hub with --base_repo_id" in capsys.readouterr().err
-    config = json.loads((copied / "adapter_config.json").read_text(encoding="utf-8"))
-    (copied / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}), encoding="utf-8")
+    edit_json(copied / "adapter_config.json", lora_alpha=99)
     assert upload(copied, *BASE) == 1
     assert "is not the network that was trained" in capsys.readouterr().err
     (copied / "receipt.json").unlink()

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.copies import edit_json
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
@@ -32,8 +33,7 @@ def base(tiny, tmp_path) -> Path:
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<end>"])
     backend.save(str(folder / "tokenizer.json"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 310}), encoding="utf-8")
+    edit_json(folder / "config.json", vocab_size=310)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return folder
 
@@ -92,8 +92,7 @@ def test_auto_is_chat_for_conversations_and_a_template(tmp_path, row, template, 
 
 def test_named_special_tokens_reach_the_template_as_in_transformers(base):
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<end>", "unk_token": "<unk>"}
-    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
-    (base / "tokenizer_config.json").write_text(json.dumps(settings | named), encoding="utf-8")
+    edit_json(base / "tokenizer_config.json", **named)
     template = "".join(f"{{{{ {name} }}}}" for name in named) + "{{ messages[0].content }}"
     (base / "chat_template.jinja").write_text(template, encoding="utf-8")
     messages = [{"role": "user", "content": "Hi"}]

@@ -1,6 +1,5 @@
 """Every family against transformers, PEFT and bitsandbytes, on small random checkpoints."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.copies import edit_json
 from helpers.families import MATRIX, VISION, WHOLE, Case
 from helpers.reference import hugging_face, in_4_bits, with_peft
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -359,8 +359,7 @@ def test_adapted_head_of_a_multi_modal_model_is_untied(written, tmp_path):
 
 def test_dropout_of_the_base_is_reported(written, data_dir, tmp_path, capsys):
     folder = Path(shutil.copytree(written("starcoder2-0"), tmp_path / "base"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1, "residual_dropout": 0.2}))
+    edit_json(folder / "config.json", attention_dropout=0.1, residual_dropout=0.2)
     flags = ["--data_dir", data_dir, "--out_dir", tmp_path / "out", "--train.max_steps", 1, "--precision", "bf16-mixed"]
     assert main(["finetune_lora", str(folder), *map(str, flags)]) == 0
     dropouts = '"attention_dropout": 0.1, "residual_dropout": 0.2'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.copies import ADAPTER_FAULTS, DIFFERENT, changed
+from helpers.copies import ADAPTER_FAULTS, DIFFERENT, changed, edit_json
 from helpers.families import WHOLE_BLOCKS
 from helpers.llama_cpp import answers
 from helpers.runs import QUERY_VALUE
@@ -182,13 +182,6 @@ def test_a_file_that_is_gone_is_named(base, trained, tmp_path, capfd):
     assert f"{final} was trained over a GGUF file and does not say where it is" in capfd.readouterr().err
 
 
-def changed_config(base: Path, folder: Path, **keys: object) -> Path:
-    shutil.copytree(base, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | keys), encoding="utf-8")
-    return folder
-
-
 OTHER_MODELS = {
     "another family": ({"model_type": "qwen2"}, "it is for llama.cpp's llama, not qwen2"),
     "more layers": ({"num_hidden_layers": 3}, "its llama.block_count is 2, and config.json implies 3"),
@@ -212,7 +205,7 @@ OTHER_MODELS = {
 @pytest.mark.parametrize("name", OTHER_MODELS)
 def test_a_file_of_another_model_is_refused(name, base, q4, data_dir, tmp_path, capfd):
     keys, fault = OTHER_MODELS[name]
-    folder = changed_config(base, tmp_path / "checkpoint", **keys)
+    folder = changed(base, tmp_path / "checkpoint", lambda f: edit_json(f / "config.json", **keys))
     assert run(*training(folder, data_dir, tmp_path / "out", q4)) == 1
     err = capfd.readouterr().err
     assert fault in err

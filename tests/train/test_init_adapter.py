@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.copies import edit_json
 from helpers.reference import hugging_face
 from helpers.runs import adapter as tensors
 from helpers.runs import finetune, metrics, report, same_adapter
@@ -34,8 +35,7 @@ def made_by_peft(tiny, tmp_path_factory) -> Path:
     config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.3, target_modules=["q_proj", "v_proj"], **patterns)
     folder = tmp_path_factory.mktemp("peft")
     get_peft_model(hugging_face(tiny), config).save_pretrained(folder)
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(tiny)}))
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(tiny))
     return folder
 
 
