@@ -226,7 +226,7 @@ def test_second_signal_ends_a_launched_process_at_once(reaction, signals):
 
 def test_second_signal_ends_processes_though_it_comes_while_the_first_is_forwarded():
     class Answering:
-        """A process that has answered before the signal's handler goes on, and been sent the next one for that."""
+        """A process that answers at once, and is sent the next signal for that."""
 
         sent: ClassVar[list[int]] = []
 
