@@ -9,6 +9,8 @@ import pytest
 import sentencepiece
 import torch
 from helpers.families import LINEAR, LONGROPE, ORIGINAL, WHOLE_BLOCKS, YARN, Case, Family, rope
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, SmolLM3Config
@@ -325,3 +327,28 @@ def test_a_sentencepiece_tokenizer_that_could_differ_is_refused(name, pieces, tm
     with pytest.raises(LitLoraError, match=f"cannot be rebuilt exactly .*{fault}"):
         complete_folder(tmp_path, replace(pieces, metadata={**pieces.metadata, key: change(pieces.metadata[key])}))
     assert not [*tmp_path.iterdir()]
+
+
+# What a GGUF file can hold.
+ATOMS = [st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=9)]
+VALUES = st.one_of(*ATOMS, *(st.lists(atom, max_size=3) for atom in ATOMS))
+
+
+@given(data=st.data())
+def test_whatever_the_metadata_is_the_folder_is_completed_or_the_file_refused(data, header, pieces, tmp_path_factory):
+    file = data.draw(st.sampled_from([header, pieces]))
+    metadata = dict(file.metadata)
+    names = "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id", "llama.rope.scaling.type", "llama.rope.scaling.factor"
+    for key in data.draw(st.lists(st.sampled_from([*metadata, *names]), min_size=1, max_size=3)):
+        old = metadata.get(key)
+        if isinstance(old, list) and data.draw(st.booleans()):
+            metadata[key] = [data.draw(VALUES), *old[1:]]
+        else:
+            metadata[key] = data.draw(VALUES)
+    folder = tmp_path_factory.mktemp("rebuilt")
+    try:
+        complete_folder(folder, replace(file, metadata=metadata))
+    except LitLoraError:
+        assert not [*folder.iterdir()]
+    else:
+        read_config(folder)

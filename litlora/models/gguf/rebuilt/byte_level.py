@@ -35,7 +35,7 @@ class HubBPE(HubTokenizer):
     @cached_property
     def splitting(self) -> Splitting:
         """What splits a text before it merges."""
-        name = self.get("pre")
+        name = str(self.get("pre"))
         found = next((each for each in SPLITTINGS if each.name == ALIASES.get(name, name)), None)
         if found is None:
             self.refuse(f"its way to split a text is {name}, which litlora does not know")

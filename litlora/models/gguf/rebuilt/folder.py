@@ -31,7 +31,7 @@ def complete_folder(folder: Path, header: GGUFHeader) -> None:
 
 
 def _tokenizer_files(header: GGUFHeader) -> dict[str, bytes]:
-    kind = header.metadata.get(f"{tokenizer.PREFIX}model")
+    kind = str(header.metadata.get(f"{tokenizer.PREFIX}model"))
     if kind not in REBUILT:
         raise tokenizer.not_rebuilt(header, f"it is of the type {kind}, and only {' and '.join(REBUILT)} can be")
     return REBUILT[kind](header).files()

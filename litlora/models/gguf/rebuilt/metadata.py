@@ -6,6 +6,9 @@ from typing import Any, NoReturn
 from litlora.errors import LitLoraError
 from litlora.models.gguf.reader import GGUFHeader
 
+LARGEST = 3.4028234663852886e38
+"""In float32."""
+
 
 class Metadata:
     """Reads what belongs to a file's architecture; LitLoraError where a number is missing or none."""
@@ -52,5 +55,7 @@ def not_rebuilt(header: GGUFHeader, fault: str) -> LitLoraError:
 
 def shortest(value: float) -> float:
     """Return the shortest decimal number that is this one in float32, as config.json would have it."""
+    if abs(value) > LARGEST:
+        return value
     rounded = (float(f"{value:.{digits}g}") for digits in range(1, 18))
     return next((number for number in rounded if struct.pack("<f", number) == struct.pack("<f", value)), value)
