@@ -63,16 +63,19 @@ def limited_memory() -> Iterator[None]:
 def within_cpu_time(work: Callable[[], Result], seconds: float) -> Result:
     """Return the result of work in C code that other threads run beside; TimeoutError once it has taken too much.
 
-    The work itself cannot be ended: it continues until the process ends.
+    The work itself cannot be ended: it continues until the process ends. Its time counts though it ends before that is
+    looked at.
     """
     results: list[tuple[Result | None, BaseException | None]] = []
     thread = threading.Thread(target=_run, args=(work, results), daemon=True)
     limit = time.process_time() + seconds
     thread.start()
-    while not results:
+    while True:
         thread.join(min(seconds, POLL_INTERVAL))
-        if not results and time.process_time() > limit:
+        if time.process_time() > limit:
             raise TimeoutError(f"it takes more than {seconds:,.0f} seconds")
+        if not thread.is_alive():
+            break
     result, error = results[0]
     if error is not None:
         raise error
