@@ -13,6 +13,7 @@ from litlora.distributed.process_group import Ranks
 from litlora.evaluation.engine import Engine
 from litlora.generation.sampler import Sampler
 from litlora.generation.session import generate
+from litlora.nn.gguf_weight import kept_values
 from litlora.utils.progress import track
 
 
@@ -61,13 +62,15 @@ class Completer:
     tokenizer: Tokenizer
     style: PromptStyle
     max_new_tokens: int
+    spare: int = 0
+    """Bytes that a completion may take beside the model and its cache."""
 
     def complete(self, row: int, example: Example) -> Completion:
         """Return the greedy completion of an example's first prompt."""
         turn = example.turns[0]
         prompt = self.style.prompt(turn.instruction, turn.input, example.system)
         ids = self.tokenizer.encode_prompt(self.style, prompt)
-        with self.engine.fabric.autocast():
+        with self.engine.fabric.autocast(), kept_values(self.engine.gpt, self.spare):
             text = "".join(self.tokenizer.stream(ids, self._tokens(ids)))
         question = "\n".join(filter(None, (turn.instruction, turn.input)))
         return Completion(row, example.system, question, turn.output, text)

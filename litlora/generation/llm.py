@@ -22,6 +22,7 @@ from litlora.lora.checkpoint import load_with_adapters, requested_storage
 from litlora.models.checkpoint import Checkpoint
 from litlora.models.transformer import GPT
 from litlora.nn.backend import backend, default_device
+from litlora.nn.gguf_weight import keep_values
 
 
 class LLM:
@@ -56,6 +57,8 @@ class LLM:
         gpt = load_with_adapters(Checkpoint.open(files.base), files.adapters, dtype, default_device(), quantization)
         if compiled:
             compile_decode_step(gpt)
+        device = default_device()
+        keep_values(gpt, backend(device).free_memory(device) // 2)
         return cls(files, gpt)
 
     @overload

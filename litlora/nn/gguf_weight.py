@@ -4,7 +4,8 @@ The values are those of the gguf package's numpy functions, bit for bit. Bits ar
 32-bit words, for which processors have vector instructions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -30,6 +31,7 @@ class GGUFWeight(StoredWeight):
         self.kind, self.quantization = kind, Quantization(GGUF, dtype)
         self.shape = torch.Size((len(packed), packed.shape[1] // kind.nbytes * kind.values))
         self.packed = nn.Parameter(packed, requires_grad=False)
+        self._kept: Tensor | None = None
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + b (T, out) for x (T, in)."""
@@ -37,9 +39,39 @@ class GGUFWeight(StoredWeight):
 
     def rows(self, rows: slice) -> Tensor:
         """Return some rows, dequantized."""
+        if self._kept is not None and self._kept.dtype is self.quantization.dtype:
+            return self._kept[rows]
         packed = self.packed[rows]
         out = packed.new_empty(len(packed), self.shape[1], dtype=self.quantization.dtype)
         return dequantize(packed, self.kind, out)
+
+    def keep(self, values: Tensor | None) -> None:
+        """Take the values of `to_dense` from memory from now on, or with None, compute them each time."""
+        self._kept = values
+
+
+def keep_values(model: nn.Module, room: int) -> list[GGUFWeight]:
+    """Keep the values of a model's weights in memory, if they take at most `room` bytes: each token needs all of them.
+
+    No result changes, and what decodes one token at a time no longer takes most of its time to dequantize.
+    """
+    weights = [module for module in model.modules() if isinstance(module, GGUFWeight)]
+    if sum(weight.shape.numel() * weight.quantization.dtype.itemsize for weight in weights) > room:
+        return []
+    for weight in weights:
+        weight.keep(weight.to_dense())
+    return weights
+
+
+@contextmanager
+def kept_values(model: nn.Module, room: int) -> Iterator[None]:
+    """Keep the values as long as the block runs."""
+    kept = keep_values(model, room)
+    try:
+        yield
+    finally:
+        for weight in kept:
+            weight.keep(None)
 
 
 def dequantize(packed: Tensor, kind: BlockType, out: Tensor) -> Tensor:

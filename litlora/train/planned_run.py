@@ -175,6 +175,12 @@ class PlannedRun:
         parts = breakdown(self.network, self._load(), self.args.optimizer)
         return parts | ({PROCESS: process} if self.network.backend.counts_process_memory else {})
 
+    @property
+    def spare(self) -> int:
+        """The bytes that a step alone takes, in which a base from a GGUF file may be dequantized between steps."""
+        is_whole = self.args.gguf is not None and not self.is_sharded
+        return self.estimate(0)["activations"] if is_whole else 0
+
     def table(self) -> str:
         """Return what the run computes and the parts of its peak memory, as a table."""
         train, samples, outline = self.args.train, self.samples, self.network.outline()

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from litlora.nn import gguf_weight
 from litlora.nn.gguf_types import BLOCK_TYPES, BlockType
-from litlora.nn.gguf_weight import DEQUANTIZERS, PLAIN, GGUFWeight
+from litlora.nn.gguf_weight import DEQUANTIZERS, PLAIN, GGUFWeight, kept_values
 from litlora.nn.linear import frozen_linear
 from litlora.nn.quantization import QuantizedLinear
 from litlora.nn.whole_linear import whole_linear
@@ -85,3 +86,17 @@ def test_casting_a_model_leaves_the_weight_as_it_is():
     layer = QuantizedLinear(GGUFWeight(torch.from_numpy(random_bytes(kind, 4, 2)), kind, torch.float32))
     before = layer.weight.to_dense()
     assert torch.equal(layer.to(torch.bfloat16).weight.to_dense(), before)
+
+
+def test_kept_values_give_the_same_product_without_dequantizing(monkeypatch):
+    kind, x = TYPES["Q4_1"], torch.randn(1, 64, dtype=torch.bfloat16)
+    layer = QuantizedLinear(GGUFWeight(torch.from_numpy(random_bytes(kind, 700, 2)), kind, torch.bfloat16))
+    expected = layer(x)
+    with kept_values(layer, room=700 * 64 * 2):
+        monkeypatch.setattr(gguf_weight, "dequantize", None)
+        assert torch.equal(layer(x), expected)
+        monkeypatch.undo()
+    with kept_values(layer, room=700 * 64 * 2 - 1):
+        monkeypatch.setattr(gguf_weight, "dequantize", lambda packed, kind, out: out.zero_())
+        assert not layer(x).any()
+    assert not layer(x).any()

@@ -18,8 +18,10 @@ from litlora.lora.checkpoint import load_with_adapters
 from litlora.lora.selection import Weighted
 from litlora.models.checkpoint import Checkpoint, block_linears
 from litlora.models.checkpoint_files import CheckpointFiles
+from litlora.nn import gguf_weight
 from litlora.nn.gguf_weight import GGUFWeight
 from litlora.nn.quantization import quantization_of
+from litlora.train.planned_run import PlannedRun
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 43)
@@ -265,6 +267,20 @@ def test_a_start_that_changes_the_base_is_refused(start, base, q4, data_dir, tmp
 def test_python_takes_a_path_or_a_text():
     for value in ("model.gguf", Path("model.gguf")):
         assert FinetuneLoraArgs(Path("a"), Path("b"), quantize=value).gguf == Path("model.gguf")
+
+
+def test_completions_dequantize_once_where_a_step_leaves_room(base, q4, data_dir, tmp_path, monkeypatch):
+    calls, own = [], gguf_weight.dequantize
+    monkeypatch.setattr(gguf_weight, "dequantize", lambda *given: calls.append(given) or own(*given))
+    counts, texts = [], []
+    for out in (tmp_path / "kept", tmp_path / "not"):
+        assert run(*training(base, data_dir, out, q4), "--train.max_steps", 1, "--eval.max_new_tokens", 9) == 0
+        counts.append(len(calls))
+        texts.append((out / "samples.jsonl").read_text(encoding="utf-8"))
+        calls.clear()
+        monkeypatch.setattr(PlannedRun, "spare", 0)
+    assert texts[0] == texts[1]
+    assert counts[0] < counts[1]
 
 
 def test_estimate_counts_the_file(base, q4, data_dir, tmp_path, capfd):
