@@ -263,7 +263,7 @@ def test_keys_that_a_file_lacks_are_those_of_llama_cpp(tokenizer_files, tmp_path
 
 @pytest.fixture(scope="module")
 def pieces(make_checkpoint, tmp_path_factory) -> GGUFHeader:
-    """Return a file with a sentencepiece tokenizer, of which a special and a user-defined token have no piece."""
+    """Return a file with a sentencepiece tokenizer; a special and a user-defined token have no piece in its model."""
     base = Path(shutil.copytree(make_checkpoint(WHOLE_BLOCKS), tmp_path_factory.mktemp("pieces") / "base"))
     (base / "tokenizer.json").unlink()
     sentencepiece.SentencePieceTrainer.train(

@@ -11,12 +11,13 @@ from litlora.errors import LitLoraError
 from litlora.models.config import GPTConfig
 from litlora.models.gguf.architectures import Architecture
 from litlora.models.gguf.library import gguf
+from litlora.models.gguf.rebuilt.rope import LLAMA_3_DIVISORS, LONGROPE_DIVISORS
 from litlora.models.rope_config import Llama3Scaling, LongRopeScaling
 from litlora.models.rope_scaling import llama3_frequencies
 
 EMBEDDING, HEAD, OUTPUT = "model.embed_tokens.weight", "lm_head.weight", "output.weight"
 ARCHITECTURES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-ROPE_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_FACTORS = LLAMA_3_DIVISORS, *LONGROPE_DIVISORS.values()
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class HubBPE(HubTokenizer):
 
     def _post_processor(self) -> dict[str, Any] | None:
         """Return what adds BOS and EOS to a text, if anything does."""
-        adds = {"bos": self.adds("bos", self.splitting.is_llama_3), "eos": self.adds("eos", False)}
+        adds = {"bos": self.adds("bos_token", self.splitting.is_llama_3), "eos": self.adds("eos_token", False)}
         before, after = ([self.ids[name]] if does else [] for name, does in adds.items())
         if None in (*before, *after):
             self.refuse("it adds a special token that it does not name")

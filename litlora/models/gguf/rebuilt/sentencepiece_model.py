@@ -25,7 +25,7 @@ class HubSentencePiece(HubTokenizer):
     def model_files(self) -> dict[str, bytes]:
         scores = self._scores()
         self._check_pieces()
-        content = _serialized(self.tokens, scores, self._kinds_of_pieces(), prefix=self._has_prefix())
+        content = _serialized(self.tokens, scores, self._kinds_of_pieces(), prefix=self.adds("space_prefix", True))
         try:
             sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
@@ -36,15 +36,11 @@ class HubSentencePiece(HubTokenizer):
         return {
             "tokenizer_class": "LlamaTokenizer",
             "added_tokens_decoder": {str(n): token for n, token in self.added_tokens().items()},
-            "add_bos_token": self.adds("bos", True),
-            "add_eos_token": self.adds("eos", False),
-            "add_prefix_space": self._has_prefix(),
+            "add_bos_token": self.adds("bos_token", True),
+            "add_eos_token": self.adds("eos_token", False),
+            "add_prefix_space": self.adds("space_prefix", True),
             "legacy": True,  # a space after each added token, too
         }
-
-    def _has_prefix(self) -> bool:
-        value = self.get("add_space_prefix")
-        return value is None or bool(value)
 
     def _scores(self) -> list[float]:
         scores = self.array("scores", float)

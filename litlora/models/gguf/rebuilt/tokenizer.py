@@ -68,8 +68,8 @@ class HubTokenizer(ABC):
         return values
 
     def adds(self, name: str, default: bool) -> bool:
-        """Tell whether BOS or EOS is added to a text."""
-        value = self.get(f"add_{name}_token")
+        """Tell whether something is added to a text: bos_token, eos_token or space_prefix."""
+        value = self.get(f"add_{name}")
         return default if value is None else bool(value)
 
     def added_tokens(self) -> dict[int, dict[str, Any]]:
